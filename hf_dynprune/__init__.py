@@ -1,0 +1,37 @@
+"""Dynamic data pruning for the Hugging Face ecosystem: train on a part of the data that changes as training goes on."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# The table of contents. Nothing is imported until it is used (PEP 562), so `import hf_dynprune` costs nothing.
+_MODULE_OF = {
+    "Column": "scores",
+    "DynamicPruner": "pruner",
+    "DynamicPruningMixin": "trainer",
+    "DynamicPruningTrainer": "trainer",
+    "EpochPlan": "policies",
+    "EpsilonGreedy": "policies",
+    "FullData": "policies",
+    "PruningArguments": "arguments",
+    "PruningPolicy": "policies",
+    "PruningReport": "report",
+    "PruningSampler": "sampler",
+    "RandomPruning": "policies",
+    "SampleTable": "scores",
+    "UCB": "policies",
+    "make_policy": "policies",
+    "top_k": "policies",
+}
+
+__all__ = sorted(_MODULE_OF)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,54 @@
+"""PruningArguments: the choice of a policy from a command line or a YAML file, through HfArgumentParser."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .policies import POLICIES, PruningPolicy, make_policy
+
+
+@dataclass
+class PruningArguments:
+    """What to prune, for `HfArgumentParser((PruningArguments, TrainingArguments))`.
+
+    `policy()` makes the policy, or None for `pruning="none"`, and raises ValueError for what does not fit together.
+    """
+
+    pruning: str = field(
+        default="none",
+        metadata={"help": f"The pruning policy: none (the stock Trainer), {', '.join(POLICIES)}."},
+    )
+    keep_ratio: float | None = field(
+        default=None,
+        metadata={"help": "Share of the training data that is trained on in an epoch, in (0, 1]."},
+    )
+    pruning_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": 'Further fields of the policy, as JSON, such as \'{"period": 10, "c": 2.0}\'.'},
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.pruning_kwargs, str):
+            try:
+                self.pruning_kwargs = json.loads(self.pruning_kwargs)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"pruning_kwargs={self.pruning_kwargs!r} is not JSON ({error}).") from error
+        if self.pruning_kwargs is not None and not isinstance(self.pruning_kwargs, dict):
+            raise ValueError(f'pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as {{"period": 10}}.')
+
+    def policy(self) -> PruningPolicy | None:
+        """The policy, or None for `pruning="none"`."""
+        settings = dict(self.pruning_kwargs or {})
+        if self.keep_ratio is not None:
+            if "keep_ratio" in settings:
+                raise ValueError(
+                    f"keep_ratio is given twice: {self.keep_ratio} by itself, {settings['keep_ratio']} in pruning_kwargs."
+                )
+            settings["keep_ratio"] = self.keep_ratio
+        if self.pruning.lower() == "none":
+            if settings:
+                raise ValueError(
+                    f"{settings} has no effect with pruning='none': choose a policy ({', '.join(POLICIES)}) or leave it out."
+                )
+            return None
+        return make_policy(self.pruning, **settings)

@@ -1,0 +1,104 @@
+"""The only file that talks to other ranks. On one rank every function returns what it was given.
+
+Collectives run on the device of the backend (NCCL takes no CPU tensors); what comes back lies on the CPU. Indices stay
+int64, apart from scores: in float32 an index above 2^24 names another sample.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .policies import EpochPlan
+from .scores import Rows
+
+
+def world() -> tuple[int, int]:
+    """(rank, number of ranks)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def plan_on_rank_0(make: Callable[[], EpochPlan]) -> EpochPlan:
+    """Rank 0 makes the plan, and all ranks get it: reductions of floats differ between unlike machines, and one sample
+    more on one rank is a hang. An error of rank 0 is raised on all ranks. Cost: 8 to 12 bytes a kept sample."""
+    rank, ranks = world()
+    if ranks == 1:
+        return make()
+    device = _device()
+    plan, error = None, None
+    if rank == 0:
+        try:
+            plan = make()
+        except Exception as caught:
+            error = caught
+    header = torch.zeros(3, dtype=torch.float64, device=device)
+    if plan is not None:
+        header = torch.tensor([len(plan), plan.weights is not None, plan.lr_scale], dtype=torch.float64, device=device)
+    dist.broadcast(header, 0)
+    size, weighted, lr_scale = header.tolist()
+    if size == 0:
+        raise error or RuntimeError("Rank 0 could not make a plan: see its error message.")
+    indices = plan.indices.to(device) if plan else torch.empty(int(size), dtype=torch.int64, device=device)
+    dist.broadcast(indices, 0)
+    weights = None
+    if weighted:
+        weights = torch.empty(int(size), dtype=torch.float32, device=device)
+        if plan is not None and plan.weights is not None:
+            weights.copy_(plan.weights)
+        dist.broadcast(weights, 0)
+        weights = weights.cpu()
+    return EpochPlan(indices.cpu(), weights, lr_scale)
+
+
+def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
+    """What all ranks observed, rank 0's first, in the order in which each saw it.
+
+    Args:
+        index: (M,) int64 on the CPU; M may differ between ranks.
+        signals: for each signal (M,) float32 on the CPU.
+
+    Cost: 12 bytes an observation with one signal, times the number of ranks.
+    """
+    if world()[1] == 1:
+        return index, signals
+    device = _device()
+    count = torch.tensor([len(index)], dtype=torch.int64, device=device)
+    counts = [torch.zeros_like(count) for _ in range(world()[1])]
+    dist.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+
+    def gather(values: Tensor) -> Tensor:
+        padded = torch.zeros(max(sizes), dtype=values.dtype, device=device)
+        padded[: len(values)] = values.to(device)
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
+
+    return gather(index), {name: gather(values) for name, values in signals.items()}
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """The sum of a scalar tensor over all ranks, on its own device."""
+    if world()[1] == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total
+
+
+def agree(ok: bool) -> bool:
+    """Whether it is `ok` on all ranks."""
+    if world()[1] == 1:
+        return ok
+    flag = torch.tensor([int(ok)], device=_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)

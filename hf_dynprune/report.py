@@ -1,0 +1,195 @@
+"""PruningReport: the record of a run. Logs, model cards, plots and tables are readers of it."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FORMAT_VERSION = 1
+PHASES = ("training", "choosing", "scoring", "evaluation")
+_PACKAGES = ("torch", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
+
+
+@dataclass
+class EpochRecord:
+    """What one epoch was and cost, over all ranks.
+
+    Attributes:
+        epoch: counted from 0.
+        full_data: whether it trained on everything by `first`, `last` or [`FullData`], not by a choice.
+        samples: samples that the plan kept.
+        forward_passes: samples (padding included) that went forward in training.
+        backward_passes: those that went backward.
+        scoring_passes: forward passes made only to score.
+        optimizer_steps: steps made in the epoch.
+        learning_rate: in force when the epoch ended, that is, for the step after its last.
+        scores: mean and quantiles of the finite scores when the plan was made; empty where there are none.
+        nonfinite: observations that were NaN or infinite.
+        seconds: wall-clock by phase; `training` is the epoch less the others, so it holds logging and checkpoints.
+        metrics: of the last evaluation in the epoch.
+    """
+
+    epoch: int
+    full_data: bool
+    samples: int
+    forward_passes: int = 0
+    backward_passes: int = 0
+    scoring_passes: int = 0
+    optimizer_steps: int = 0
+    learning_rate: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
+    nonfinite: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class PruningReport:
+    """The record of a run. `save` writes it as JSON; the README documents the fields.
+
+    Attributes:
+        policy: name and fields.
+        num_samples: N.
+        num_epochs: epochs that were trained, with the part of the last one.
+        seed: of choices; `data_seed`: of the order.
+        epochs: a record for each epoch.
+        selection: how often samples were kept, see [`selection_of`].
+        nonfinite_samples: the first samples (100 at the most) that had a NaN or infinite loss.
+        resumed: where the run was resumed: epoch and optimizer step.
+        environment: versions and hardware.
+    """
+
+    policy: dict[str, Any]
+    num_samples: int
+    seed: int
+    data_seed: int
+    num_epochs: float = 0.0
+    epochs: list[EpochRecord] = field(default_factory=list)
+    selection: dict[str, Any] = field(default_factory=dict)
+    nonfinite_samples: list[int] = field(default_factory=list)
+    resumed: list[dict[str, int]] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def totals(self) -> dict[str, Any]:
+        """Sums over the epochs: passes, optimizer steps, seconds by phase."""
+        counts = ("forward_passes", "backward_passes", "scoring_passes", "optimizer_steps", "nonfinite")
+        return {
+            **{name: sum(getattr(record, name) for record in self.epochs) for name in counts},
+            "seconds": {phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES},
+        }
+
+    @property
+    def passes(self) -> float:
+        """A sample once through forward and backward is 1, forward alone (scoring) 1/3."""
+        totals = self.totals
+        return (totals["forward_passes"] + 2 * totals["backward_passes"] + totals["scoring_passes"]) / 3
+
+    @property
+    def cost_ratio(self) -> float:
+        """passes / (num_samples * num_epochs): what was spent, over what the full run of the same epochs spends."""
+        full = self.num_samples * self.num_epochs
+        return self.passes / full if full else 0.0
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last evaluation: the last epoch's, never the best one's."""
+        return next((record.metrics for record in reversed(self.epochs) if record.metrics), {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: all attributes, and `format_version`, `cost_ratio`, `passes`, `totals`, `metrics`."""
+        own = asdict(self)
+        head = {"format_version": FORMAT_VERSION, "policy": own.pop("policy"), "cost_ratio": self.cost_ratio}
+        return {**head, "passes": self.passes, "totals": self.totals, "metrics": self.metrics, **own}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
+        """The inverse of `to_dict`; ValueError for another format."""
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"The report has format_version {values.get('format_version')!r}; this hf_dynprune reads {FORMAT_VERSION}."
+            )
+        own = {name: values[name] for name in cls.__dataclass_fields__}
+        return cls(**{**own, "epochs": [EpochRecord(**record) for record in own["epochs"]]})
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JSON, making the folder if need be."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def selection_of(times_kept: np.ndarray, kept_at_each_choice: Sequence[int]) -> dict[str, Any]:
+    """How often samples were kept, beside what chance alone would give.
+
+    Args:
+        times_kept: (N,) number of choices that kept the sample.
+        kept_at_each_choice: for each choice, how many samples it kept.
+
+    Returns:
+        `choices`: their number C; `histogram`: (C + 1,) how many samples were kept 0, ..., C times; `chance`: the number
+        expected if each choice drew its samples uniformly and independently (the binomial; Poisson-binomial where choices
+        differ in size); `always`, `sometimes`, `never`: shares of the samples, and the same under `chance_shares`.
+
+    Cost: O(N + C^2).
+    """
+    n, choices = len(times_kept), len(kept_at_each_choice)
+    histogram = np.bincount(times_kept, minlength=choices + 1)
+    chance = np.ones(1)
+    for kept in kept_at_each_choice:
+        chance = np.convolve(chance, [1 - kept / n, kept / n])
+
+    def shares(counts: np.ndarray) -> dict[str, float]:
+        never, always = (counts[0], counts[-1]) if choices else (0.0, counts[0])
+        total = counts.sum()
+        shares = {"always": always / total, "sometimes": (total - always - never) / total, "never": never / total}
+        return {name: max(0.0, float(share)) for name, share in shares.items()}
+
+    return {
+        "choices": choices,
+        **shares(histogram),
+        "chance_shares": shares(chance),
+        "histogram": histogram.tolist(),
+        "chance": (chance * n).tolist(),
+    }
+
+
+def describe_environment(**more: Any) -> dict[str, Any]:
+    """Versions and hardware of this process."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    from . import __version__
+
+    cuda = torch.cuda.is_available()
+    return {
+        "hf_dynprune": __version__,
+        "versions": versions,
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
+        "cpu_threads": torch.get_num_threads(),
+        **more,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

@@ -1,0 +1,549 @@
+"""DynamicPruningTrainer: dynamic data pruning inside the Hugging Face Trainer.
+
+Every private seam of the Trainer that we lean on is in this file, and listed in `SEAMS` with its reason; a test compares
+their signatures with the installed transformers. With `pruning=None` every method here calls the stock one and nothing
+else.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from . import distributed
+from .losses import LossRule, SampleLosses, check_signals, derive_rule, logits_of, observe_signals
+from .policies import PruningPolicy
+from .pruner import STATE_FILE, DynamicPruner
+from .report import PruningReport
+from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
+from .scores import load_tensors
+
+logger = logging.getLogger(__name__)
+
+# The seams: the parameters (self left out) that each is called with. Reasons:
+#   _get_dataloader                      builds the loader with all of the user's dataloader settings
+#   _remove_unused_columns               must run on the datasets.Dataset, before it is wrapped
+#   _get_collator_with_removed_columns   the index is added around the user's collator, whatever surrounds that
+#   _get_num_items_in_batch              the denominator of an optimizer step is known before its first forward pass
+#   set_initial_training_values          the number of steps is that of the pruned run
+#   _init_training_state                 earliest place that knows the checkpoint; says where the run goes on
+#   _run_epoch                           the epoch's length is fixed from the first epoch's otherwise
+#   _save_rng_state                      on every rank, before trainer_state.json, the hub's upload and the rotation
+#   _finalize_training                   samples per second counts what was trained
+SEAMS = {
+    "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
+    "_remove_unused_columns": ("dataset", "description"),
+    "_get_collator_with_removed_columns": ("data_collator", "description"),
+    "_get_num_items_in_batch": ("batch_samples", "device"),
+    "set_initial_training_values": ("args", "dataloader"),
+    "_init_training_state": (
+        "max_steps",
+        "num_update_steps_per_epoch",
+        "num_train_epochs",
+        "resume_from_checkpoint",
+        "trial",
+    ),
+    "_run_epoch": (
+        "model",
+        "epoch",
+        "train_dataloader",
+        "steps_in_epoch",
+        "num_update_steps_per_epoch",
+        "trial",
+        "ignore_keys_for_eval",
+        "start_time",
+        "resume_from_checkpoint",
+        "epochs_trained",
+        "steps_trained_in_current_epoch",
+    ),
+    "_save_rng_state": ("output_dir",),
+    "_finalize_training": ("trial", "num_train_samples", "start_time"),
+}
+
+# Tells our loader from others in `_get_collator_with_removed_columns`; transformers prints it.
+_DESCRIPTION = "pruned training"
+
+
+class DynamicPruningMixin:
+    """Adds `pruning=` to a Trainer: `class PrunedSeq2SeqTrainer(DynamicPruningMixin, Seq2SeqTrainer)`.
+
+    Args:
+        pruning: the policy, such as `UCB(keep_ratio=0.3)`; None is the stock Trainer.
+        per_sample_loss_fn: how the loss of one sample is computed, where transformers' name of the model's head does not
+            tell: a name in [`hf_dynprune.losses.RULES`], or a function (outputs, inputs) -> losses (B,). Needed with
+            `compute_loss_func`, and with a `compute_loss` of the class that is mixed with.
+
+    All other arguments are the Trainer's.
+
+    Attributes:
+        pruner: the [`DynamicPruner`] of the current run, or of the last one.
+        pruning_report: its [`PruningReport`]; None with `pruning=None`.
+
+    Raises:
+        TypeError, ValueError: at construction, for what cannot be pruned; before anything is trained.
+
+    Relations: the loss, the optimizer, evaluation, logging, callbacks and checkpoints are the Trainer's. Each train()
+    starts a run with an empty table of scores; `resume_from_checkpoint` continues the identical run.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        pruning: PruningPolicy | None = None,
+        per_sample_loss_fn: Callable[..., torch.Tensor] | str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.pruning = pruning
+        self.pruner: DynamicPruner | None = None
+        super().__init__(*args, **kwargs)
+        if pruning is None:
+            return
+        if not isinstance(pruning, PruningPolicy):
+            raise TypeError(
+                f"pruning={pruning!r} is no policy: wanted is one such as UCB(keep_ratio=0.3), make_policy('ucb', "
+                "keep_ratio=0.3), or None."
+            )
+        self._check_settings(per_sample_loss_fn)
+        self._loss_rule: LossRule = derive_rule(_base_model(self.model), per_sample_loss_fn)
+        check_signals(pruning.signals, self._loss_rule)
+        self._check_dataset()
+        self._fingerprint = dataset_fingerprint(self.train_dataset)
+        self.pruner = self._make_pruner()  # raises for what does not fit together; each train() makes its own
+        # Our loss is normalised over the optimizer step: the Trainer must not divide it by the accumulation steps.
+        self.loss_is_scaled_for_ga = True
+        self.add_callback(_Recorder(self))
+
+    # ---- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_settings(self, per_sample_loss_fn: Any) -> None:
+        args = self.args
+        if args.train_sampling_strategy != "random":
+            raise ValueError(
+                f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training data itself, and pruning "
+                "does too: set it to 'random', or use pruning=None."
+            )
+        for method in ("get_train_dataloader", "_get_train_sampler"):
+            owner = _owner(type(self), method)
+            if owner is not Trainer:
+                raise ValueError(
+                    f"{owner.__name__}.{method} chooses the training data itself, and pruning would override it: remove "
+                    "it, or mix with another class."
+                )
+        owner = _owner(type(self), "compute_loss")
+        if per_sample_loss_fn is None and (self.compute_loss_func is not None or owner is not Trainer):
+            what = "compute_loss_func" if self.compute_loss_func is not None else f"{owner.__name__}.compute_loss"
+            raise ValueError(
+                f"{what} computes a loss of its own, of which pruning needs the part of each sample: pass "
+                "`per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch size,)."
+            )
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot tell whose loss is whose: start one process a "
+                f"GPU with `torchrun --nproc_per_node {args.n_gpu} script.py`, or show one with CUDA_VISIBLE_DEVICES=0."
+            )
+        config = args.accelerator_config
+        for name in ("dispatch_batches", "split_batches"):
+            if args.world_size > 1 and getattr(config, name, None):
+                raise ValueError(f"accelerator_config: {name}=True does not go with pruning on several ranks: unset it.")
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            warnings.warn(
+                f"hf_dynprune was not verified with {'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'}: compare a "
+                "short run with one on DDP before you trust it.",
+                stacklevel=3,
+            )
+
+    def _check_dataset(self) -> None:
+        dataset = self.train_dataset
+        if dataset is None:
+            raise ValueError("pruning= needs a train_dataset; to evaluate alone leave `pruning` out.")
+        if isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__"):
+            raise ValueError(
+                f"A {type(dataset).__name__} is a stream: it has no sample index, so nothing in it can be pruned. Load it "
+                "as a map-style dataset (`load_dataset(..., streaming=False)`), or use pruning=None."
+            )
+        if len(dataset) == 0:
+            raise ValueError("The training dataset is empty (0 samples): check the split and the filters.")
+        if self.args.remove_unused_columns and isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            raise ValueError(
+                "The training dataset has a transform (`with_transform`), and remove_unused_columns=True removes the "
+                "columns that it reads: set remove_unused_columns=False in the TrainingArguments."
+            )
+
+    def _make_pruner(self) -> DynamicPruner:
+        args = self.args
+        assert self.pruning is not None
+        return DynamicPruner(
+            self.pruning,
+            len(self.train_dataset),
+            batch_size=self._train_batch_size,
+            num_epochs=None if args.max_steps > 0 else args.num_train_epochs,
+            max_steps=args.max_steps if args.max_steps > 0 else None,
+            accumulation=args.gradient_accumulation_steps,
+            drop_last=args.dataloader_drop_last,
+            seed=args.seed,
+            data_seed=args.data_seed,
+            fingerprint=self._fingerprint,
+        )
+
+    @property
+    def pruning_report(self) -> PruningReport | None:
+        """The record of the current run, or of the last one; None with `pruning=None`."""
+        return None if self.pruner is None else self.pruner.report
+
+    # ---- data -------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self.pruning is None:
+            return super().get_train_dataloader()
+        dataset = self.train_dataset
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description=_DESCRIPTION)
+        pruner = self._make_pruner()
+        loader = self._get_dataloader(
+            dataset=IndexedDataset(dataset),
+            description=_DESCRIPTION,
+            batch_size=self._train_batch_size,
+            sampler_fn=lambda _: pruner.sampler,
+            is_training=True,
+        )
+        # The loop takes it over in set_initial_training_values; a loader made for another purpose changes nothing.
+        self._made = (loader, pruner)
+        return loader
+
+    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+        if description != _DESCRIPTION:
+            return super()._get_collator_with_removed_columns(data_collator, description)
+        if not isinstance(self.train_dataset, datasets.Dataset):  # whose columns were removed already
+            data_collator = super()._get_collator_with_removed_columns(data_collator, description)
+        return IndexedCollator(data_collator)
+
+    # ---- length and learning rate -----------------------------------------------------------------------------------
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple:
+        values = super().set_initial_training_values(args, dataloader)
+        if self.pruning is None:
+            return values
+        made, self.pruner = self._made
+        if made is not dataloader:
+            raise RuntimeError("The Trainer trains from another loader than `get_train_dataloader` made.")
+        self._loss_checked = False
+        self._samples_before: int | None = None
+        _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
+        pruner = self.pruner
+        return (
+            pruner.num_epochs,
+            pruner.clock.length,
+            num_examples,
+            num_train_samples,
+            batch_size,
+            steps_in_epoch,
+            pruner.total_steps(),
+        )
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        if self.pruning is None or self.pruner is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        if self.lr_scheduler is not None:
+            logger.warning(
+                "The learning-rate scheduler that was passed in is left as it is: make sure that it was made for the "
+                "%d optimizer steps of the pruned run.",
+                self.pruner.total_steps(),
+            )
+            return super().create_scheduler(num_training_steps, optimizer)
+        pruner = self.pruner
+        scheduler = super().create_scheduler(pruner.clock.total, optimizer)
+        if isinstance(scheduler, LambdaLR):
+
+            def follow_the_budget(schedule: Callable[[float], float]) -> Callable[[int], float]:
+                return lambda step: schedule(pruner.clock.virtual(step)) * pruner.lr_scale
+
+            scheduler.lr_lambdas = [follow_the_budget(schedule) for schedule in scheduler.lr_lambdas]
+        return scheduler
+
+    # ---- the run ----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if self.pruning is not None and resume_from_checkpoint:
+            resume_from_checkpoint = _complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self.pruning is None or self.pruner is None or resume_from_checkpoint is None:
+            return position
+        epoch, batch = self.pruner.load(resume_from_checkpoint)
+        if self.args.ignore_data_skip:
+            self.pruner.restart_epoch(self.state.global_step)
+            batch = 0
+        return epoch, batch
+
+    def _run_epoch(self, **loop: Any) -> None:
+        if self.pruning is None or self.pruner is None:
+            return super()._run_epoch(**loop)
+        pruner, epoch = self.pruner, loop["epoch"]
+        if self._samples_before is None:
+            self._samples_before = pruner.report.totals["forward_passes"]
+        begun = len(pruner.report.epochs)
+        pruner.begin_epoch(epoch, step=self.state.global_step)
+        # Datasets that follow the epoch (our augmentation) hear of it here: accelerate tells them only at times.
+        set_epoch = getattr(self.train_dataset, "set_epoch", None)
+        if set_epoch is not None:
+            set_epoch(epoch)
+        if isinstance(self.lr_scheduler, LambdaLR) and self._created_lr_scheduler:
+            self._renew_learning_rate()
+        self._renew_total()
+        if len(pruner.report.epochs) > begun and self.args.logging_strategy != "no":  # not resumed in mid-epoch
+            self.log(self._epoch_logs())
+        loop["steps_in_epoch"] = len(loop["train_dataloader"])
+        loop["num_update_steps_per_epoch"] = pruner.clock.length
+        self._expected = pruner.batches_done
+        super()._run_epoch(**loop)
+        pruner.end_epoch(step=self.state.global_step, learning_rate=self._get_learning_rate())
+
+    def _renew_learning_rate(self) -> None:
+        """The plan that begins may scale the learning rate from its first step on."""
+        scheduler = self.lr_scheduler
+        for group, base, schedule in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+            group["lr"] = base * schedule(scheduler.last_epoch)
+
+    def _renew_total(self) -> None:
+        """The true number of steps, in the state and in the progress bar."""
+        assert self.pruner is not None
+        self.state.max_steps = self.pruner.total_steps()
+        for callback in self.callback_handler.callbacks:
+            bar = getattr(callback, "training_bar", None) or getattr(callback, "training_tracker", None)
+            if bar is not None:
+                bar.total = self.state.max_steps
+
+    def _epoch_logs(self) -> dict[str, float]:
+        assert self.pruner is not None
+        record = self.pruner.report.epochs[-1]
+        return {
+            "pruning/kept_samples": record.samples,
+            "pruning/kept_share": record.samples / self.pruner.report.num_samples,
+            "pruning/choosing_seconds": record.seconds["choosing"],
+            **{f"pruning/score_{name}": value for name, value in record.scores.items()},
+        }
+
+    def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> Any:
+        if self.pruning is not None and self.pruner is not None:
+            # The Trainer takes the share of `num_train_samples` that belongs to this call's share of the steps.
+            steps = max(self.state.global_step - self._initial_global_step, 1)
+            trained = self.pruner.report.totals["forward_passes"] - (self._samples_before or 0)
+            num_train_samples = trained * max(self.state.max_steps, 1) / steps
+        return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # ---- loss -------------------------------------------------------------------------------------------------------
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        """D: the number of loss terms of all samples of the optimizer step, on all ranks; evaluation has the stock one."""
+        if self.pruner is None or not batch_samples or SAMPLE_INDEX not in batch_samples[0]:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        if self.pruner.batches_done != self._expected:
+            raise RuntimeError(
+                f"{type(self).__name__}.compute_loss does not call super().compute_loss, so no loss of a sample was "
+                "observed: let it call DynamicPruningTrainer's, or mix DynamicPruningMixin with the class that has it and "
+                "pass `per_sample_loss_fn=`."
+            )
+        self._expected += len(batch_samples)
+        if self._loss_rule.terms is None:
+            return self.pruner.sampler.samples_in(self.pruner.batches_done, len(batch_samples))
+        terms = sum((self._loss_rule.terms(batch) * (batch[SAMPLE_INDEX] >= 0)).sum().to(device) for batch in batch_samples)
+        return distributed.sum_over_ranks(terms)
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """The weighted loss of a batch, normalised over its optimizer step; without `sample_index` the stock loss."""
+        if self.pruner is None or SAMPLE_INDEX not in inputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        index = inputs.pop(SAMPLE_INDEX)
+        batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
+        own_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
+        # A router's loss and the like, which the model added to its own: kept, unweighted.
+        auxiliary = _output(outputs, "aux_loss")
+        if not self._loss_checked:
+            self._check_loss(own_loss, losses, outputs, len(index), has_auxiliary=auxiliary is not None)
+            self._loss_checked = True
+        self.pruner.observe(index, observe_signals(self.pruning.signals, outputs, batch, losses))
+        # DDP averages the gradients of the ranks; D counts the samples of all of them.
+        ranks = self.pruner.ranks
+        denominator = num_items_in_batch if num_items_in_batch is not None else losses.terms.sum() * ranks
+        if isinstance(denominator, torch.Tensor):
+            denominator = denominator.clamp(min=1)
+        loss = (losses.train * self.pruner.weights(index)).sum() * ranks / denominator
+        if auxiliary is not None:
+            plain = losses.train.sum() / losses.terms.sum().clamp(min=1)
+            loss = loss + (own_loss - plain) / self.current_gradient_accumulation_steps
+        return (loss, outputs) if return_outputs else loss
+
+    def _check_loss(
+        self, own_loss: torch.Tensor, losses: SampleLosses, outputs: Any, batch_size: int, has_auxiliary: bool
+    ) -> None:
+        """On the first batch: one loss a sample, and their mean is the model's own loss."""
+        if losses.train.shape != (batch_size,):
+            raise ValueError(
+                f"The per-sample loss has shape {tuple(losses.train.shape)}, the batch {batch_size} samples: wanted is one "
+                f"loss for each sample, shape ({batch_size},). Pass a `per_sample_loss_fn=` that returns that."
+            )
+        if has_auxiliary:
+            return
+        ours = losses.train.detach().sum() / losses.terms.sum().clamp(min=1)
+        own = own_loss.detach().float().mean()
+        half = self.args.bf16 or self.args.fp16
+        if not half and self._loss_rule.name != "custom":
+            half = logits_of(outputs).dtype in (torch.bfloat16, torch.float16) if _has_logits(outputs) else False
+        if not torch.isclose(ours, own.to(ours.device), rtol=2e-2 if half else 1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"The mean of the per-sample losses on the first batch is {ours.item():.6g}, the loss of "
+                f"{type(_base_model(self.model)).__name__} itself {own.item():.6g}: pruning would train something else. "
+                "Pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch size,) whose mean is "
+                "the loss to train."
+            )
+
+    # ---- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.pruning is not None and self.pruner is not None:
+            self.pruner.save(
+                output_dir,
+                step=self.state.global_step,
+                learning_rate=self._get_learning_rate(),
+                write=self.args.should_save,
+            )
+
+    # ---- card -------------------------------------------------------------------------------------------------------
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card: the Trainer's facts, and what was pruned, what it cost, how to repeat it."""
+        if self.pruning is None or self.pruner is None or not self.pruner.report.epochs:
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            from .model_card import card_of_trainer
+
+            card_of_trainer(self, *args, **kwargs).save(Path(self.args.output_dir) / "README.md")
+
+
+class DynamicPruningTrainer(DynamicPruningMixin, Trainer):
+    """The Hugging Face Trainer with one new argument, `pruning=`; see [`DynamicPruningMixin`].
+
+    ```python
+    trainer = DynamicPruningTrainer(model=model, args=args, train_dataset=train, pruning=UCB(keep_ratio=0.3))
+    trainer.train()
+    trainer.pruning_report.save("report.json")
+    ```
+    """
+
+
+class _Recorder(TrainerCallback):
+    """Tells the pruner what happens in the loop."""
+
+    def __init__(self, trainer: DynamicPruningMixin) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_log and self.trainer.pruner is not None:
+            self.trainer.pruner.drain()  # the Trainer synchronises with the device here, too
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any):
+        if metrics and self.trainer.pruner is not None:
+            self.trainer.pruner.add_evaluation(metrics)
+
+
+# ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+def _owner(cls: type, method: str) -> type:
+    """The class, behind the mixin, whose method the mixin's calls."""
+    behind = cls.__mro__[cls.__mro__.index(DynamicPruningMixin) + 1 :]
+    return next(owner for owner in behind if method in vars(owner))
+
+
+def _base_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The model below PEFT's wrapper, if there is one: its class says which head it has."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _output(outputs: Any, name: str) -> Any:
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+
+
+def _has_logits(outputs: Any) -> bool:
+    return _output(outputs, "logits") is not None or isinstance(outputs, tuple | list)
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """Identifies a dataset across processes: N, and for a `datasets.Dataset` its columns and 64 evenly spaced raw rows.
+
+    `_fingerprint` of datasets would not do: it changes from process to process.
+    """
+    n = len(dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        return f"{n} samples"
+    rows = dataset.with_format("arrow")[sorted({i * n // 64 for i in range(64)})].to_pylist()
+    content = json.dumps([dataset.column_names, rows], default=repr, sort_keys=True)
+    return f"{n} samples, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+def _fault_of_checkpoint(folder: Path) -> str | None:
+    """Why a run cannot be resumed from the folder; None if it can."""
+    try:
+        json.loads((folder / "trainer_state.json").read_text())
+    except (OSError, ValueError) as error:
+        return f"its trainer_state.json cannot be read ({error})"
+    try:
+        load_tensors(folder / STATE_FILE)
+    except FileNotFoundError:
+        return f"it has no {STATE_FILE}, so it was not written by a pruned run (or with save_only_model=True)"
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str) -> str:
+    """The checkpoint to resume from: the newest complete one in output_dir for True, else the named one, if complete."""
+    if wanted is not True:
+        fault = _fault_of_checkpoint(Path(wanted))
+        if fault:
+            raise ValueError(
+                f"Cannot resume from {wanted}: {fault}. Name another checkpoint, or pass resume_from_checkpoint=True for "
+                "the newest complete one."
+            )
+        return str(wanted)
+    found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"\D+-(\d+)", p.name))]
+    for _, folder in sorted(found, reverse=True):
+        fault = _fault_of_checkpoint(folder)
+        if not fault:
+            return str(folder)
+        logger.warning("Skipping the checkpoint %s: %s.", folder, fault)
+    raise ValueError(
+        f"There is no complete checkpoint in {output_dir} ({len(found)} found): start the run without "
+        "resume_from_checkpoint."
+    )
