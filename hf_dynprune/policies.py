@@ -10,6 +10,7 @@ README.
 """
 
 import difflib
+import json
 import math
 import numbers
 from abc import ABC, abstractmethod
@@ -161,7 +162,7 @@ def _greedy_and_random(score: Tensor, k: int, epsilon: float, generator: torch.G
 
 def _moving_mean(mean: Tensor, value: Tensor, decay: float) -> Tensor:
     """m <- (1 - a) m + a u, and m = u for the first observation (m is NaN until then)."""
-    return torch.where(mean.isnan(), value, (1 - decay) * mean + decay * value)
+    return torch.where(mean.isnan(), value, torch.lerp(mean, value, decay))  # exact where u = m, and for a = 1
 
 
 # ---- the contract ---------------------------------------------------------------------------------------------------
@@ -268,8 +269,8 @@ class PruningPolicy(ABC):
         return next((name for name, cls in POLICIES.items() if cls is type(self)), type(self).__name__)
 
     def to_dict(self) -> dict[str, Any]:
-        """`name` and all fields, as JSON values."""
-        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        """`name` and all fields, as JSON has them (a tuple becomes a list)."""
+        return json.loads(json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}))
 
     @classmethod
     def paper_like(cls, **settings: Any) -> "PruningPolicy":
@@ -434,8 +435,7 @@ class UCB(PruningPolicy):
 
     def observe(self, rows: Rows, signals: Rows) -> Mapping[str, Tensor]:
         mean, value = rows["mean"], signals[self.signal]
-        surprise = (value - mean) ** 2
-        variance = torch.where(mean.isnan(), 0.0, (1 - self.decay) * rows["variance"] + self.decay * surprise)
+        variance = torch.where(mean.isnan(), 0.0, torch.lerp(rows["variance"], (value - mean) ** 2, self.decay))
         return {"mean": _moving_mean(mean, value, self.decay), "variance": variance}
 
     def score(self, table: SampleTable) -> Tensor:

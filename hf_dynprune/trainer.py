@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import warnings
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import datasets
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from . import distributed
 from .losses import LossRule, SampleLosses, check_signals, derive_rule, logits_of, observe_signals
@@ -39,6 +40,8 @@ logger = logging.getLogger(__name__)
 #   set_initial_training_values          the number of steps is that of the pruned run
 #   _init_training_state                 earliest place that knows the checkpoint; says where the run goes on
 #   _run_epoch                           the epoch's length is fixed from the first epoch's otherwise
+#   _load_from_checkpoint, _load_best_model, _issue_warnings_after_load
+#                                        weights that are saved under other names are not restored otherwise (5.23)
 #   _save_rng_state                      on every rank, before trainer_state.json, the hub's upload and the rotation
 #   _finalize_training                   samples per second counts what was trained
 SEAMS = {
@@ -67,6 +70,9 @@ SEAMS = {
         "epochs_trained",
         "steps_trained_in_current_epoch",
     ),
+    "_load_from_checkpoint": ("resume_from_checkpoint", "model"),
+    "_load_best_model": (),
+    "_issue_warnings_after_load": ("load_result",),
     "_save_rng_state": ("output_dir",),
     "_finalize_training": ("trial", "num_train_samples", "start_time"),
 }
@@ -106,6 +112,8 @@ class DynamicPruningMixin:
     ) -> None:
         self.pruning = pruning
         self.pruner: DynamicPruner | None = None
+        if pruning is not None:  # transformers' own message about streams asks for max_steps, which would not help
+            _check_stream(kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         if pruning is None:
             return
@@ -167,11 +175,7 @@ class DynamicPruningMixin:
         dataset = self.train_dataset
         if dataset is None:
             raise ValueError("pruning= needs a train_dataset; to evaluate alone leave `pruning` out.")
-        if isinstance(dataset, IterableDataset | datasets.IterableDataset) or not hasattr(dataset, "__len__"):
-            raise ValueError(
-                f"A {type(dataset).__name__} is a stream: it has no sample index, so nothing in it can be pruned. Load it "
-                "as a map-style dataset (`load_dataset(..., streaming=False)`), or use pruning=None."
-            )
+        _check_stream(dataset)
         if len(dataset) == 0:
             raise ValueError("The training dataset is empty (0 samples): check the split and the filters.")
         if self.args.remove_unused_columns and isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
@@ -218,7 +222,7 @@ class DynamicPruningMixin:
             is_training=True,
         )
         # The loop takes it over in set_initial_training_values; a loader made for another purpose changes nothing.
-        self._made = (loader, pruner)
+        self._made: tuple[DataLoader, DynamicPruner] | None = (loader, pruner)
         return loader
 
     def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
@@ -234,9 +238,9 @@ class DynamicPruningMixin:
         values = super().set_initial_training_values(args, dataloader)
         if self.pruning is None:
             return values
-        made, self.pruner = self._made
+        (made, self.pruner), self._made = self._made, None
         if made is not dataloader:
-            raise RuntimeError("The Trainer trains from another loader than `get_train_dataloader` made.")
+            raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
         self._loss_checked = False
         self._samples_before: int | None = None
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
@@ -325,6 +329,7 @@ class DynamicPruningMixin:
         scheduler = self.lr_scheduler
         for group, base, schedule in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
             group["lr"] = base * schedule(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _renew_total(self) -> None:
         """The true number of steps, in the state and in the progress bar."""
@@ -429,6 +434,27 @@ class DynamicPruningMixin:
 
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        self._loading_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        self._loading_from = self.state.best_model_checkpoint
+        super()._load_best_model()
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """transformers saves some models (ViT, Mixtral, ...) under other names than it has in memory, and here loads them
+        by name alone: those weights would stay as they are, with a warning. `from_pretrained` knows the names."""
+        if self.pruning is None or not (load_result.missing_keys or load_result.unexpected_keys):
+            return super()._issue_warnings_after_load(load_result)
+        if not isinstance(self.model, PreTrainedModel):
+            raise RuntimeError(
+                f"{self._loading_from} does not fit the model: missing are {load_result.missing_keys}, unexpected "
+                f"{load_result.unexpected_keys}. Resume with the model that was trained."
+            )
+        restored = type(self.model).from_pretrained(self._loading_from, config=self.model.config)
+        self.model.load_state_dict(restored.state_dict())
+
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.pruning is not None and self.pruner is not None:
@@ -466,7 +492,8 @@ class _Recorder(TrainerCallback):
     """Tells the pruner what happens in the loop."""
 
     def __init__(self, trainer: DynamicPruningMixin) -> None:
-        self.trainer = trainer
+        # Weak: in a cycle the loader's workers would be collected in an order in which they wait out a timeout.
+        self.trainer = weakref.proxy(trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if control.should_log and self.trainer.pruner is not None:
@@ -484,6 +511,15 @@ def _owner(cls: type, method: str) -> type:
     """The class, behind the mixin, whose method the mixin's calls."""
     behind = cls.__mro__[cls.__mro__.index(DynamicPruningMixin) + 1 :]
     return next(owner for owner in behind if method in vars(owner))
+
+
+def _check_stream(dataset: Any) -> None:
+    streams = IterableDataset | datasets.IterableDataset
+    if dataset is not None and (isinstance(dataset, streams) or not hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"A {type(dataset).__name__} is a stream: it has no sample index, so nothing in it can be pruned. Load it as a "
+            "map-style dataset (`load_dataset(..., streaming=False)`), or use pruning=None."
+        )
 
 
 def _base_model(model: torch.nn.Module) -> torch.nn.Module:

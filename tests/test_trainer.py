@@ -1,0 +1,920 @@
+"""DynamicPruningTrainer: the five promises, on real Trainers with tiny models."""
+
+import inspect
+import math
+import shutil
+from dataclasses import dataclass
+
+import datasets
+import pytest
+import torch
+from tiny import KnownLoss, arguments, images, known_losses, learning_rates, same_weights, trainer, values, vit
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import ConcatDataset
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainerCallback,
+    default_data_collator,
+    get_scheduler,
+)
+from transformers.trainer_callback import ProgressCallback
+
+from hf_dynprune import (
+    UCB,
+    Column,
+    DynamicPruningMixin,
+    DynamicPruningTrainer,
+    EpochPlan,
+    EpsilonGreedy,
+    FullData,
+    PruningPolicy,
+    RandomPruning,
+)
+from hf_dynprune.trainer import SEAMS
+
+
+class Spy(TrainerCallback):
+    """Notes what the loop says of itself."""
+
+    def __init__(self):
+        self.epochs, self.totals = [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.epochs.append(state.epoch)
+        self.totals.append(state.max_steps)
+
+
+def recorded(run):
+    """Notes the sample indices of each trained batch."""
+    batches = []
+    original = type(run).compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if "sample_index" in inputs:
+            batches.append(inputs["sample_index"].tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    run.__class__ = type("Recorded", (type(run),), {"compute_loss": compute_loss})
+    return batches
+
+
+@dataclass(frozen=True)
+class Shares(PruningPolicy):
+    """Keeps a different share in each epoch; sizes known beforehand or not."""
+
+    shares: tuple = (1.0, 0.5, 0.3, 0.8)
+    known: bool = True
+    weight: float = 1.0
+    lr_scale: float = 1.0
+
+    signals = ("loss",)
+    columns = (Column("last"),)
+
+    def observe(self, rows, signals):
+        return {"last": signals["loss"]}
+
+    def score(self, table):
+        return table["last"]
+
+    def size(self, n, epoch):
+        return round(n * self.shares[epoch % len(self.shares)])
+
+    def planned_size(self, n, epoch, progress):
+        return self.size(n, epoch) if self.known else None
+
+    def plan(self, table, *, score, epoch, progress, generator):
+        indices = torch.randperm(len(table), generator=generator)[: self.size(len(table), epoch)]
+        weights = None if self.weight == 1 else torch.full((len(indices),), self.weight)
+        return EpochPlan(indices, weights, self.lr_scale)
+
+
+# ---- the seams ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SEAMS)
+def test_the_seams_have_the_signatures_that_we_lean_on(name):
+    assert tuple(inspect.signature(getattr(Trainer, name)).parameters)[1:] == SEAMS[name]
+
+
+def test_the_loop_calls_the_seams_as_we_expect():
+    source = inspect.getsource(Trainer._inner_training_loop)
+    order = ["self.get_train_dataloader()", "self.set_initial_training_values(", "self._init_training_state("]
+    order += ["self._prepare_for_training(", "self._run_epoch(\n                model=model,", "self._finalize_training("]
+    assert [source.index(call) for call in order] == sorted(source.index(call) for call in order)
+    save = inspect.getsource(Trainer._save_checkpoint)
+    assert save.index("_save_rng_state") < save.index("save_to_json") < save.index("_push_from_checkpoint")
+    assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
+    assert "_get_num_items_in_batch" in inspect.getsource(Trainer.get_batch_samples)
+
+
+# ---- promise 1: a score belongs to the sample that produced it --------------------------------------------------------
+
+
+def tuple_free_collator(features):
+    return {"value": torch.stack([feature["value"] for feature in features]), "junk": torch.zeros(len(features))}
+
+
+def dict_collator(features):
+    return {"value": torch.tensor([feature["value"] for feature in features])}
+
+
+class Plain(torch.utils.data.Dataset):
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return {"value": torch.tensor(float(i + 1))}
+
+
+class Batched(Plain):
+    def __getitems__(self, indices):
+        return {"value": torch.tensor(indices).float() + 1}
+
+
+def doubled(batch):
+    return {"value": [2 * torch.as_tensor(v) for v in batch["value"]]}
+
+
+def datasets_to_try():
+    base = values(30)
+    return {
+        "hf": base,
+        "shuffled": base.shuffle(seed=1),
+        "filtered": base.filter(lambda row: row["value"] % 2 == 0),
+        "selected": base.select([5, 3, 17, 4, 22]),
+        "concatenated": datasets.concatenate_datasets([base, values(7)]),
+        "more columns": base.add_column("text", [str(i) for i in range(30)]),
+        "transformed": base.with_transform(doubled),
+        "torch": Plain(30),
+        "torch concatenated": ConcatDataset([Plain(13), Plain(9)]),
+    }
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("name", datasets_to_try())
+def test_the_whole_table_holds_each_samples_own_loss(name, workers, tmp_path):
+    data = datasets_to_try()[name]
+    columns = not (name == "transformed")
+    settings = {"dataloader_num_workers": workers, "remove_unused_columns": columns}
+    if workers:
+        settings |= {"dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
+    extra = {"per_sample_loss_fn": known_losses}
+    run = trainer(tmp_path, model=KnownLoss(), data=data, pruning=UCB(keep_ratio=0.6), extra=extra, **settings)
+    run.train()
+    expected = torch.tensor([float(data[i]["value"]) for i in range(len(data))])
+    observed = run.pruner.table.observed
+    assert observed.all()  # 3 epochs of 0.6: never-observed samples come first
+    torch.testing.assert_close(run.pruner.table["mean"], expected, rtol=1e-6, atol=0)
+    assert run.pruner.table["variance"].abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("collator", [None, default_data_collator, tuple_free_collator, dict_collator])
+@pytest.mark.parametrize("remove", [True, False])
+def test_any_collator_and_unused_columns(collator, remove, tmp_path):
+    if collator is tuple_free_collator:
+
+        class Model(KnownLoss):
+            def forward(self, value, junk=None, labels=None):
+                return super().forward(value)
+    else:
+        Model = KnownLoss
+    extra = {"per_sample_loss_fn": known_losses, "data_collator": collator}
+    run = trainer(tmp_path, model=Model(), data=values(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=remove)
+    run.train()
+    torch.testing.assert_close(run.pruner.table["mean"], torch.arange(1.0, 21.0))
+
+
+def test_datasets_that_return_whole_batches(tmp_path):
+    extra = {"per_sample_loss_fn": known_losses, "data_collator": lambda batch: batch}
+    run = trainer(
+        tmp_path, model=KnownLoss(), data=Batched(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=False
+    )
+    run.train()
+    torch.testing.assert_close(run.pruner.table["mean"], torch.arange(1.0, 21.0))
+
+
+def test_a_collator_that_returns_no_dict_is_an_error_at_the_first_batch(tmp_path):
+    extra = {"per_sample_loss_fn": known_losses, "data_collator": lambda features: [f["value"] for f in features]}
+    run = trainer(tmp_path, model=KnownLoss(), data=values(), pruning=UCB(0.5), extra=extra)
+    with pytest.raises(TypeError, match="returned a list"):
+        run.train()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_nonfinite_loss_never_poisons_the_table(bad, tmp_path):
+    data = [float(i + 1) for i in range(20)]
+    data[3] = bad
+    dataset = datasets.Dataset.from_dict({"value": data}).with_format("torch")
+    extra = {"per_sample_loss_fn": known_losses}
+    settings = {"max_grad_norm": 0.0, "learning_rate": 0.0, "num_train_epochs": 4}
+    run = trainer(tmp_path, model=KnownLoss(), data=dataset, pruning=UCB(keep_ratio=0.5), extra=extra, **settings)
+    run.train()
+    mean = run.pruner.table["mean"]
+    assert mean[3].isnan()
+    assert run.pruner.table["last_observed"][3] >= 0
+    assert torch.equal(mean[torch.arange(20) != 3], torch.tensor(data)[torch.arange(20) != 3])
+    assert run.pruning_report.nonfinite_samples == [3]
+    assert run.pruning_report.totals["nonfinite"] == 1  # and it is not chosen again: it scores -inf
+
+
+# ---- promise 2: the budget -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", [RandomPruning(0.3), RandomPruning(0.3, replacement=False), EpsilonGreedy(0.3), UCB(0.3)])
+def test_keep_ratio_is_what_is_trained(policy, tmp_path):
+    run = trainer(tmp_path, data=images(50), pruning=policy, num_train_epochs=4)
+    batches = recorded(run)
+    run.train()
+    report = run.pruning_report
+    assert [record.samples for record in report.epochs] == [15] * 4
+    assert [record.optimizer_steps for record in report.epochs] == [2] * 4
+    assert report.totals["forward_passes"] == report.totals["backward_passes"] == sum(map(len, batches)) == 60
+    assert report.cost_ratio == pytest.approx(0.3)
+    per_epoch = [sum(batches[i : i + 2], []) for i in range(0, 8, 2)]
+    assert all(len(set(epoch)) == 15 for epoch in per_epoch)
+    assert len({tuple(sorted(epoch)) for epoch in per_epoch}) > 1  # dynamic
+
+
+def test_epochs_of_different_lengths_train_every_kept_sample_once(tmp_path):
+    spy = Spy()
+    run = trainer(
+        tmp_path,
+        data=images(40),
+        pruning=Shares(),
+        num_train_epochs=4,
+        gradient_accumulation_steps=3,
+        extra={"callbacks": [spy]},
+    )
+    batches = recorded(run)
+    run.train()
+    sizes = [40, 20, 12, 32]
+    counts = [5, 3, 2, 4]  # batches of 8
+    for size, count in zip(sizes, counts, strict=True):
+        epoch, batches[:count] = sum(batches[:count], []), []
+        assert len(epoch) == size == len(set(epoch))
+    assert batches == []
+    assert [r.optimizer_steps for r in run.pruning_report.epochs] == [2, 1, 1, 2]
+    assert run.state.global_step == run.state.max_steps == 6
+    assert all(p.grad is None for p in run.model.parameters())  # nothing leaks from a partial group
+    assert spy.epochs == pytest.approx([3 / 5, 1, 2, 3, 3.75, 4])
+    assert set(spy.totals) == {6}
+
+
+def test_drop_last_drops_the_tail_and_counts(tmp_path):
+    run = trainer(tmp_path, data=images(50), pruning=RandomPruning(0.5), dataloader_drop_last=True, num_train_epochs=2)
+    batches = recorded(run)
+    run.train()
+    assert [len(b) for b in batches] == [8] * 6
+    assert run.pruning_report.totals["forward_passes"] == 48
+
+
+# ---- promise 3: the schedule follows the budget ----------------------------------------------------------------------
+
+
+def wsd(v, warmup, total):
+    decay = 4
+    stable = total - warmup - decay
+    if v < warmup:
+        return v / warmup
+    if v < warmup + stable:
+        return 1.0
+    if v < total:
+        return 0.5 * (1 + math.cos(math.pi * (v - warmup - stable) / decay))
+    return 0.0
+
+
+def cosine(v, warmup, total):
+    return v / warmup if v < warmup else 0.5 * (1 + math.cos(math.pi * (v - warmup) / (total - warmup)))
+
+
+SCHEDULES = {
+    "linear": ({}, lambda v, w, t: v / w if v < w else (t - v) / (t - w)),
+    "cosine": ({}, cosine),
+    "cosine_with_min_lr": ({"min_lr_rate": 0.1}, lambda v, w, t: v / w if v < w else 0.1 + 0.9 * cosine(v, w, t)),
+    "constant_with_warmup": ({}, lambda v, w, t: min(1.0, v / w)),
+    "polynomial": (
+        {"lr_end": 1e-3, "power": 2.0},
+        lambda v, w, t: v / w if v < w else ((1e-2 - 1e-3) * (1 - (v - w) / (t - w)) ** 2 + 1e-3) / 1e-2,
+    ),
+    "warmup_stable_decay": ({"num_decay_steps": 4}, wsd),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("warmup", [3, 0.25])
+def test_the_learning_rate_of_each_step_is_that_of_a_hand_computed_schedule(name, warmup, tmp_path):
+    settings, schedule = SCHEDULES[name]
+    run = trainer(
+        tmp_path,
+        pruning=Shares(shares=(1.0, 0.6, 0.2, 0.6)),
+        num_train_epochs=4,
+        lr_scheduler_type=name,
+        lr_scheduler_kwargs=settings or None,
+        warmup_steps=warmup,
+    )
+    run.train()
+    lengths = [5, 3, 1, 3]  # batches of 8 in 40, 24, 8, 24 samples
+    total, mean = 12, 3
+    steps = 3  # 3 by itself, and ceil(12 * 0.25)
+    virtual = [mean * e + mean * k / length for e, length in enumerate(lengths) for k in range(length)]
+    expected = [1e-2 * schedule(v, steps, total) for v in virtual]
+    assert learning_rates(run) == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert run.pruning_report.epochs[-1].learning_rate == pytest.approx(1e-2 * schedule(total, steps, total), abs=1e-12)
+
+
+def test_constant_lengths_give_the_schedule_of_that_many_steps_bit_for_bit(tmp_path):
+    run = trainer(tmp_path, pruning=UCB(0.4), lr_scheduler_type="cosine", warmup_steps=2, num_train_epochs=5)
+    run.train()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
+    stock = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=10)
+    expected = []
+    for _ in range(10):
+        expected.append(stock.get_last_lr()[0])
+        optimizer.step()
+        stock.step()
+    assert learning_rates(run) == expected
+    assert run.state.max_steps == 10
+
+
+def test_max_steps_is_a_budget(tmp_path):
+    spy = Spy()
+    run = trainer(tmp_path, pruning=Shares(shares=(1.0, 0.3)), max_steps=17, extra={"callbacks": [spy]}, warmup_steps=0.2)
+    run.train()
+    # 5, 2, 5, 2, then 3 of 5 steps
+    assert run.state.global_step == 17
+    assert [r.optimizer_steps for r in run.pruning_report.epochs] == [5, 2, 5, 2, 3]
+    assert spy.epochs[-1] == pytest.approx(4 + 3 / 5)
+    warmup = math.ceil(17 * 0.2)
+    expected = [1e-2 * (s / warmup if s < warmup else (17 - s) / (17 - warmup)) for s in range(17)]
+    assert learning_rates(run) == pytest.approx(expected)
+    assert run.pruning_report.num_epochs == pytest.approx(4.6)
+    assert run.pruning_report.cost_ratio == pytest.approx((40 + 12 + 40 + 12 + 24) / (40 * 4.6))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_max_steps_goes_on_until_it_is_spent_where_sizes_are_not_known(known, tmp_path):
+    run = trainer(tmp_path, pruning=Shares(shares=(0.2,), known=known), max_steps=9)
+    run.train()
+    assert run.state.global_step == 9
+    assert len(run.pruning_report.epochs) == 9
+
+
+def test_unknown_sizes_end_with_the_learning_rate_at_its_end(tmp_path):
+    spy = Spy()
+    run = trainer(
+        tmp_path, pruning=Shares(shares=(0.2, 0.6, 1.0), known=False), num_train_epochs=3, extra={"callbacks": [spy]}
+    )
+    run.train()
+    assert run.state.global_step == run.state.max_steps == 1 + 3 + 5
+    assert spy.totals == [11] * 1 + [9] * 8  # later epochs are taken to be full until they begin
+    assert run.pruning_report.epochs[-1].learning_rate == pytest.approx(0, abs=1e-12)
+    # F = 5 (N's), so v = 0; 5, 5 + 5/3, 5 + 10/3; 10, 11, 12, 13, 14 of T = 15
+    virtual = [0, 5, 5 + 5 / 3, 5 + 10 / 3, 10, 11, 12, 13, 14]
+    assert learning_rates(run) == pytest.approx([1e-2 * (1 - v / 15) for v in virtual])
+
+
+def test_fractional_epochs(tmp_path):
+    run = trainer(tmp_path, pruning=UCB(0.5), num_train_epochs=2.5)
+    run.train()
+    assert run.state.global_step == run.state.max_steps == 8  # 3 + 3 + ceil(1.5)
+    assert run.pruning_report.num_epochs == pytest.approx(2 + 2 / 3)
+
+
+def test_a_plan_scales_the_learning_rate_from_its_first_step_on(tmp_path):
+    run = trainer(tmp_path, pruning=Shares(shares=(0.4,), lr_scale=2.0, first=1), num_train_epochs=2)
+    run.train()
+    # 5 full-data steps, then 2 of the plan: F = 3.5, T = 7
+    virtual, scale = [0.7 * k for k in range(5)] + [3.5, 3.5 + 1.75], [1] * 5 + [2] * 2
+    assert learning_rates(run) == pytest.approx([1e-2 * (1 - v / 7) * s for v, s in zip(virtual, scale, strict=True)])
+
+
+def test_a_scheduler_that_is_passed_in_is_left_alone_with_one_warning(tmp_path, caplog):
+    model = vit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    scheduler = LambdaLR(optimizer, lambda step: 1 / (step + 1))
+    run = trainer(tmp_path, model=model, pruning=UCB(0.4), extra={"optimizers": (optimizer, scheduler)})
+    run.train()
+    assert learning_rates(run) == pytest.approx([1e-2 / (s + 1) for s in range(6)])
+    assert [r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()][0].count("6 optimizer steps") == 1
+
+
+def test_reduce_lr_on_plateau_follows_the_metric(tmp_path):
+    run = trainer(
+        tmp_path,
+        pruning=UCB(0.4),
+        lr_scheduler_type="reduce_lr_on_plateau",
+        lr_scheduler_kwargs={"patience": 0, "factor": 0.5, "threshold": 1e9},
+        eval_strategy="epoch",
+        metric_for_best_model="loss",
+        extra={"eval_dataset": images(8)},
+    )
+    run.train()
+    assert run.pruning_report.epochs[-1].learning_rate < 1e-2
+
+
+@pytest.mark.parametrize(
+    ("settings", "evaluations", "saves"),
+    [
+        ({"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}, [2, 4, 6, 8, 9], [3, 6, 9]),
+        ({"eval_strategy": "steps", "eval_steps": 0.5, "save_strategy": "steps", "save_steps": 0.4}, [5, 9], [4, 8, 9]),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [5, 7, 9], [5, 7, 9]),
+    ],
+)
+def test_logging_evaluation_and_saving_by_steps_share_and_epochs(settings, evaluations, saves, tmp_path):
+    run = trainer(tmp_path, pruning=Shares(shares=(1.0, 0.3, 0.4)), extra={"eval_dataset": images(8)}, **settings)
+    run.train()
+    assert [e["step"] for e in run.state.log_history if "eval_loss" in e] == evaluations
+    assert sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*")) == saves
+    assert run.state.log_history[-1]["epoch"] == 3
+
+
+def test_samples_per_second_counts_what_was_trained(tmp_path):
+    run = trainer(tmp_path, pruning=Shares(shares=(1.0, 0.3, 0.4)))
+    metrics = run.train().metrics
+    trained = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert trained == pytest.approx(40 + 12 + 16, rel=0.02)
+
+
+def test_the_progress_bar_knows_the_true_number_of_steps(tmp_path):
+    totals = []
+
+    class Bar(ProgressCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            super().on_step_end(args, state, control, **kwargs)
+            totals.append((self.training_bar.n, self.training_bar.total))
+
+    run = trainer(tmp_path, pruning=Shares(shares=(0.2, 0.6, 1.0), known=False), extra={"callbacks": [Bar()]})
+    run.train()
+    assert totals[0] == (1, 11)
+    assert totals[-1] == (9, 9)
+
+
+# ---- the loss --------------------------------------------------------------------------------------------------------
+
+
+def gradients(model, data, folder, batch, accumulation, pruning):
+    """The gradient that the first optimizer step uses."""
+    seen = []
+
+    class Note(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+
+    extra = {"callbacks": [Note()]}
+    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
+    trainer(folder, model=model, data=data, pruning=pruning, extra=extra, max_steps=2, **settings).train()
+    return seen
+
+
+def bert():
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return BertForSequenceClassification(config)
+
+
+def texts(n=22):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 32, (n, 6), generator=generator)
+    return datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "labels": (tokens[:, 0] % 2).tolist()})
+
+
+@pytest.mark.parametrize("weight", [1.0, 3.0])
+@pytest.mark.parametrize(("make", "data"), [(vit, images(22)), (bert, texts(22))])
+def test_accumulation_gives_the_gradient_of_one_big_batch(make, data, weight, tmp_path):
+    """Also for BERT, where the stock Trainer's is four times too large, and for a partial last group."""
+    policy = Shares(shares=(1.0,), weight=weight)
+    whole = gradients(make(), data, tmp_path, 16, 1, policy)
+    for batch, accumulation in ((4, 4), (2, 8), (8, 2)):
+        parts = gradients(make(), data, tmp_path, batch, accumulation, policy)
+        for step, other in zip(whole, parts, strict=True):
+            for a, b in zip(step, other, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+def test_weights_scale_the_loss_and_are_not_normalised_away(tmp_path):
+    plain = gradients(vit(), images(16), tmp_path, 16, 1, Shares(shares=(1.0,)))[0]
+    tripled = gradients(vit(), images(16), tmp_path, 16, 1, Shares(shares=(1.0,), weight=3.0))[0]
+    for a, b in zip(plain, tripled, strict=True):
+        torch.testing.assert_close(3 * a, b)
+
+
+def test_label_smoothing_trains_the_smoothed_loss_and_observes_the_plain_one(tmp_path):
+    stock = trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2)
+    stock.train()
+    ours = trainer(tmp_path, pruning=Shares(shares=(1.0,)), label_smoothing_factor=0.2, learning_rate=0.0)
+    assert ours.train().training_loss == pytest.approx(
+        trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2, learning_rate=0.0).train().training_loss, rel=1e-5
+    )
+    data = images(40)
+    with torch.no_grad():
+        logits = ours.model(pixel_values=data["pixel_values"][:]).logits
+    expected = torch.nn.functional.cross_entropy(logits, data["labels"][:], reduction="none")
+    torch.testing.assert_close(ours.pruner.table["last"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_scores_are_float32(tmp_path):
+    run = trainer(tmp_path, pruning=UCB(0.5), bf16=True)
+    run.train()
+    assert run.pruner.table["mean"].dtype == torch.float32
+    assert run.pruner.table["mean"].isfinite().all()
+
+
+def test_seq2seq_through_the_mixin(tmp_path):
+    class PrunedSeq2SeqTrainer(DynamicPruningMixin, Seq2SeqTrainer):
+        pass
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+    config.decoder_start_token_id = 0
+    tokens = torch.randint(1, 32, (20, 5), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[::2, 3:] = -100
+    data = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
+    args = Seq2SeqTrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, num_train_epochs=2, save_strategy="no"
+    )
+    run = PrunedSeq2SeqTrainer(
+        model=T5ForConditionalGeneration(config), args=args, train_dataset=data, pruning=UCB(keep_ratio=0.5)
+    )
+    run.train()
+    assert run.pruner.table.observed.all()
+    assert run.pruning_report.cost_ratio == pytest.approx(0.5)
+
+
+def test_an_auxiliary_loss_is_kept(tmp_path):
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        output_router_logits=True,
+        router_aux_loss_coef=0.5,
+    )
+    model = MixtralForCausalLM(config)
+    tokens = torch.randint(0, 32, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
+    data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    run = trainer(tmp_path, model=model, data=data, pruning=FullData(), per_device_train_batch_size=16, max_steps=1)
+    batch = {"input_ids": torch.tensor(tokens), "labels": torch.tensor(tokens)}
+    with torch.no_grad():
+        own = model.eval()(**batch).loss.item()
+    assert run.train().training_loss == pytest.approx(own, rel=1e-4)
+
+
+# ---- promise 4: exact resume -----------------------------------------------------------------------------------------
+
+
+def comparable(report):
+    """A report without what may differ: measured seconds and the list of restarts."""
+    values = report.to_dict()
+    values.pop("resumed")
+    values.pop("environment")
+    values["totals"].pop("seconds")
+    values.pop("metrics")
+    for record in values["epochs"]:
+        record.pop("seconds")
+        record["metrics"] = {k: v for k, v in record["metrics"].items() if k in ("eval_loss",)}
+    return values
+
+
+@pytest.mark.parametrize("policy", [UCB(keep_ratio=0.4), Shares(), EpsilonGreedy(0.5, period=2, first=1, last=0.25)])
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_resuming_from_any_checkpoint_continues_the_identical_run(policy, accumulation, tmp_path):
+    settings = {
+        "num_train_epochs": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 4,
+    }
+    data = images(26)
+    make = lambda folder: trainer(folder, model=vit(dropout=0.1), data=data, pruning=policy, **settings)  # noqa: E731
+    whole = make(tmp_path / "whole")
+    whole.train()
+    steps = whole.state.global_step
+    for step in range(1, steps):
+        part = make(tmp_path / "part")
+        part.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert part.state.global_step == steps
+        assert same_weights(whole.model, part.model), step
+        for name in whole.pruner.table.columns:
+            assert torch.equal(whole.pruner.table[name].nan_to_num(7), part.pruner.table[name].nan_to_num(7)), (step, name)
+        assert learning_rates(part) == learning_rates(whole), step
+        assert comparable(part.pruning_report) == comparable(whole.pruning_report), step
+        assert part.pruning_report.resumed[-1]["step"] == step
+        shutil.rmtree(tmp_path / "part")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_in_mid_epoch_with_workers(workers, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
+    settings["dataloader_persistent_workers"] = bool(workers)
+    whole = trainer(tmp_path, pruning=UCB(0.6), **settings)
+    whole.train()
+    part = trainer(tmp_path / "part", pruning=UCB(0.6), **settings)
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert same_weights(whole.model, part.model)
+
+
+def test_resume_takes_the_newest_complete_checkpoint_and_warns_of_the_others(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 2}
+    whole = trainer(tmp_path, pruning=UCB(0.6), **settings)
+    whole.train()
+    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
+    state = tmp_path / "checkpoint-8" / "pruning_state.safetensors"
+    state.write_bytes(state.read_bytes()[:-5])
+    part = trainer(tmp_path, pruning=UCB(0.6), **settings)
+    part.train(resume_from_checkpoint=True)
+    assert part.pruning_report.resumed[-1]["step"] == 6
+    assert "checkpoint-9" in caplog.text
+    assert "checkpoint-8" in caplog.text
+    assert same_weights(whole.model, part.model)
+
+
+def test_an_incomplete_checkpoint_that_is_named_is_an_error(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
+    trainer(tmp_path, pruning=UCB(0.6), **settings).train()
+    (tmp_path / "checkpoint-3" / "pruning_state.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint-3.*pruning_state.safetensors"):
+        trainer(tmp_path, pruning=UCB(0.6), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trainer(tmp_path, pruning=UCB(0.6), **settings).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pruning": UCB(keep_ratio=0.6, c=2.0)}, r"'c': 1.0.*'c': 2.0"),
+        ({"pruning": EpsilonGreedy(keep_ratio=0.6)}, r"ucb.*epsilon-greedy"),
+        ({"data": images(41)}, r"40.*41"),
+        ({"data": images(40, seed=9)}, "fingerprint"),
+        ({"per_device_train_batch_size": 4}, r"global batch: 8 there, 4 here"),
+    ],
+)
+def test_another_run_is_refused_on_resume_with_both_values(changes, message, tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1, "pruning": UCB(keep_ratio=0.6)}
+    trainer(tmp_path, **settings).train()
+    with pytest.raises(ValueError, match=message):
+        trainer(tmp_path / "other", **{**settings, **changes}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_ignore_data_skip_restarts_the_interrupted_epoch(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "pruning": UCB(keep_ratio=0.6)}
+    trainer(tmp_path, **settings).train()
+    run = trainer(tmp_path / "b", ignore_data_skip=True, **settings)
+    batches = recorded(run)
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert len(batches) == 6  # 3 of the interrupted epoch, 3 of the next
+    assert run.state.global_step == run.state.max_steps == 8
+
+
+def test_a_second_train_starts_fresh(tmp_path):
+    first = trainer(tmp_path, pruning=UCB(0.5), learning_rate=0.0)
+    first.train()
+    before = {name: first.pruner.table[name].clone() for name in first.pruner.table.columns}
+    report = first.pruning_report
+    first.train()
+    assert first.pruning_report is not report
+    assert comparable(first.pruning_report) == comparable(report)
+    assert all(torch.equal(before[name], first.pruner.table[name]) for name in before)
+
+
+def test_auto_find_batch_size_retries_start_fresh(tmp_path):
+    class Crowded(DynamicPruningTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            if self.pruner.batches_done == 1 and len(inputs["labels"]) > 4:
+                raise RuntimeError("CUDA out of memory.")  # what accelerate looks for
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    run = trainer(tmp_path, cls=Crowded, pruning=UCB(0.6), auto_find_batch_size=True)
+    run.train()
+    assert run.pruner.batch_size < 8
+    assert [record.forward_passes for record in run.pruning_report.epochs] == [24] * 3
+
+
+def test_a_loader_made_by_the_user_does_not_disturb_the_run(tmp_path):
+    class Nosy(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            run.get_train_dataloader()
+
+    run = trainer(tmp_path, pruning=UCB(0.5), extra={"callbacks": [Nosy()]})
+    run.train()
+    assert run.pruning_report.totals["forward_passes"] == 60
+
+
+# ---- promise 5: off means off ----------------------------------------------------------------------------------------
+
+
+def test_pruning_none_is_the_stock_trainer(tmp_path):
+    stock = trainer(tmp_path, cls=Trainer)
+    off = trainer(tmp_path, pruning=None)
+    for run in (stock, off):
+        run.train()
+    assert same_weights(stock.model, off.model)
+    drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
+    logs = [[{k: v for k, v in e.items() if k not in drop} for e in run.state.log_history] for run in (stock, off)]
+    assert logs[0] == logs[1]
+    assert off.pruning_report is None
+    assert off.pruner is None
+    assert "loss_is_scaled_for_ga" not in vars(off)
+    assert [type(c) for c in off.callback_handler.callbacks] == [type(c) for c in stock.callback_handler.callbacks]
+
+
+@pytest.mark.parametrize("n", [40, 37])
+def test_full_data_is_the_stock_run(n, tmp_path):
+    stock = trainer(tmp_path, cls=Trainer, data=images(n), lr_scheduler_type="cosine", warmup_steps=2)
+    ours = trainer(tmp_path, pruning=FullData(), data=images(n), lr_scheduler_type="cosine", warmup_steps=2)
+    batches = recorded(ours)
+    for run in (stock, ours):
+        run.train()
+    assert learning_rates(stock) == learning_rates(ours)
+    for a, b in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    expected = []
+    for epoch in range(3):
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(42 + epoch))
+        expected += [batch.tolist() for batch in order.split(8)]
+    assert batches == expected
+    assert ours.pruning_report.cost_ratio == 1
+
+
+def test_evaluation_and_prediction_are_untouched(tmp_path):
+    held_out = images(10, seed=3)
+    stock = trainer(tmp_path, cls=Trainer, extra={"eval_dataset": held_out})
+    ours = trainer(tmp_path, pruning=UCB(0.5), extra={"eval_dataset": held_out})
+    assert ours.evaluate()["eval_loss"] == stock.evaluate()["eval_loss"]
+    assert (ours.predict(held_out).predictions == stock.predict(held_out).predictions).all()
+
+
+# ---- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_each_epochs_logs_reach_the_loggers(tmp_path):
+    logged = []
+
+    class Logger(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            logged.append(dict(logs))
+
+    run = trainer(tmp_path, pruning=UCB(0.5), extra={"callbacks": [Logger()]})
+    run.train()
+    epochs = [entry for entry in logged if "pruning/kept_share" in entry]
+    assert [entry["pruning/kept_share"] for entry in epochs] == [0.5] * 3
+    assert [entry["pruning/kept_samples"] for entry in epochs] == [20] * 3
+    assert all(entry["pruning/choosing_seconds"] > 0 for entry in epochs)
+    assert "pruning/score_mean" not in epochs[0]  # nothing was observed yet
+    last = epochs[-1]
+    assert last["pruning/score_q05"] <= last["pruning/score_q50"] <= last["pruning/score_q95"]
+    assert last["pruning/score_q05"] <= last["pruning/score_mean"] <= last["pruning/score_q95"] + 1
+
+
+def test_the_report_tells_of_the_run(tmp_path):
+    run = trainer(
+        tmp_path, pruning=RandomPruning(0.5, first=1), eval_strategy="epoch", extra={"eval_dataset": images(10)}, seed=3
+    )
+    run.train()
+    report = run.pruning_report
+    assert report.seed == report.data_seed == 3
+    assert [record.full_data for record in report.epochs] == [True, False, False]
+    assert report.cost_ratio == pytest.approx((40 + 20 + 20) / 120)
+    assert report.selection["choices"] == 2
+    assert sum(report.selection["histogram"]) == 40
+    assert report.metrics["eval_loss"] == run.state.log_history[-2]["eval_loss"]
+    for record in report.epochs:
+        assert record.seconds["evaluation"] > 0
+        assert record.seconds["training"] > 0
+        assert record.seconds["choosing"] > 0
+        assert record.seconds["scoring"] == 0
+    spent = sum(report.totals["seconds"].values())
+    assert spent == pytest.approx(run.state.log_history[-1]["train_runtime"], abs=0.5)
+    assert report.environment["versions"]["torch"] == torch.__version__
+
+
+def test_an_evaluation_after_the_end_does_not_replace_the_last_epochs(tmp_path):
+    run = trainer(tmp_path, pruning=UCB(0.5), eval_strategy="epoch", extra={"eval_dataset": images(10)})
+    run.train()
+    loss = run.pruning_report.metrics["eval_loss"]
+    run.evaluate(images(10, seed=5), metric_key_prefix="eval")
+    assert run.pruning_report.metrics["eval_loss"] == loss
+    run.evaluate(images(10, seed=5), metric_key_prefix="test")
+    assert run.pruning_report.metrics["test_loss"] > 0
+
+
+def test_global_random_states_are_the_stock_trainers(tmp_path):
+    stock = trainer(tmp_path, cls=Trainer, model=vit(dropout=0.1))
+    stock.train()
+    expected = torch.rand(3)
+    ours = trainer(tmp_path, pruning=FullData(), model=vit(dropout=0.1))
+    ours.train()
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield {"value": torch.tensor(1.0)}
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+class OwnSampler(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"pruning": "ucb"}, TypeError, r"make_policy"),
+        ({"data": Stream()}, ValueError, "stream"),
+        ({"data": values(3).to_iterable_dataset()}, ValueError, "stream"),
+        ({"data": values(0)}, ValueError, "empty"),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 32}, ValueError, r"keeps 20 of 40 .* drop_last"),
+        ({"train_sampling_strategy": "group_by_length"}, ValueError, "group_by_length"),
+        ({"train_sampling_strategy": "sequential"}, ValueError, "sequential"),
+        ({"model": KnownLoss()}, ValueError, "per_sample_loss_fn"),
+        ({"extra": {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: 0}}, ValueError, "per_sample_loss_fn"),
+        ({"cls": type("Mixed", (DynamicPruningMixin, OwnLoss), {})}, ValueError, "OwnLoss.compute_loss"),
+        ({"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})}, ValueError, "OwnSampler._get_train_sampler"),
+        ({"data": images().with_transform(lambda batch: batch)}, ValueError, "remove_unused_columns=False"),
+        ({"pruning": UCB(0.5, signal="el2m")}, ValueError, "el2m"),
+        ({"extra": {"per_sample_loss_fn": "single"}}, ValueError, "single_label"),
+    ],
+)
+def test_bad_input_is_an_error_at_construction(changes, error, message, tmp_path):
+    settings = {"pruning": UCB(keep_ratio=0.5), **changes}
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, **settings)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda outputs, inputs: outputs["losses"].mean(), r"shape \(\).*shape \(batch size,\)"),
+        (lambda outputs, inputs: outputs["losses"][:3], r"shape \(3,\).* 8 samples"),
+        (lambda outputs, inputs: 2 * outputs["losses"], "would train something else"),
+    ],
+)
+def test_a_wrong_per_sample_loss_is_an_error_at_the_first_batch(function, message, tmp_path):
+    run = trainer(tmp_path, model=KnownLoss(), data=values(), pruning=UCB(0.5), extra={"per_sample_loss_fn": function})
+    with pytest.raises(ValueError, match=message):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_a_compute_loss_that_goes_its_own_way_is_found_out(tmp_path):
+    class Own(DynamicPruningTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            inputs.pop("sample_index")
+            outputs = model(**inputs)
+            return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    run = trainer(tmp_path, cls=Own, pruning=UCB(0.5))
+    with pytest.raises(RuntimeError, match=r"super\(\)\.compute_loss"):
+        run.train()
+
+
+def test_a_users_loss_function_with_its_per_sample_form(tmp_path):
+    def loss(outputs, labels, num_items_in_batch=None):
+        return 2 * torch.nn.functional.cross_entropy(outputs.logits, labels)
+
+    def per_sample(outputs, inputs):
+        return 2 * torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+
+    run = trainer(tmp_path, pruning=UCB(0.5), extra={"compute_loss_func": loss, "per_sample_loss_fn": per_sample})
+    run.train()
+    assert run.pruner.table.observed.all()
+
+
+def test_a_loss_of_the_mixed_class_with_its_per_sample_form(tmp_path):
+    cls = type("Mixed", (DynamicPruningMixin, OwnLoss), {})
+    run = trainer(tmp_path, cls=cls, pruning=UCB(0.5), extra={"per_sample_loss_fn": "single_label"})
+    run.train()
+    assert run.pruner.table.observed.all()
