@@ -1,0 +1,42 @@
+"""Metrics of the recipes: `evaluate.Metric`s that need no network, since their code is here."""
+
+import datasets
+import evaluate
+import numpy as np
+
+# What the Trainer hands to `compute_metrics` by way of `best_classes`: the classes in the order of their logits.
+KEPT_CLASSES = 5
+
+
+class Accuracy(evaluate.Metric):
+    """Share of samples whose label is among the k classes of highest logit."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: the best classes of a sample, best first; references: its label",
+            features=datasets.Features(
+                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references, k: tuple[int, ...] = (1,)) -> dict[str, float]:
+        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+        return {"accuracy" if n == 1 else f"top{n}_accuracy": float(hits[:, :n].any(1).mean()) for n in k}
+
+
+def best_classes(logits, labels):
+    """For `preprocess_logits_for_metrics`: keeps (B, 5) classes of the (B, C) logits, on the device."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits.topk(min(KEPT_CLASSES, logits.shape[-1]), dim=-1).indices
+
+
+def accuracy_of(*k: int):
+    """For `compute_metrics`: the top-k accuracies."""
+    metric = Accuracy(keep_in_memory=True)
+
+    def compute(prediction) -> dict[str, float]:
+        return metric.compute(predictions=prediction.predictions, references=prediction.label_ids, k=k)
+
+    return compute

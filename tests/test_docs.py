@@ -1,0 +1,74 @@
+"""The README: its programs run, and each of its commands is run here, in test_recipes.py or by CI."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import arguments, images, trainer, vit
+
+import hf_dynprune
+from hf_dynprune import DynamicPruningTrainer, PruningPolicy
+from hf_dynprune.policies import POLICIES
+from hf_dynprune.report import PruningReport
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    """The commands of the README, options and comments left out: `make test`, `python recipes/cifar.py`."""
+    lines = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.split("\n")]
+    return sorted({re.sub(r" --.*", "", line) for line in lines if line})
+
+
+def test_every_command_is_run_by_a_test_or_by_ci():
+    run_by = {
+        "make quickstart": ROOT / ".ci" / "run",
+        "make test": ROOT / ".ci" / "run",
+        "python recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
+        "accelerate launch recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
+    }
+    assert commands() == sorted(run_by)
+    for command, file in run_by.items():
+        wanted = "accelerate" if command.startswith("accelerate") else command.split("/")[-1]
+        assert wanted in file.read_text(), f"{file} does not run {command}"
+
+
+def test_the_smallest_program_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"model": vit(), "args": arguments(tmp_path), "train": images(), "test": images(8)}
+    exec(PROGRAMS[0], scope)
+    assert isinstance(scope["trainer"], DynamicPruningTrainer)
+    assert PruningReport.load("report.json").cost_ratio == pytest.approx(0.3)
+
+
+def test_write_your_own_policy_runs_and_is_short(tmp_path):
+    assert len(PROGRAMS[1].strip().splitlines()) <= 20
+    scope = {"__name__": "readme"}
+    exec(PROGRAMS[1], scope)
+    policy = scope["LeastProgress"](keep_ratio=0.5, first=2)
+    assert isinstance(policy, PruningPolicy)
+    run = trainer(tmp_path, pruning=policy, num_train_epochs=5)
+    run.train()
+    assert run.pruning_report.cost_ratio == pytest.approx((2 + 3 * 0.5) / 5)
+    assert torch.isfinite(run.pruner.table["progress"]).all()
+
+
+def test_every_policy_has_its_row():
+    rows = re.findall(r"^\| `(\w+)\(.*?\)` \| `([\w-]+)` \|", README, re.MULTILINE)
+    assert {name: cls for cls, name in rows} == {name: cls.__name__ for name, cls in POLICIES.items()}
+
+
+def test_every_field_of_the_report_is_explained():
+    section = README.split("## Reading the report")[1].split("\n## ")[0]
+    report = PruningReport({"name": "full"}, 1, 0, 0).to_dict()
+    for field in report:
+        assert f"`{field}`" in section, field
+
+
+def test_the_names_that_the_readme_uses_exist():
+    for name in re.findall(r"from hf_dynprune import ([\w, ]+)", README):
+        for part in name.split(","):
+            assert hasattr(hf_dynprune, part.strip())
