@@ -14,7 +14,7 @@ class PruningArguments:
     `policy()` makes the policy, or None for `pruning="none"`, and raises ValueError for what does not fit together.
     """
 
-    pruning: str = field(
+    pruning: str | None = field(
         default="none",
         metadata={"help": f"The pruning policy: none (the stock Trainer), {', '.join(POLICIES)}."},
     )
@@ -45,7 +45,7 @@ class PruningArguments:
                     f"keep_ratio is given twice: {self.keep_ratio} by itself, {settings['keep_ratio']} in pruning_kwargs."
                 )
             settings["keep_ratio"] = self.keep_ratio
-        if self.pruning.lower() == "none":
+        if self.pruning is None or self.pruning.lower() == "none":
             if settings:
                 raise ValueError(
                     f"{settings} has no effect with pruning='none': choose a policy ({', '.join(POLICIES)}) or leave it out."

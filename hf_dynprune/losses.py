@@ -79,9 +79,10 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, ignored: in
 
 
 def _single_label(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+    """Cross-entropy. A label -100 has no loss, as in the models, but is counted as a sample of the optimizer step."""
     logits, labels = logits_of(outputs), _labels(inputs).reshape(-1)
     train, plain = _cross_entropy(logits.reshape(len(labels), -1), labels, smoothing)
-    return SampleLosses(train, plain, torch.ones_like(plain))
+    return SampleLosses(train, plain, labels.ne(IGNORED).float())
 
 
 def _classification(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
@@ -146,7 +147,7 @@ RULES: dict[str, LossRule] = {
     ),
 }
 
-# transformers' names for heads say what their loss is. The longest ending that fits counts.
+# transformers' names for heads say what their loss is; on the first batch the trainer compares with the model's own.
 _RULE_OF_HEAD = {
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",
@@ -264,5 +265,7 @@ def observe_signals(
             values[name] = losses.plain / losses.terms.clamp(min=1)
         else:
             labels = _labels(inputs).reshape(-1)
+            if labels.is_floating_point() or len(labels) != len(losses.plain):
+                raise ValueError(f"The signal {name!r} is defined for single-label classification; here use 'loss'.")
             values[name] = function(logits_of(outputs).detach().float().reshape(len(labels), -1), labels)
     return values

@@ -14,7 +14,7 @@ import json
 import math
 import numbers
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -77,40 +77,29 @@ class EpochPlan:
 # ---- checks of fields -----------------------------------------------------------------------------------------------
 
 
-def _number(name: str, value: object, wanted: str, ok: bool | None = None) -> None:
-    """TypeError unless `value` is a real number, ValueError unless `ok`."""
+def check_number(name: str, value: Any, wanted: str, ok: Callable[[Any], bool]) -> None:
+    """TypeError unless `value` is a real number, ValueError unless it is finite and `ok`."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} is not a number: wanted is {wanted}.")
-    if ok is False or not math.isfinite(value):
-        raise ValueError(f"{name}={value} is out of range: wanted is {wanted}.")
+    if not (math.isfinite(value) and ok(value)):
+        raise ValueError(f"{name}={value!r} is out of range: wanted is {wanted}.")
 
 
-def check_keep_ratio(value: Any) -> None:
-    wanted = "the share of the data to train on in an epoch, a number in (0, 1], such as 0.3 for 30 %"
-    _number("keep_ratio", value, wanted)
-    if not 0 < value <= 1:
-        raise ValueError(f"keep_ratio={value} is out of range: wanted is {wanted}.")
-
-
-def _check_share(name: str, value: Any, closed: bool = False) -> None:
-    wanted = f"a share in [0, 1{']' if closed else ')'}"
-    _number(name, value, wanted)
-    if not (0 <= value < 1 or (closed and value == 1)):
-        raise ValueError(f"{name}={value} is out of range: wanted is {wanted}.")
-
-
-def _check_decay(value: Any) -> None:
-    _number("decay", value, "the weight of a new observation, in (0, 1]")
-    if not 0 < value <= 1:
-        raise ValueError(f"decay={value} is out of range: wanted is the weight of a new observation, in (0, 1].")
-
-
-def _check_count(name: str, value: Any, least: int) -> None:
+def check_count(name: str, value: Any, least: int) -> None:
+    """TypeError unless `value` is a whole number, ValueError if it is less than `least`."""
     wanted = f"a whole number of at least {least}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name}={value!r} is not a whole number: wanted is {wanted}.")
     if value < least:
-        raise ValueError(f"{name}={value} is out of range: wanted is {wanted}.")
+        raise ValueError(f"{name}={value!r} is out of range: wanted is {wanted}.")
+
+
+def _check_share(name: str, value: Any) -> None:
+    check_number(name, value, "a share in [0, 1]", lambda share: 0 <= share <= 1)
+
+
+def _check_decay(value: Any) -> None:
+    check_number("decay", value, "the weight of a new observation, in (0, 1]", lambda decay: 0 < decay <= 1)
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -185,7 +174,7 @@ class PruningPolicy(ABC):
             dropped samples are those of the epoch in which they were last trained.
         max_age: a sample not observed in the last `max_age` choices scores +inf, so that it is seen again.
         exclude_hardest: share of the observed samples, those with the highest scores, that is kept last of all (a guard
-            against wrong labels and outliers); in [0, 1).
+            against wrong labels and outliers); in [0, 1). `max_age`, if set, brings them back now and then.
         max_weight: upper limit on the weights of a plan.
     """
 
@@ -201,19 +190,22 @@ class PruningPolicy(ABC):
     columns: ClassVar[tuple[Column, ...]] = ()
 
     def __post_init__(self) -> None:
+        for f in fields(self):  # NumPy's numbers would not go into JSON
+            value = getattr(self, f.name)
+            if isinstance(value, numbers.Number) and hasattr(value, "item"):
+                object.__setattr__(self, f.name, value.item())
         if hasattr(self, "keep_ratio"):
-            check_keep_ratio(self.keep_ratio)
-        _check_count("period", self.period, 1)
-        _check_count("first", self.first, 0)
-        _check_share("last", self.last, closed=True)
+            wanted = "the share of the data to train on in an epoch, a number in (0, 1], such as 0.3 for 30 %"
+            check_number("keep_ratio", self.keep_ratio, wanted, lambda ratio: 0 < ratio <= 1)
+        check_count("period", self.period, 1)
+        check_count("first", self.first, 0)
+        _check_share("last", self.last)
         _check_choice("scoring", self.scoring, ("trained",))
         if self.max_age is not None:
-            _check_count("max_age", self.max_age, 1)
-        _check_share("exclude_hardest", self.exclude_hardest)
+            check_count("max_age", self.max_age, 1)
+        check_number("exclude_hardest", self.exclude_hardest, "a share in [0, 1)", lambda share: 0 <= share < 1)
         if self.max_weight is not None:
-            _number("max_weight", self.max_weight, "a positive number", ok=None)
-            if self.max_weight <= 0:
-                raise ValueError(f"max_weight={self.max_weight} is out of range: wanted is a positive number.")
+            check_number("max_weight", self.max_weight, "a positive number", lambda weight: weight > 0)
         has_scores = type(self).score is not PruningPolicy.score
         for guard in ("max_age", "exclude_hardest"):
             if getattr(self, guard) and not has_scores:
@@ -364,7 +356,7 @@ class EpsilonGreedy(PruningPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_share("epsilon", self.epsilon, closed=True)
+        _check_share("epsilon", self.epsilon)
         _check_decay(self.decay)
 
     @property
@@ -422,12 +414,10 @@ class UCB(PruningPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _number("c", self.c, "a number of at least 0")
-        if self.c < 0:
-            raise ValueError(f"c={self.c} is out of range: wanted is a number of at least 0.")
+        check_number("c", self.c, "a number of at least 0", lambda c: c >= 0)
         _check_decay(self.decay)
         _check_choice("bonus", self.bonus, ("variance", "std"))
-        _check_share("epsilon", self.epsilon, closed=True)
+        _check_share("epsilon", self.epsilon)
 
     @property
     def signals(self) -> tuple[str, ...]:
@@ -435,7 +425,9 @@ class UCB(PruningPolicy):
 
     def observe(self, rows: Rows, signals: Rows) -> Mapping[str, Tensor]:
         mean, value = rows["mean"], signals[self.signal]
-        variance = torch.where(mean.isnan(), 0.0, torch.lerp(rows["variance"], (value - mean) ** 2, self.decay))
+        # A loss above 1e19 has a square beyond float32: without the limit the variance would be infinite, then NaN for good.
+        surprise = ((value - mean) ** 2).clamp(max=torch.finfo(value.dtype).max)
+        variance = torch.where(mean.isnan(), 0.0, torch.lerp(rows["variance"], surprise, self.decay))
         return {"mean": _moving_mean(mean, value, self.decay), "variance": variance}
 
     def score(self, table: SampleTable) -> Tensor:
@@ -465,6 +457,8 @@ def make_policy(name: str, **settings: Any) -> PruningPolicy:
     Raises:
         ValueError: for an unknown name or field, naming the near ones, and for values out of range.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"{name!r} is no name of a policy; the names are {', '.join(map(repr, POLICIES))}.")
     key = name.lower().replace("_", "-")
     if key not in POLICIES:
         near = difflib.get_close_matches(key, POLICIES, n=2, cutoff=0.4)

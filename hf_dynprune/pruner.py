@@ -17,6 +17,7 @@ pruner.end_epoch()                                        # the last epoch's obs
 ```
 """
 
+import copy
 import hashlib
 import math
 import os
@@ -32,8 +33,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import distributed
-from .policies import EpochPlan, PruningPolicy
-from .report import FORMAT_VERSION, EpochRecord, PruningReport, describe_environment, selection_of
+from .policies import EpochPlan, PruningPolicy, check_count, check_number
+from .report import FORMAT_VERSION, EpochRecord, PruningReport, chance_of, describe_environment, selection_of
 from .sampler import IndexedCollator, IndexedDataset, PruningSampler, epoch_order
 from .scores import SampleTable, load_tensors, save_tensors
 
@@ -123,9 +124,11 @@ class DynamicPruner:
             )
         if (num_epochs is None) == (max_steps is None):
             raise ValueError(f"num_epochs={num_epochs} and max_steps={max_steps}: give one of the two.")
-        budget = num_epochs if max_steps is None else max_steps
-        if not budget > 0:  # type: ignore[operator]
-            raise ValueError(f"A run of {budget} {'epochs' if max_steps is None else 'steps'} trains nothing.")
+        if num_epochs is not None:
+            check_number("num_epochs", num_epochs, "a positive number", lambda value: value > 0)
+        for name, count in (("batch_size", batch_size), ("accumulation", accumulation), ("max_steps", max_steps)):
+            if count is not None:
+                check_count(name, count, 1)
         self.policy = policy
         self.table = SampleTable(num_samples, policy.columns)
         self.rank, self.ranks = distributed.world()
@@ -145,6 +148,7 @@ class DynamicPruner:
         self._plan: EpochPlan | None = None
         self._full_data = True
         self._sizes: list[int] = []  # what each choice kept
+        self._chance = chance_of(())
         self._weights: Tensor | None = None
         self._buffer: list[tuple[Tensor, dict[str, Tensor]]] = []
         self._buffered = 0
@@ -323,6 +327,7 @@ class DynamicPruner:
         plan = distributed.plan_on_rank_0(make)
         self.table["times_kept"][plan.indices] += 1
         self._sizes.append(len(plan))
+        self._chance = chance_of([len(plan) / n], self._chance)
         return plan, scores
 
     @property
@@ -350,6 +355,8 @@ class DynamicPruner:
 
         Cost: no host synchronisation (but for one in 65,536 observations where no `drain` comes by), O(B).
         """
+        if not self.report.epochs:
+            raise RuntimeError("`observe` was called before `begin_epoch`: no epoch is running.")
         signals = signals or {}
         wanted = {}
         for name in self.policy.signals:
@@ -376,6 +383,11 @@ class DynamicPruner:
         if not self._buffer:
             return
         index = torch.cat([index for index, _ in self._buffer]).cpu()
+        if len(index) and not -1 <= int(index.min()) <= int(index.max()) < len(self.table):
+            raise ValueError(
+                f"A sample index lies in [{int(index.min())}, {int(index.max())}]; wanted is [0, {len(self.table)}), or -1 "
+                "for padding."
+            )
         real = index >= 0
         signals = {
             name: torch.cat([signals[name] for _, signals in self._buffer]).cpu()[real] for name in self.policy.signals
@@ -421,7 +433,7 @@ class DynamicPruner:
         record.optimizer_steps = (self._step() if step is None else step) - self.clock.start
         record.learning_rate = learning_rate if learning_rate is not None else record.learning_rate
         self.report.num_epochs = record.epoch + min(1.0, record.optimizer_steps / self.clock.length)
-        self.report.selection = selection_of(self.table["times_kept"].numpy(), self._sizes)
+        self.report.selection = selection_of(self.table["times_kept"].numpy(), self._chance)
 
     def end_epoch(self, *, step: int | None = None, learning_rate: float | None = None) -> None:
         """Flushes, and closes the record of the running epoch. Collective; `begin_epoch` makes up for it if left out."""
@@ -491,7 +503,7 @@ class DynamicPruner:
             "batches_done": self._batches_done,
             "full_data": self._full_data,
             "lr_scale": 1.0 if self._plan is None else self._plan.lr_scale,
-            "sizes": self._sizes,
+            "sizes": list(self._sizes),
             "clock": asdict(self.clock),
             "report": self.report.to_dict(),
         }
@@ -504,9 +516,10 @@ class DynamicPruner:
             (epoch, batches of it that a rank has trained): (e, 0) between two epochs.
 
         Raises:
-            ValueError: if the state is of another policy, dataset, batch or budget, with both values.
+            ValueError: if the state is of another policy, dataset, batch or seed, with both values. The number of epochs
+                or steps may differ: a run can be made longer.
         """
-        tensors, metadata = state["tensors"], state["metadata"]
+        tensors, metadata = state["tensors"], copy.deepcopy(state["metadata"])
         if metadata.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"The pruning state has format_version {metadata.get('format_version')!r}; this version reads "
@@ -525,7 +538,8 @@ class DynamicPruner:
             None if indices is None else EpochPlan(indices, tensors.get("plan.weights"), float(metadata["lr_scale"]))
         )
         self._full_data = metadata["full_data"]
-        self._sizes = list(metadata["sizes"])
+        self._sizes = metadata["sizes"]
+        self._chance = chance_of(size / len(self.table) for size in self._sizes)
         clock = metadata["clock"]  # the length of the schedule is this run's, where it stands is the checkpoint's
         self.clock.begin_epoch(clock["epoch"], clock["start"], clock["length"])
         environment = self.report.environment

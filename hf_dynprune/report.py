@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 FORMAT_VERSION = 1
+_NO_CHOICE = np.ones(1)
 PHASES = ("training", "choosing", "scoring", "evaluation")
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 
@@ -123,32 +124,39 @@ class PruningReport:
         """Writes the report as JSON, making the folder if need be."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        temporary = path.with_name(f".{path.name}.tmp")  # so that no reader meets a part
+        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
-def selection_of(times_kept: np.ndarray, kept_at_each_choice: Sequence[int]) -> dict[str, Any]:
+def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:
+    """Probabilities (C + 1,) that a sample is kept 0, ..., C times, if each of C choices draws its samples uniformly and
+    independently: the binomial; the Poisson-binomial where choices differ in size. `before` are those of earlier choices,
+    so that one more choice costs O(C)."""
+    for share in kept_shares:
+        before = np.convolve(before, [1 - share, share])
+    return before
+
+
+def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
     """How often samples were kept, beside what chance alone would give.
 
     Args:
         times_kept: (N,) number of choices that kept the sample.
-        kept_at_each_choice: for each choice, how many samples it kept.
+        chance: (C + 1,) what [`chance_of`] gives for the C choices.
 
     Returns:
         `choices`: their number C; `histogram`: (C + 1,) how many samples were kept 0, ..., C times; `chance`: the number
-        expected if each choice drew its samples uniformly and independently (the binomial; Poisson-binomial where choices
-        differ in size); `always`, `sometimes`, `never`: shares of the samples, and the same under `chance_shares`.
+        expected by chance; `always`, `sometimes`, `never`: shares of the samples, and the same under `chance_shares`.
 
-    Cost: O(N + C^2).
+    Cost: O(N + C).
     """
-    n, choices = len(times_kept), len(kept_at_each_choice)
+    n, choices = len(times_kept), len(chance) - 1
     histogram = np.bincount(times_kept, minlength=choices + 1)
-    chance = np.ones(1)
-    for kept in kept_at_each_choice:
-        chance = np.convolve(chance, [1 - kept / n, kept / n])
 
     def shares(counts: np.ndarray) -> dict[str, float]:
         never, always = (counts[0], counts[-1]) if choices else (0.0, counts[0])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler
 
 SAMPLE_INDEX = "sample_index"
 
@@ -106,7 +106,8 @@ class IndexedDataset(Dataset):
     """
 
     def __init__(self, dataset: Any) -> None:
-        if not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
+        is_map = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
+        if not is_map or isinstance(dataset, IterableDataset):  # which inherits a `__getitem__` that raises
             raise TypeError(
                 f"A {type(dataset).__name__} has no length and no index, so nothing in it can be pruned. Use a map-style "
                 "dataset, such as `datasets.load_dataset(..., streaming=False)`."

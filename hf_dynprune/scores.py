@@ -102,7 +102,8 @@ class SampleTable:
                 samples, values = samples[finite], {name: value[finite] for name, value in values.items()}
             if values and len(samples):
                 for name, value in update({n: c[samples] for n, c in self._columns.items()}, values).items():
-                    self._own(name)[samples] = value.to(self[name].dtype)
+                    column = self._own(name)
+                    column[samples] = value.to(column.dtype)
             self["last_observed"][observed] = epoch
         return torch.cat(rejected) if rejected else index[:0]
 

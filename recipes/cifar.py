@@ -68,7 +68,9 @@ class CifarTrainingArguments(TrainingArguments):
         default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
     )
     dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the tail that fills no batch."})
-    save_strategy: SaveStrategy | str = field(default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."})
+    save_strategy: SaveStrategy | str = field(
+        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
+    )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Costs a device synchronisation a step."})
     # A batch is made at once from the cache; unused columns do not exist.

@@ -19,7 +19,11 @@ PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 def commands():
     """The commands of the README, options and comments left out: `make test`, `python recipes/cifar.py`."""
-    lines = [line.split("#")[0].strip() for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.split("\n")]
+    lines = [
+        line.split("#")[0].strip()
+        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.split("\n")
+    ]
     return sorted({re.sub(r" --.*", "", line) for line in lines if line})
 
 

@@ -190,7 +190,9 @@ def test_any_collator_and_unused_columns(collator, remove, tmp_path):
     else:
         Model = KnownLoss
     extra = {"per_sample_loss_fn": known_losses, "data_collator": collator}
-    run = trainer(tmp_path, model=Model(), data=values(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=remove)
+    run = trainer(
+        tmp_path, model=Model(), data=values(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=remove
+    )
     run.train()
     torch.testing.assert_close(run.pruner.table["mean"], torch.arange(1.0, 21.0))
 
@@ -860,7 +862,11 @@ class OwnSampler(Trainer):
         ({"train_sampling_strategy": "group_by_length"}, ValueError, "group_by_length"),
         ({"train_sampling_strategy": "sequential"}, ValueError, "sequential"),
         ({"model": KnownLoss()}, ValueError, "per_sample_loss_fn"),
-        ({"extra": {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: 0}}, ValueError, "per_sample_loss_fn"),
+        (
+            {"extra": {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: 0}},
+            ValueError,
+            "per_sample_loss_fn",
+        ),
         ({"cls": type("Mixed", (DynamicPruningMixin, OwnLoss), {})}, ValueError, "OwnLoss.compute_loss"),
         ({"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})}, ValueError, "OwnSampler._get_train_sampler"),
         ({"data": images().with_transform(lambda batch: batch)}, ValueError, "remove_unused_columns=False"),

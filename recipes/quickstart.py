@@ -1,0 +1,142 @@
+"""Trains a small ResNet on handwritten digits three times, and compares what the runs cost and reach.
+
+    full run     all data in every epoch
+    short run    all data, fewer epochs: the cost of the pruned run, and the baseline that it must beat
+    pruned run   UCB chooses 30 % of the data anew for each epoch
+
+The data (1,797 grey images of 8x8 pixels) lie inside scikit-learn: nothing is downloaded.
+
+    python recipes/quickstart.py
+
+In `runs/quickstart` this leaves the pruned run's model, its card (README.md) and record (report.json), the records of the
+others (full.json, short.json), and a picture of all three (comparison.png). It takes 25 s of CPU time, Python's start
+included, on one core of an Intel Xeon. Test accuracy in %, seeds 0 to 4:
+
+                 passes/N   steps   mean    each
+    full run        20.00    1140   98.8    98.8  98.7  98.9  99.1  98.8
+    short run        6.00     342   98.7    98.4  98.7  98.7  98.7  99.2
+    pruned run       5.99     340   98.5    98.4  98.0  98.9  98.3  98.7
+
+On 899 test images the standard error of one value is 0.4: digits this easy show how pruning works and what it saves, not
+which rule is the best.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from transformers import EvalPrediction, PrinterCallback, TrainingArguments, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningPolicy
+from hf_dynprune.plots import plot_runs
+from hf_dynprune.vision import ImageCache, batch_collator, create_timm_model
+
+# Chosen without the test images, all three runs alike: trained on two thirds of the training part, compared on the rest
+# (300 images). Accuracy there of full, short and pruned run in %, means of five seeds: 97.1, 96.6, 96.7 at a learning rate
+# of 0.1; 97.4, 97.1, 97.0 at 0.2; 97.4, 96.7, 96.8 at 0.4. Shifts by a pixel did not help (97.4, 95.7, 96.4 at 0.2, three
+# seeds), nor did batches of 8 (98.0, 97.2, 97.5 at 0.2, two seeds) enough to pay for twice the steps.
+LEARNING_RATE, BATCH_SIZE = 0.2, 16
+
+
+def load_data() -> tuple[ImageCache, ImageCache]:
+    """The digits as training and test images, half of each class in either; the split is always the same."""
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # grey levels 0 to 16 -> (N, 1, 8, 8) uint8
+    train, test = train_test_split(np.arange(len(images)), test_size=0.5, stratify=digits.target, random_state=0)
+    pixels = images[train] / 255
+    statistics = {"mean": [float(pixels.mean())], "std": [float(pixels.std())]}
+    return (
+        ImageCache(images[train], digits.target[train], **statistics),
+        ImageCache(images[test], digits.target[test], **statistics),
+    )
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
+
+
+def train(policy: PruningPolicy, epochs: float, seed: int, output_dir: Path) -> DynamicPruningTrainer:
+    """Trains the same model from the same initial weights; only the policy and the number of epochs differ."""
+    train_images, test_images = load_data()
+    set_seed(seed)
+    model = create_timm_model(
+        "resnet8_cifar", num_labels=10, image_size=8, in_chans=1, mean=train_images.mean, std=train_images.std
+    )
+    args = TrainingArguments(
+        output_dir=str(output_dir),
+        num_train_epochs=epochs,  # the schedule follows the budget: each run ends with a learning rate of 0
+        per_device_train_batch_size=BATCH_SIZE,
+        per_device_eval_batch_size=512,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="linear",
+        warmup_steps=0.1,  # of all steps
+        optim="sgd",
+        optim_args="momentum=0.9,nesterov=true",
+        weight_decay=5e-4,
+        seed=seed,
+        eval_strategy="epoch",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,  # ImageCache makes whole batches
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = DynamicPruningTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_images,
+        eval_dataset=test_images,
+        data_collator=batch_collator,
+        compute_metrics=accuracy,
+        pruning=policy,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return trainer
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="where the results go")
+    parser.add_argument("--epochs", type=int, default=20, help="of the full run and of the pruned run")
+    parser.add_argument("--keep_ratio", type=float, default=0.3, help="share of the data that the pruned run keeps")
+    parser.add_argument("--seed", type=int, default=0, help="of weights, order and choices")
+    options = parser.parse_args()
+
+    # The images are so small that a second thread gains next to nothing; where cores are shared it costs a lot.
+    torch.set_num_threads(1)
+    disable_progress_bar()
+
+    reports = {}
+    print("run           epochs   passes/N    cost   steps   seconds   test accuracy")
+    for name, policy, epochs in (
+        ("full run", FullData(), options.epochs),
+        ("short run", FullData(), options.keep_ratio * options.epochs),
+        ("pruned run", UCB(keep_ratio=options.keep_ratio), options.epochs),
+    ):
+        trainer = train(policy, epochs, options.seed, options.output_dir)
+        report = reports[name] = trainer.pruning_report
+        seconds = sum(report.totals["seconds"].values()) - report.totals["seconds"]["evaluation"]
+        print(
+            f"{name:12} {report.num_epochs:7.1f} {report.passes / report.num_samples:10.2f}"
+            f" {report.passes / reports['full run'].passes:7.3f} {report.totals['optimizer_steps']:7}"
+            f" {seconds:9.1f} {report.metrics['eval_accuracy']:15.2%}",
+            flush=True,
+        )
+
+    # The last trainer is the pruned run's.
+    trainer.save_model()
+    trainer.create_model_card(model_name="digits-resnet8", dataset="handwritten digits of scikit-learn")
+    for name, file in (("full run", "full.json"), ("short run", "short.json"), ("pruned run", "report.json")):
+        reports[name].save(options.output_dir / file)
+    plot_runs(reports).savefig(options.output_dir / "comparison.png", dpi=150)
+    print(f"Written to {options.output_dir}: the pruned run's model, its card and report, and comparison.png.")
+
+
+if __name__ == "__main__":
+    main()

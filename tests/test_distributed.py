@@ -1,0 +1,399 @@
+"""Two real processes that talk by gloo. All scenarios run in one pair of them; each test reads what both ranks saw."""
+
+import copy
+import datetime
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+from torch.utils.data import BatchSampler
+
+from hf_dynprune import distributed
+from hf_dynprune.policies import UCB, EpochPlan, RandomPruning
+from hf_dynprune.pruner import STATE_FILE, DynamicPruner
+
+RANKS = 2
+BIG = 2**24  # float32 does not know BIG + 1
+N, BATCH = 21, 2
+POLICY = UCB(keep_ratio=0.45, first=1)  # 21 samples: 5.25 global batches; then 9: 2.25
+
+# ---- what each rank does --------------------------------------------------------------------------------------------
+
+
+def seen_world(rank, folder):
+    return distributed.world(), dist.get_backend()
+
+
+def plan(rank, folder):
+    made = []
+
+    def make():
+        made.append(rank)
+        return EpochPlan(torch.tensor([BIG + 3, BIG + 1, 5]))
+
+    agreed = distributed.plan_on_rank_0(make)
+    return agreed.indices, agreed.weights, agreed.lr_scale, made
+
+
+def weighted_plan(rank, folder):
+    weights = torch.tensor([0.1, 2.0, 1 / 3])
+    agreed = distributed.plan_on_rank_0(lambda: EpochPlan(torch.tensor([2, 0, 1]), weights, 0.3))
+    return agreed.indices, agreed.weights, agreed.lr_scale
+
+
+def failing_plan(rank, folder):
+    def fail():
+        raise KeyError("no such column")
+
+    try:
+        distributed.plan_on_rank_0(fail)
+        error = None
+    except Exception as caught:
+        error = (type(caught).__name__, str(caught))
+    after = distributed.plan_on_rank_0(lambda: EpochPlan(torch.tensor([7])))  # the ranks are still in step
+    return error, after.indices.tolist()
+
+
+def gather_unequal(rank, folder):
+    index = torch.tensor([[BIG + 1, BIG + 3, 2], [BIG + 2]][rank])
+    loss, margin = torch.tensor([[0.1, 0.2, 0.3], [1e-30]][rank]), torch.tensor([[1.0, 2.0, 3.0], [-1.0]][rank])
+    return distributed.gather_observations(index, {"loss": loss, "margin": margin})
+
+
+def gather_from_one_rank_alone(rank, folder):
+    index = torch.tensor([[], [4, 4]][rank], dtype=torch.int64)
+    return distributed.gather_observations(index, {"loss": torch.tensor([[], [1.0, 2.0]][rank])})
+
+
+def gather_nothing(rank, folder):
+    return distributed.gather_observations(torch.empty(0, dtype=torch.int64), {"loss": torch.empty(0)})
+
+
+def gather_without_signals(rank, folder):
+    return distributed.gather_observations(torch.tensor([rank, 5]), {})
+
+
+def sums(rank, folder):
+    value = torch.tensor(BIG + rank)
+    share = torch.tensor(0.5 + rank, requires_grad=True)
+    total = distributed.sum_over_ranks(share)
+    return distributed.sum_over_ranks(value), value, total.detach(), total.requires_grad, share.detach()
+
+
+def agreement(rank, folder):
+    return [distributed.agree(ok) for ok in (True, rank == 0, rank == 1, False)]
+
+
+def loss_of(i, epoch):
+    value = (i * 13 + epoch * 29) % 11 / 4
+    return float("nan") if (i, epoch) == (3, 0) else value
+
+
+def my_batches(pruner):
+    """The batches of this rank, dealt out as accelerate does it: in turn."""
+    return list(BatchSampler(pruner.sampler, pruner.batch_size, pruner.drop_last))[pruner.rank :: pruner.ranks]
+
+
+def train_epoch(pruner, epoch, first_batch=0, last_batch=None):
+    pruner.begin_epoch(epoch)
+    seen = []
+    for batch in my_batches(pruner)[first_batch:last_batch]:
+        index = torch.tensor([i if i >= 0 else -1 for i in batch])
+        seen.append((index.tolist(), pruner.weights(index).tolist()))
+        pruner.observe(index, {"loss": torch.tensor([loss_of(i, epoch) if i >= 0 else 1e9 for i in index.tolist()])})
+    return seen
+
+
+def pruner_of(ranks=RANKS, **settings):
+    return DynamicPruner(POLICY, N, batch_size=BATCH * RANKS // ranks, num_epochs=3, **settings)
+
+
+def outcome(pruner):
+    report = pruner.report.to_dict()
+    for part in (report["totals"], *report["epochs"]):
+        part.pop("seconds")
+    report.pop("environment")
+    report.pop("resumed")
+    return {name: column.nan_to_num(-1).tolist() for name, column in pruner.table.state_dict().items()}, report
+
+
+def whole_run(rank, folder):
+    pruner = pruner_of()
+    epochs = [train_epoch(pruner, epoch) for epoch in range(3)]
+    pruner.end_epoch()
+    return (pruner.rank, pruner.ranks, pruner.global_batch, pruner.clock.total), epochs, outcome(pruner)
+
+
+def interrupted_run(rank, folder):
+    first = pruner_of()
+    epochs = [train_epoch(first, 0), train_epoch(first, 1, last_batch=1)]
+    first.save(folder / "state")
+    written = sorted(path.name for path in (folder / "state").iterdir()) if rank == 0 else None
+    dist.barrier()  # rank 0 has written
+    second = pruner_of()
+    place = second.load(folder / "state")
+    epochs[1] += train_epoch(second, 1, first_batch=1)
+    epochs.append(train_epoch(second, 2))
+    second.end_epoch()
+    return place, written, epochs, outcome(second)
+
+
+def rank_0_decides(rank, folder):
+    """The ranks' tables differ, as sums of floats do on unlike machines."""
+    pruner = DynamicPruner(UCB(0.5), 10, num_epochs=1)
+    pruner.table["mean"][:] = torch.arange(10.0) * (1 if rank == 0 else -1)
+    pruner.table["variance"].zero_()
+    pruner.table["last_observed"].zero_()
+    pruner.begin_epoch(0)
+    return sorted(i for i in pruner.sampler if i >= 0)
+
+
+def policy_without_signals(rank, folder):
+    pruner = DynamicPruner(RandomPruning(0.5), 10, batch_size=2, num_epochs=2)
+    for epoch in range(2):
+        pruner.begin_epoch(epoch)
+        for batch in my_batches(pruner):
+            pruner.observe(torch.tensor([i if i >= 0 else -1 for i in batch]))
+    pruner.end_epoch()
+    return pruner.table["last_observed"].tolist(), pruner.report.cost_ratio
+
+
+def empty_epoch(rank, folder):
+    pruner = pruner_of()
+    pruner.begin_epoch(0)
+    pruner.end_epoch()
+    return pruner.table.observed.any().item()
+
+
+def tail_dropped(rank, folder):
+    pruner = DynamicPruner(RandomPruning(1.0), 11, batch_size=2, num_epochs=1, drop_last=True)
+    pruner.begin_epoch(0)
+    return my_batches(pruner), pruner.clock.length
+
+
+SCENARIOS = [
+    seen_world,
+    plan,
+    weighted_plan,
+    failing_plan,
+    gather_unequal,
+    gather_from_one_rank_alone,
+    gather_nothing,
+    gather_without_signals,
+    sums,
+    agreement,
+    whole_run,
+    interrupted_run,
+    rank_0_decides,
+    policy_without_signals,
+    empty_epoch,
+    tail_dropped,
+]
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=RANKS,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    seen = {}
+    for scenario in SCENARIOS:
+        try:
+            seen[scenario.__name__] = scenario(rank, folder)
+        except Exception:
+            seen[scenario.__name__] = traceback.format_exc()
+        torch.save(seen, folder / f"rank{rank}.pt")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """name -> (what rank 0 saw, what rank 1 saw)"""
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(work, (Path(folder),), nprocs=RANKS)
+    both = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+    def results(name):
+        values = [seen[name] for seen in both]
+        for rank, value in enumerate(values):
+            if isinstance(value, str):
+                pytest.fail(f"rank {rank}:\n{value}")
+        return values
+
+    results.folder = folder
+    return results
+
+
+# ---- what they must have seen ---------------------------------------------------------------------------------------
+
+
+def test_there_are_two_ranks(ranks):
+    assert ranks("seen_world") == [((0, 2), "gloo"), ((1, 2), "gloo")]
+
+
+def test_plan_of_rank_0_reaches_all(ranks):
+    for rank, (indices, weights, lr_scale, made) in enumerate(ranks("plan")):
+        assert indices.tolist() == [BIG + 3, BIG + 1, 5]
+        assert indices.dtype == torch.int64
+        assert weights is None
+        assert lr_scale == 1.0
+        assert made == ([0] if rank == 0 else [])
+
+
+def test_weights_of_rank_0_reach_all_exactly(ranks):
+    for indices, weights, lr_scale in ranks("weighted_plan"):
+        assert indices.tolist() == [2, 0, 1]
+        assert torch.equal(weights, torch.tensor([0.1, 2.0, 1 / 3]))
+        assert lr_scale == 0.3
+
+
+def test_error_of_rank_0_is_raised_on_all(ranks):
+    first, second = ranks("failing_plan")
+    assert first == (("KeyError", "'no such column'"), [7])
+    (kind, message), after = second
+    assert (kind, after) == ("RuntimeError", [7])
+    assert "Rank 0 could not make a plan" in message
+
+
+def test_observations_of_unequal_length(ranks):
+    for index, signals in ranks("gather_unequal"):
+        assert index.tolist() == [BIG + 1, BIG + 3, 2, BIG + 2]
+        assert torch.equal(signals["loss"], torch.tensor([0.1, 0.2, 0.3, 1e-30]))
+        assert signals["margin"].tolist() == [1.0, 2.0, 3.0, -1.0]
+        assert list(signals) == ["loss", "margin"]
+
+
+def test_observations_of_one_rank_alone(ranks):
+    for index, signals in ranks("gather_from_one_rank_alone"):
+        assert index.tolist() == [4, 4]
+        assert signals["loss"].tolist() == [1.0, 2.0]
+
+
+def test_no_observations(ranks):
+    for index, signals in ranks("gather_nothing"):
+        assert index.tolist() == signals["loss"].tolist() == []
+        assert index.dtype == torch.int64
+    assert ranks("empty_epoch") == [False, False]
+
+
+def test_observations_without_signals(ranks):
+    for index, signals in ranks("gather_without_signals"):
+        assert index.tolist() == [0, 5, 1, 5]
+        assert signals == {}
+
+
+def test_sum_over_ranks(ranks):
+    for rank, (total, value, share, requires_grad, own) in enumerate(ranks("sums")):
+        assert int(total) == 2 * BIG + 1
+        assert int(value) == BIG + rank  # left as it was
+        assert float(share) == 0.5 + 1.5
+        assert not requires_grad
+        assert float(own) == 0.5 + rank
+
+
+def test_agree(ranks):
+    assert ranks("agreement") == [[True, False, False, False]] * 2
+
+
+def test_whole_run_on_two_ranks(ranks):
+    results = ranks("whole_run")
+    assert [settings[:3] for settings, _, _ in results] == [(0, 2, 4), (1, 2, 4)]
+    (_, first, (table, report)), (_, second, other) = results
+    assert other == (table, report)  # same table, same report
+    kept = [21, 9, 9]
+    for epoch in range(3):
+        assert len(first[epoch]) == len(second[epoch]) == -(-kept[epoch] // 4)
+        batches = [*first[epoch], *second[epoch]]
+        assert all(len(index) == len(weights) == 2 for index, weights in batches)
+        trained = sorted(i for index, _ in batches for i in index if i >= 0)
+        assert len(trained) == len(set(trained)) == kept[epoch]
+        assert sum(i < 0 for index, _ in batches for i in index) == -kept[epoch] % 4
+        assert all(
+            (weight == 0.0) == (i < 0) for index, weights in batches for i, weight in zip(index, weights, strict=True)
+        )
+    assert [e["forward_passes"] for e in report["epochs"]] == [24, 12, 12]  # padding is paid for
+    assert [e["optimizer_steps"] for e in report["epochs"]] == [6, 3, 3]
+    assert [e["nonfinite"] for e in report["epochs"]] == [1, 0, 0]
+    assert report["nonfinite_samples"] == [3]
+
+
+def test_scores_of_two_ranks_are_those_of_one(ranks):
+    (_, epochs, (table, report)), (_, others, _) = ranks("whole_run")
+    alone = pruner_of(ranks=1)
+    for epoch in range(3):
+        seen = train_epoch(alone, epoch)
+        paired = [i for pair in zip(epochs[epoch], others[epoch], strict=True) for index, _ in pair for i in index if i >= 0]
+        assert paired == [i for index, _ in seen for i in index]  # the global batches are the same
+    alone.end_epoch()
+    own, own_report = outcome(alone)
+    assert own == table
+    assert own_report["selection"] == report["selection"]
+
+
+def test_interrupted_run_goes_on_as_if_it_had_not_been(ranks):
+    expected = ranks("whole_run")
+    for rank, (place, written, epochs, result) in enumerate(ranks("interrupted_run")):
+        assert place == (1, 1)
+        assert written == ([STATE_FILE] if rank == 0 else None)
+        assert epochs == expected[rank][1]
+        assert result == expected[rank][2]
+
+
+def test_run_of_two_ranks_goes_on_with_one(ranks):
+    (_, _, (table, _)), _ = ranks("whole_run")
+    ranks("interrupted_run")
+    alone = pruner_of(ranks=1)
+    assert alone.load(ranks.folder / "state") == (1, 1)
+    train_epoch(alone, 1, first_batch=1)
+    train_epoch(alone, 2)
+    alone.end_epoch()
+    assert outcome(alone)[0] == table
+
+
+def test_rank_0_decides(ranks):
+    assert ranks("rank_0_decides") == [[5, 6, 7, 8, 9]] * 2
+
+
+def test_policy_without_signals(ranks):
+    first, second = ranks("policy_without_signals")
+    assert first == second
+    assert sorted(set(first[0])) in ([0, 1], [-1, 0, 1])
+    assert first[1] == pytest.approx(8 / 10)  # 5 samples, 3 of padding
+
+
+def test_tail_is_dropped_on_all_ranks_alike(ranks):
+    (first, length), (second, other) = ranks("tail_dropped")
+    assert length == other == len(first) == len(second) == 2
+    trained = [i for batches in (first, second) for batch in batches for i in batch]
+    assert len(set(trained)) == 8
+    assert min(trained) >= 0
+
+
+# ---- one rank -------------------------------------------------------------------------------------------------------
+
+
+def test_one_rank_gets_back_what_it_gave():
+    assert distributed.world() == (0, 1)
+    plan, index, signals, value = EpochPlan(torch.tensor([1])), torch.tensor([3]), {"loss": torch.ones(1)}, torch.tensor(2.0)
+    assert distributed.plan_on_rank_0(lambda: plan) is plan
+    gathered = distributed.gather_observations(index, signals)
+    assert gathered[0] is index
+    assert gathered[1] is signals
+    assert distributed.sum_over_ranks(value) is value
+    assert distributed.agree(True) is True
+    assert distributed.agree(False) is False
+
+
+def test_states_of_one_rank_and_two_have_one_identity():
+    state = copy.deepcopy(pruner_of(ranks=1).state_dict())
+    assert state["metadata"]["identity"]["global batch"] == 4
+    with pytest.raises(ValueError, match="global batch: 2 there, 4 here"):
+        pruner_of(ranks=1).load_state_dict(pruner_of(ranks=2).state_dict())  # batches of 2, on one rank

@@ -1,0 +1,66 @@
+"""What users may import. A change here is a change of the interface: it belongs in the changelog."""
+
+import importlib
+import re
+
+import pytest
+
+import hf_dynprune
+
+PUBLIC = [
+    "Column",
+    "DynamicPruner",
+    "DynamicPruningMixin",
+    "DynamicPruningTrainer",
+    "EpochPlan",
+    "EpsilonGreedy",
+    "FullData",
+    "PruningArguments",
+    "PruningPolicy",
+    "PruningReport",
+    "PruningSampler",
+    "RandomPruning",
+    "SampleTable",
+    "UCB",
+    "make_policy",
+    "top_k",
+]
+
+
+def test_names_are_pinned():
+    assert hf_dynprune.__all__ == PUBLIC
+    assert sorted(PUBLIC) == PUBLIC
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_name_can_be_imported(name):
+    value = getattr(hf_dynprune, name)
+    assert value.__name__ == name
+    assert value.__module__.startswith("hf_dynprune.")
+    assert value is getattr(importlib.import_module(value.__module__), name)
+    assert value.__doc__
+
+
+def test_star_import():
+    scope = {}
+    exec("from hf_dynprune import *", scope)
+    assert set(PUBLIC) <= set(scope)
+
+
+def test_dir_and_version():
+    assert dir(hf_dynprune) == sorted([*PUBLIC, "__version__"])
+    assert re.fullmatch(r"\d+\.\d+\.\d+([.a-z]+\d+)?", hf_dynprune.__version__)
+
+
+def test_unknown_name_lists_what_there_is():
+    with pytest.raises(AttributeError, match=r"module 'hf_dynprune' has no attribute 'Ucb'; it offers Column, .*UCB"):
+        _ = hf_dynprune.Ucb
+    with pytest.raises(ImportError, match="Ucb"):
+        exec("from hf_dynprune import Ucb")
+    assert not hasattr(hf_dynprune, "nothing")
+
+
+def test_modules_can_be_reached():
+    import hf_dynprune.policies
+
+    assert hf_dynprune.policies.UCB is hf_dynprune.UCB

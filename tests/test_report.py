@@ -1,0 +1,238 @@
+"""PruningReport: cost and chance by hand, and a file that comes back."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hf_dynprune.report import FORMAT_VERSION, PHASES, EpochRecord, PruningReport, chance_of, describe_environment, selection_of
+
+
+def report(**values) -> PruningReport:
+    return PruningReport({"name": "ucb", "keep_ratio": 0.5}, num_samples=100, seed=0, data_seed=1, **values)
+
+
+def record(epoch, samples=50, forward=50, backward=50, scoring=0, seconds=(0.0, 0.0, 0.0, 0.0), **values) -> EpochRecord:
+    return EpochRecord(
+        epoch,
+        False,
+        samples,
+        forward_passes=forward,
+        backward_passes=backward,
+        scoring_passes=scoring,
+        seconds=dict(zip(PHASES, seconds, strict=True)),
+        **values,
+    )
+
+
+def full() -> PruningReport:
+    """A report in which every field has a value of its own."""
+    epochs = [
+        record(0, optimizer_steps=5, learning_rate=0.1, scores={"mean": 1.5}, nonfinite=2, seconds=(1.0, 0.5, 0.25, 2.0)),
+        record(1, optimizer_steps=4, metrics={"eval_loss": 0.5}, scoring=30, seconds=(1.5, 0.25, 0.0, 1.0)),
+    ]
+    return report(
+        num_epochs=2.0,
+        epochs=epochs,
+        selection=selection_of(np.array([0, 1, 2, 2]), chance_of([2 / 4, 3 / 4])),
+        nonfinite_samples=[3, 7],
+        resumed=[{"epoch": 1, "step": 5}],
+        environment={"device": "cpu", "versions": {"torch": "x"}},
+    )
+
+
+# ---- cost -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("passes", "expected"),
+    [
+        ((0, 0, 0), 0.0),
+        ((100, 100, 0), 100.0),  # forward and backward: a whole pass
+        ((0, 0, 30), 10.0),  # a scoring pass counts a third
+        ((30, 0, 0), 10.0),  # forward alone, too
+        ((90, 60, 30), 90 / 3 + 2 * 60 / 3 + 30 / 3),  # 80
+    ],
+)
+def test_passes(passes, expected):
+    forward, backward, scoring = passes
+    made = report(num_epochs=2.0, epochs=[record(0, forward=forward, backward=backward, scoring=scoring)])
+    assert made.passes == pytest.approx(expected)
+    assert made.cost_ratio == pytest.approx(expected / (100 * 2))
+
+
+def test_full_run_costs_1():
+    made = report(num_epochs=3.0, epochs=[record(e, samples=100, forward=100, backward=100) for e in range(3)])
+    assert made.cost_ratio == 1.0
+
+
+def test_cost_of_a_part_of_an_epoch():
+    made = report(num_epochs=1.5, epochs=[record(0, forward=40, backward=40), record(1, forward=20, backward=20)])
+    assert made.cost_ratio == pytest.approx(60 / (100 * 1.5))
+
+
+def test_nothing_trained_yet():
+    made = report()
+    assert made.passes == made.cost_ratio == 0
+    assert made.metrics == {}
+    assert made.totals["seconds"] == dict.fromkeys(PHASES, 0.0)
+
+
+def test_totals_are_sums():
+    assert full().totals == {
+        "forward_passes": 100,
+        "backward_passes": 100,
+        "scoring_passes": 30,
+        "optimizer_steps": 9,
+        "nonfinite": 2,
+        "seconds": {"training": 2.5, "choosing": 0.75, "scoring": 0.25, "evaluation": 3.0},
+    }
+
+
+def test_metrics_are_those_of_the_last_evaluation():
+    first, second, third = record(0, metrics={"eval_loss": 0.1}), record(1, metrics={"eval_loss": 0.7}), record(2)
+    assert report(epochs=[first, second, third]).metrics == {"eval_loss": 0.7}
+    assert report(epochs=[first, third]).metrics == {"eval_loss": 0.1}
+
+
+# ---- how often samples were kept ------------------------------------------------------------------------------------
+
+
+def test_selection_by_hand():
+    # Three choices of 2 of 4: kept 0, 1, 2 and 3 times.
+    selection = selection_of(np.array([0, 1, 2, 3]), chance_of([0.5] * 3))
+    assert selection["choices"] == 3
+    assert selection["histogram"] == [1, 1, 1, 1]
+    assert selection["chance"] == pytest.approx([4 * 1 / 8, 4 * 3 / 8, 4 * 3 / 8, 4 * 1 / 8])
+    assert (selection["always"], selection["sometimes"], selection["never"]) == (0.25, 0.5, 0.25)
+    assert selection["chance_shares"] == pytest.approx({"always": 1 / 8, "sometimes": 6 / 8, "never": 1 / 8})
+
+
+@pytest.mark.parametrize(("n", "kept", "choices"), [(10, 3, 5), (100, 70, 12), (7, 7, 3), (1000, 1, 40)])
+def test_chance_is_the_binomial_where_choices_are_alike(n, kept, choices):
+    p = kept / n
+    expected = [n * math.comb(choices, k) * p**k * (1 - p) ** (choices - k) for k in range(choices + 1)]
+    selection = selection_of(np.zeros(n, dtype=np.int32), chance_of([kept / n] * choices))
+    assert selection["chance"] == pytest.approx(expected)
+    assert selection["chance_shares"]["always"] == pytest.approx(p**choices)
+    assert selection["chance_shares"]["never"] == pytest.approx((1 - p) ** choices)
+
+
+@given(n=st.integers(1, 9), data=st.data())
+def test_chance_is_poisson_binomial_where_they_differ(n, data):
+    sizes = data.draw(st.lists(st.integers(1, n), max_size=6))
+    expected = [0.0] * (len(sizes) + 1)
+    for outcome in itertools.product((0, 1), repeat=len(sizes)):  # every way in which a sample may be kept and not
+        expected[sum(outcome)] += n * math.prod(k / n if hit else 1 - k / n for hit, k in zip(outcome, sizes, strict=True))
+    selection = selection_of(np.zeros(n, dtype=np.int32), chance_of(size / n for size in sizes))
+    assert selection["chance"] == pytest.approx(expected)
+    assert sum(selection["chance"]) == pytest.approx(n)
+    assert sum(selection["chance_shares"].values()) == pytest.approx(1)
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=30))
+def test_histogram_and_shares_are_counts(times):
+    selection = selection_of(np.array(times), chance_of([1 / len(times)] * 5))
+    assert selection["histogram"] == [times.count(k) for k in range(6)]
+    assert selection["never"] == times.count(0) / len(times)
+    assert selection["always"] == times.count(5) / len(times)
+    assert selection["always"] + selection["sometimes"] + selection["never"] == pytest.approx(1)
+
+
+def test_no_choice_at_all():
+    selection = selection_of(np.zeros(4, dtype=np.int32), chance_of([]))
+    assert selection["choices"] == 0
+    assert selection["histogram"] == [4]
+    assert selection["chance"] == [4.0]
+    assert (selection["always"], selection["sometimes"], selection["never"]) == (1.0, 0.0, 0.0)  # nothing was left out
+
+
+def test_selection_is_of_json_values():
+    selection = selection_of(np.array([0, 1, 1], dtype=np.int32), chance_of([2 / 3]))
+    assert json.loads(json.dumps(selection)) == selection
+
+
+# ---- JSON -----------------------------------------------------------------------------------------------------------
+
+
+def test_round_trip_by_dict():
+    made = full()
+    values = json.loads(json.dumps(made.to_dict()))
+    assert values == made.to_dict()
+    again = PruningReport.from_dict(values)
+    assert again == made
+    assert isinstance(again.epochs[0], EpochRecord)
+    assert again.to_dict() == made.to_dict()
+
+
+def test_round_trip_by_file(tmp_path):
+    made = full()
+    made.save(tmp_path / "runs" / "one" / "report.json")
+    text = (tmp_path / "runs" / "one" / "report.json").read_text()
+    assert text.endswith("}\n")
+    assert PruningReport.load(str(tmp_path / "runs" / "one" / "report.json")) == made
+
+
+def test_dict_has_what_readers_look_for():
+    values = full().to_dict()
+    assert next(iter(values)) == "format_version"
+    assert values["format_version"] == FORMAT_VERSION == 1
+    assert values["cost_ratio"] == pytest.approx((100 / 3 + 2 * 100 / 3 + 30 / 3) / 200)
+    assert values["passes"] == pytest.approx(110)
+    assert values["metrics"] == {"eval_loss": 0.5}
+    assert values["policy"] == {"name": "ucb", "keep_ratio": 0.5}
+    assert values["totals"]["optimizer_steps"] == 9
+    assert (values["num_samples"], values["seed"], values["data_seed"], values["num_epochs"]) == (100, 0, 1, 2.0)
+
+
+def test_dict_is_a_copy():
+    made = full()
+    made.to_dict()["epochs"][0]["scores"]["mean"] = -1
+    made.to_dict()["policy"]["name"] = "x"
+    assert made == full()
+
+
+@pytest.mark.parametrize("version", [0, 2, "1", None])
+def test_other_formats_are_refused(version):
+    with pytest.raises(ValueError, match=f"format_version {version!r}; this hf_dynprune reads 1"):
+        PruningReport.from_dict({**full().to_dict(), "format_version": version})
+
+
+def test_file_without_a_format_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="format_version None"):
+        PruningReport.load(tmp_path / "x.json")
+
+
+def test_records_do_not_share_their_values():
+    one, two = EpochRecord(0, False, 5), EpochRecord(1, False, 5)
+    one.seconds["training"] += 1
+    one.metrics["a"] = 1
+    one.scores["a"] = 1
+    assert two.seconds == dict.fromkeys(PHASES, 0.0)
+    assert two.metrics == two.scores == {}
+    a, b = report(), report()
+    a.epochs.append(one)
+    a.resumed.append({})
+    assert b.epochs == b.resumed == []
+
+
+def test_environment():
+    import platform
+
+    import torch
+
+    import hf_dynprune
+
+    environment = describe_environment(ranks=2)
+    assert environment["hf_dynprune"] == hf_dynprune.__version__
+    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["python"] == platform.python_version()
+    assert environment["versions"]["numpy"] == np.__version__
+    assert environment["ranks"] == 2
+    assert environment["device"]
+    assert json.loads(json.dumps(environment)) == environment
