@@ -1,6 +1,16 @@
 """Dynamic data pruning for the Hugging Face ecosystem: train on a part of the data that changes as training goes on."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the table below
+    from .arguments import PruningArguments
+    from .policies import UCB, EpochPlan, EpsilonGreedy, FullData, PruningPolicy, RandomPruning, make_policy, top_k
+    from .pruner import DynamicPruner
+    from .report import PruningReport
+    from .sampler import PruningSampler
+    from .scores import Column, SampleTable
+    from .trainer import DynamicPruningMixin, DynamicPruningTrainer
 
 __version__ = "0.1.0"
 

@@ -38,7 +38,7 @@ class PruningArguments:
 
     def policy(self) -> PruningPolicy | None:
         """The policy, or None for `pruning="none"`."""
-        settings = dict(self.pruning_kwargs or {})
+        settings = dict(self.pruning_kwargs or {})  # type: ignore[arg-type]  # a mapping since __post_init__
         if self.keep_ratio is not None:
             if "keep_ratio" in settings:
                 raise ValueError(

@@ -80,7 +80,7 @@ def _has_choices(report: PruningReport) -> bool:
 
 def _curve(name: str, report: PruningReport, metric: str) -> tuple[list[float], list[float]]:
     """Passes / N at the end of each epoch that has a finite value of the metric, and the values."""
-    passes = accumulate((e.forward_passes + 2 * e.backward_passes + e.scoring_passes) / 3 for e in report.epochs)
+    passes = accumulate(epoch.passes for epoch in report.epochs)
     points = [
         (done / report.num_samples, epoch.metrics[metric])
         for done, epoch in zip(passes, report.epochs, strict=True)

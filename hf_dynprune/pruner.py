@@ -243,7 +243,7 @@ class DynamicPruner:
             batch_size=self.batch_size,
             sampler=self.sampler,
             drop_last=self.drop_last,
-            collate_fn=IndexedCollator(collate_fn or default_collate),
+            collate_fn=IndexedCollator(collate_fn or default_collate),  # type: ignore[arg-type]  # not a list: `_Indexed`
             **options,
         )
 

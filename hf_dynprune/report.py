@@ -50,6 +50,11 @@ class EpochRecord:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def passes(self) -> float:
+        """A sample once through forward and backward is 1, forward alone (scoring) 1/3."""
+        return (self.forward_passes + 2 * self.backward_passes + self.scoring_passes) / 3
+
 
 @dataclass
 class PruningReport:
@@ -89,9 +94,8 @@ class PruningReport:
 
     @property
     def passes(self) -> float:
-        """A sample once through forward and backward is 1, forward alone (scoring) 1/3."""
-        totals = self.totals
-        return (totals["forward_passes"] + 2 * totals["backward_passes"] + totals["scoring_passes"]) / 3
+        """Of all epochs; see [`EpochRecord.passes`]."""
+        return sum(record.passes for record in self.epochs)
 
     @property
     def cost_ratio(self) -> float:
@@ -187,7 +191,7 @@ def describe_environment(**more: Any) -> dict[str, Any]:
     return {
         "hf_dynprune": __version__,
         "versions": versions,
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}",  # the rest of it can name the host
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         **more,

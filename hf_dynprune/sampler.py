@@ -93,7 +93,7 @@ class PruningSampler(Sampler[int]):
 
 class _Indexed(NamedTuple):
     data: Any
-    index: list[int]
+    indices: list[int]
 
 
 class IndexedDataset(Dataset):
@@ -148,5 +148,5 @@ class IndexedCollator:
             raise TypeError(
                 f"The batch has an entry {SAMPLE_INDEX!r} of its own: rename or remove that column of the dataset."
             )
-        batch[SAMPLE_INDEX] = torch.tensor(indexed.index, dtype=torch.int64)
+        batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)
         return batch

@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -81,7 +81,14 @@ SEAMS = {
 _DESCRIPTION = "pruned training"
 
 
-class DynamicPruningMixin:
+# At run time the mixin has no base, so that it can stand before any Trainer; a type checker sees the Trainer's methods.
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class DynamicPruningMixin(_Trainer):
     """Adds `pruning=` to a Trainer: `class PrunedSeq2SeqTrainer(DynamicPruningMixin, Seq2SeqTrainer)`.
 
     Args:
@@ -172,7 +179,7 @@ class DynamicPruningMixin:
             )
 
     def _check_dataset(self) -> None:
-        dataset = self.train_dataset
+        dataset: Any = self.train_dataset
         if dataset is None:
             raise ValueError("pruning= needs a train_dataset; to evaluate alone leave `pruning` out.")
         _check_stream(dataset)
@@ -185,11 +192,11 @@ class DynamicPruningMixin:
             )
 
     def _make_pruner(self) -> DynamicPruner:
-        args = self.args
+        args, dataset = self.args, cast(Any, self.train_dataset)
         assert self.pruning is not None
         return DynamicPruner(
             self.pruning,
-            len(self.train_dataset),
+            len(dataset),
             batch_size=self._train_batch_size,
             num_epochs=None if args.max_steps > 0 else args.num_train_epochs,
             max_steps=args.max_steps if args.max_steps > 0 else None,
@@ -238,6 +245,7 @@ class DynamicPruningMixin:
         values = super().set_initial_training_values(args, dataloader)
         if self.pruning is None:
             return values
+        assert self._made is not None  # the loop has just called get_train_dataloader
         (made, self.pruner), self._made = self._made, None
         if made is not dataloader:
             raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
@@ -269,7 +277,7 @@ class DynamicPruningMixin:
         scheduler = super().create_scheduler(pruner.clock.total, optimizer)
         if isinstance(scheduler, LambdaLR):
 
-            def follow_the_budget(schedule: Callable[[float], float]) -> Callable[[int], float]:
+            def follow_the_budget(schedule: Callable[..., float]) -> Callable[[int], float]:
                 return lambda step: schedule(pruner.clock.virtual(step)) * pruner.lr_scale
 
             scheduler.lr_lambdas = [follow_the_budget(schedule) for schedule in scheduler.lr_lambdas]
@@ -279,7 +287,7 @@ class DynamicPruningMixin:
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         if self.pruning is not None and resume_from_checkpoint:
-            resume_from_checkpoint = _complete_checkpoint(resume_from_checkpoint, self.args.output_dir)
+            resume_from_checkpoint = _complete_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(
@@ -301,7 +309,7 @@ class DynamicPruningMixin:
             batch = 0
         return epoch, batch
 
-    def _run_epoch(self, **loop: Any) -> None:
+    def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop names all its arguments
         if self.pruning is None or self.pruner is None:
             return super()._run_epoch(**loop)
         pruner, epoch = self.pruner, loop["epoch"]
@@ -384,7 +392,7 @@ class DynamicPruningMixin:
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """The weighted loss of a batch, normalised over its optimizer step; without `sample_index` the stock loss."""
-        if self.pruner is None or SAMPLE_INDEX not in inputs:
+        if self.pruning is None or self.pruner is None or SAMPLE_INDEX not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         index = inputs.pop(SAMPLE_INDEX)
         batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
@@ -435,7 +443,7 @@ class DynamicPruningMixin:
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        self._loading_from = resume_from_checkpoint
+        self._loading_from: str | None = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
@@ -474,7 +482,7 @@ class DynamicPruningMixin:
         if self.is_world_process_zero():
             from .model_card import card_of_trainer
 
-            card_of_trainer(self, *args, **kwargs).save(Path(self.args.output_dir) / "README.md")
+            card_of_trainer(self, *args, **kwargs).save(Path(self.args.output_dir or ".") / "README.md")
 
 
 class DynamicPruningTrainer(DynamicPruningMixin, Trainer):
@@ -499,7 +507,7 @@ class _Recorder(TrainerCallback):
         if control.should_log and self.trainer.pruner is not None:
             self.trainer.pruner.drain()  # the Trainer synchronises with the device here, too
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, Any] | None = None, **kwargs: Any):
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if metrics and self.trainer.pruner is not None:
             self.trainer.pruner.add_evaluation(metrics)
 
@@ -522,7 +530,7 @@ def _check_stream(dataset: Any) -> None:
         )
 
 
-def _base_model(model: torch.nn.Module) -> torch.nn.Module:
+def _base_model(model: Any) -> torch.nn.Module:
     """The model below PEFT's wrapper, if there is one: its class says which head it has."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -565,7 +573,7 @@ def _fault_of_checkpoint(folder: Path) -> str | None:
 
 def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str) -> str:
     """The checkpoint to resume from: the newest complete one in output_dir for True, else the named one, if complete."""
-    if wanted is not True:
+    if not isinstance(wanted, bool):
         fault = _fault_of_checkpoint(Path(wanted))
         if fault:
             raise ValueError(

@@ -67,7 +67,6 @@ class CifarTrainingArguments(TrainingArguments):
     use_cpu: bool = field(
         default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
     )
-    dataloader_drop_last: bool = field(default=True, metadata={"help": "Leave out the tail that fills no batch."})
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
     )

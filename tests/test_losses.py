@@ -458,9 +458,6 @@ def test_check_signals():
         check_signals(("el2n",), derive_rule(nn.Linear(2, 2), lambda outputs, inputs: None))
 
 
-# DEFECT: `check_signals` lets every "classification" pass, also regression and several labels a sample. There
-# `observe_signals` (losses.py) gives "correct" and "entropy" of a regression silently as 0, entropy of multi-label targets
-# in the shape (B C,), and torch's own errors ("one_hot is only applicable to index tensor ...") for the rest.
 @pytest.mark.parametrize("name", ["bert regression", "bert multi-label"])
 @pytest.mark.parametrize("signal", ["el2n", "correct", "margin", "entropy"])
 def test_signals_of_classes_are_refused_where_there_are_none(name, signal):

@@ -125,8 +125,6 @@ def test_ucb_score_by_hand(settings, score):
     assert policy.score(table_of(policy, {0: [1.0, 2.0, 0.5]}, n=1)).item() == pytest.approx(score)
 
 
-# DEFECT: (1e20 - m)^2 is infinite in float32, and the next `lerp` makes it NaN for ever (policies.py, `UCB.observe`): the
-# sample then scores -inf, whatever is observed of it.
 @pytest.mark.parametrize("bonus", ["variance", "std"])
 def test_one_huge_loss_does_not_bar_a_sample_for_ever(bonus):
     policy = UCB(bonus=bonus)
@@ -418,8 +416,6 @@ def test_paper_like_has_period_10(cls):
     assert cls.paper_like(period=3, last=0.5) == cls(period=3, last=0.5)
 
 
-# DEFECT: numbers of numpy pass the checks and only fail when the first checkpoint or report is written as JSON
-# (policies.py, `_number` and `_check_count`): "Object of type float32 is not JSON serializable".
 @pytest.mark.parametrize(
     ("name", "value"), [("keep_ratio", np.float32(0.5)), ("keep_ratio", np.float64(0.5)), ("period", np.int64(2))]
 )

@@ -611,7 +611,6 @@ def test_signals_must_be_there_and_fit():
     assert pruner.report.epochs[0].forward_passes == 0
 
 
-# DEFECT: "list index out of range" from `self.report.epochs[-1]` (pruner.py, `observe`), after the batch was buffered.
 def test_observe_before_the_first_epoch_says_what_is_missing():
     pruner = DynamicPruner(RandomPruning(0.5), 10, num_epochs=1)
     with pytest.raises(RuntimeError, match="begin_epoch"):
@@ -667,8 +666,6 @@ def test_data_must_not_be_empty(num_samples):
         DynamicPruner(UCB(), num_samples, num_epochs=1)
 
 
-# DEFECT: pruner.py checks none of these at construction: ZeroDivisionError, "'>' not supported", numbers of steps that are
-# no whole numbers; num_epochs=inf does not return (`_plans` never ends).
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -873,8 +870,6 @@ def test_loaded_table_is_a_copy():
     assert not (source.table["mean"] == 77.0).any()
 
 
-# DEFECT: `load_state_dict` (pruner.py) takes lists and dicts of the state into its report and then appends to them
-# (`resumed`, `nonfinite_samples`, `metrics`): a state held in memory can be loaded rightly only once.
 def test_loading_leaves_the_state_as_it_was():
     state = trained().state_dict()
     before = copy.deepcopy(state)
@@ -889,7 +884,6 @@ def test_loading_leaves_the_state_as_it_was():
     assert states_equal(state, before)
 
 
-# DEFECT: `sizes` in the metadata is the pruner's own list (pruner.py, `state_dict`), which grows with the next choice.
 def test_metadata_of_a_state_are_those_of_its_moment():
     pruner = trained()
     state = pruner.state_dict()

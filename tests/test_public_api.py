@@ -1,7 +1,9 @@
 """What users may import. A change here is a change of the interface: it belongs in the changelog."""
 
+import ast
 import importlib
 import re
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,12 @@ def test_name_can_be_imported(name):
     assert value.__module__.startswith("hf_dynprune.")
     assert value is getattr(importlib.import_module(value.__module__), name)
     assert value.__doc__
+
+
+def test_type_checkers_see_the_same_table():
+    tree = ast.parse(Path(hf_dynprune.__file__).read_text())
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    assert {alias.name: node.module for node in block.body for alias in node.names} == hf_dynprune._MODULE_OF
 
 
 def test_star_import():

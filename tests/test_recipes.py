@@ -7,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
+import yaml
+from PIL import Image
+from transformers import EvalPrediction, pipeline
+
+import hf_dynprune.vision  # noqa: F401  # so that the pipeline knows the architectures
+from recipes.metrics import accuracy_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,3 +50,81 @@ def test_quickstart(tmp_path):
     assert "AutoModelForImageClassification" in load
     use = "import torch; print(model(torch.zeros(1, 1, 8, 8)).logits.shape)"
     assert run("-c", load + use, cwd=tmp_path) == "torch.Size([1, 10])\n"
+
+
+# ---- recipes/cifar.py -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small_cifar(tmp_path_factory):
+    """A dataset like CIFAR-10 or CIFAR-100 as parquet files: 96 and 40 random images."""
+
+    def make(folder, columns):
+        for split, n in (("train", 96), ("test", 40)):
+            generator = np.random.default_rng(n)
+            images = [Image.fromarray(a) for a in generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)]
+            features = {"img": datasets.Image()} | {
+                name: datasets.ClassLabel(names=[f"{name} {i}" for i in range(size)]) for name, size in columns.items()
+            }
+            labels = {name: generator.integers(0, size, n).tolist() for name, size in columns.items()}
+            data = datasets.Dataset.from_dict({"img": images, **labels}, features=datasets.Features(features))
+            data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
+        return folder
+
+    return {
+        "cifar10": make(tmp_path_factory.mktemp("cifar10"), {"label": 10}),
+        "cifar100": make(tmp_path_factory.mktemp("cifar100"), {"fine_label": 20, "coarse_label": 4}),
+    }
+
+
+LITTLE = ["--model", "resnet8_cifar", "--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
+
+
+def test_cifar(small_cifar, tmp_path):
+    data = ["--dataset", str(small_cifar["cifar10"])]
+    pruning = ["--pruning", "ucb", "--keep_ratio", "0.5", "--eval_every", "0.5"]
+    out = run("recipes/cifar.py", *data, *LITTLE, *pruning, "--output_dir", str(tmp_path))
+    assert "cost 0.5000" in out
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["policy"]["name"] == "ucb"
+    assert report["cost_ratio"] == pytest.approx(0.5)
+    assert 0 <= report["metrics"]["eval_accuracy"] <= report["metrics"]["eval_top5_accuracy"] <= 1
+    assert [bool(epoch["metrics"]) for epoch in report["epochs"]] == [True, True]  # every 3 of 6 steps
+    assert "ucb" in (tmp_path / "README.md").read_text()
+    classify = pipeline("image-classification", model=str(tmp_path))
+    image = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")[0]["img"]
+    assert classify(image)[0]["label"].startswith("label ")
+
+
+def test_cifar_100_under_accelerate_launch_and_from_yaml(small_cifar, tmp_path):
+    settings = {
+        "dataset": str(small_cifar["cifar100"]),
+        "model": "resnet8_cifar",
+        "num_train_epochs": 1,
+        "per_device_train_batch_size": 16,
+        "pruning": "random",
+        "keep_ratio": 0.5,
+        "pruning_kwargs": {"replacement": False},
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    run(*launcher, "recipes/cifar.py", str(tmp_path / "run.yaml"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["policy"]["replacement"] is False
+    assert len(json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]) == 20
+
+
+def test_cifar_resumes(small_cifar, tmp_path):
+    data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE, "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
+    save = ["--save_strategy", "steps", "--save_steps", "1", "--bf16", "False"]
+    run("recipes/cifar.py", *data, *save, "--output_dir", str(tmp_path / "a"))
+    resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-4")]
+    run("recipes/cifar.py", *data, *save, *resume, "--output_dir", str(tmp_path / "b"), "--dataloader_num_workers", "2")
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_the_accuracy_metric():
+    best = np.array([[3, 1, 0], [2, 0, 1], [1, 2, 3], [0, 1, 2]])
+    prediction = EvalPrediction(predictions=best, label_ids=np.array([3, 0, 0, 2]))
+    assert accuracy_of(1, 2, 3)(prediction) == {"accuracy": 0.25, "top2_accuracy": 0.5, "top3_accuracy": 0.75}

@@ -9,7 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_dynprune.report import FORMAT_VERSION, PHASES, EpochRecord, PruningReport, chance_of, describe_environment, selection_of
+from hf_dynprune.report import (
+    FORMAT_VERSION,
+    PHASES,
+    EpochRecord,
+    PruningReport,
+    chance_of,
+    describe_environment,
+    selection_of,
+)
 
 
 def report(**values) -> PruningReport:

@@ -371,8 +371,6 @@ class StreamOfKnownLength(Stream):
         return N
 
 
-# DEFECT: torch's IterableDataset inherits `__getitem__` (it raises NotImplementedError), so that a stream with a length
-# passes `IndexedDataset.__init__` (sampler.py) and fails without a word at the first batch.
 @pytest.mark.parametrize("dataset", [Stream(), StreamOfKnownLength(), iter([1, 2]), {1, 2}])
 def test_streams_are_refused(dataset):
     with pytest.raises(TypeError, match=f"{type(dataset).__name__}.*map-style"):

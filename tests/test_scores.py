@@ -165,7 +165,6 @@ def test_index_out_of_range_is_refused():
         observed(SampleTable(3, FOLD), [3], [1.0])
 
 
-# DEFECT: for 'median' a bare KeyError comes out (scores.py, `observe`: `self[name].dtype` is evaluated before `_own`).
 @pytest.mark.parametrize("name", ["median", "times_kept", "last_observed"])
 def test_policy_may_write_its_own_columns_only(name):
     table = SampleTable(2, (Column("mean"),))

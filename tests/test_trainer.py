@@ -4,11 +4,12 @@ import inspect
 import math
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 
 import datasets
 import pytest
 import torch
-from tiny import KnownLoss, arguments, images, known_losses, learning_rates, same_weights, trainer, values, vit
+from tiny import KnownLoss, images, known_losses, learning_rates, same_weights, trainer, values, vit
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import ConcatDataset
 from transformers import (
@@ -165,7 +166,7 @@ def datasets_to_try():
 @pytest.mark.parametrize("name", datasets_to_try())
 def test_the_whole_table_holds_each_samples_own_loss(name, workers, tmp_path):
     data = datasets_to_try()[name]
-    columns = not (name == "transformed")
+    columns = name != "transformed"
     settings = {"dataloader_num_workers": workers, "remove_unused_columns": columns}
     if workers:
         settings |= {"dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
@@ -243,7 +244,7 @@ def test_keep_ratio_is_what_is_trained(policy, tmp_path):
     assert [record.optimizer_steps for record in report.epochs] == [2] * 4
     assert report.totals["forward_passes"] == report.totals["backward_passes"] == sum(map(len, batches)) == 60
     assert report.cost_ratio == pytest.approx(0.3)
-    per_epoch = [sum(batches[i : i + 2], []) for i in range(0, 8, 2)]
+    per_epoch = [batches[i] + batches[i + 1] for i in range(0, 8, 2)]
     assert all(len(set(epoch)) == 15 for epoch in per_epoch)
     assert len({tuple(sorted(epoch)) for epoch in per_epoch}) > 1  # dynamic
 
@@ -263,7 +264,7 @@ def test_epochs_of_different_lengths_train_every_kept_sample_once(tmp_path):
     sizes = [40, 20, 12, 32]
     counts = [5, 3, 2, 4]  # batches of 8
     for size, count in zip(sizes, counts, strict=True):
-        epoch, batches[:count] = sum(batches[:count], []), []
+        epoch, batches[:count] = list(chain(*batches[:count])), []
         assert len(epoch) == size == len(set(epoch))
     assert batches == []
     assert [r.optimizer_steps for r in run.pruning_report.epochs] == [2, 1, 1, 2]
@@ -408,7 +409,7 @@ def test_a_scheduler_that_is_passed_in_is_left_alone_with_one_warning(tmp_path, 
     run = trainer(tmp_path, model=model, pruning=UCB(0.4), extra={"optimizers": (optimizer, scheduler)})
     run.train()
     assert learning_rates(run) == pytest.approx([1e-2 / (s + 1) for s in range(6)])
-    assert [r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()][0].count("6 optimizer steps") == 1
+    assert next(r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()).count("6 optimizer steps") == 1
 
 
 def test_reduce_lr_on_plateau_follows_the_metric(tmp_path):
