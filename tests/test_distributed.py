@@ -2,6 +2,9 @@
 
 import copy
 import datetime
+import os
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -397,3 +400,71 @@ def test_states_of_one_rank_and_two_have_one_identity():
     assert state["metadata"]["identity"]["global batch"] == 4
     with pytest.raises(ValueError, match="global batch: 2 there, 4 here"):
         pruner_of(ranks=1).load_state_dict(pruner_of(ranks=2).state_dict())  # batches of 2, on one rank
+
+
+# ---- whole runs -----------------------------------------------------------------------------------------------------
+
+RUN = """
+import sys
+import torch
+from tiny import images, trainer
+from hf_dynprune import UCB, Column, EpochPlan
+from hf_dynprune.distributed import world
+
+folder, ranks, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+run = trainer(
+    folder,
+    data=images(45),
+    pruning=UCB(keep_ratio=0.6, first=1),
+    per_device_train_batch_size=8 // ranks,
+    gradient_accumulation_steps=accumulation,
+    num_train_epochs=4,
+    ddp_find_unused_parameters=False,
+    optim="sgd",
+    learning_rate=0.5,
+)
+assert world()[1] == ranks == run.args.world_size
+run.train()
+if world()[0] == 0:
+    report = run.pruning_report
+    state = {"weights": run.model.state_dict(), "table": run.pruner.table.state_dict()}
+    state["lr"] = report.epochs[-1].learning_rate
+    state["steps"] = [record.optimizer_steps for record in report.epochs]
+    state["passes"] = [record.forward_passes for record in report.epochs]
+    torch.save(state, f"{folder}/state.pt")
+run.accelerator.wait_for_everyone()
+run.accelerator.end_training()
+"""
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_ranks_train_what_one_rank_trains_with_the_double_batch(accumulation, tmp_path):
+    """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
+    states = {}
+    (tmp_path / "run.py").write_text(RUN)
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        port = str(29500 + os.getpid() % 2000 + ranks)
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port] if ranks == 2 else []
+        tests = Path(__file__).parent
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+        }
+        command = [sys.executable, *launch, str(tmp_path / "run.py"), str(folder), str(ranks), str(accumulation)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        states[ranks] = torch.load(folder / "state.pt")
+    one, two = states[1], states[2]
+    assert one["steps"] == two["steps"]
+    assert one["passes"] == [45, 27, 27, 27]
+    assert two["passes"] == [48, 32, 32, 32]  # padding is paid for, and counted
+    assert one["lr"] == two["lr"]
+    for name in ("times_kept", "last_observed"):
+        assert torch.equal(one["table"][name], two["table"][name])
+    torch.testing.assert_close(one["table"]["mean"], two["table"]["mean"], rtol=1e-4, atol=1e-5)
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-5)
