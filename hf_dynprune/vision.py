@@ -87,8 +87,8 @@ def _build(depth: int, pretrained: bool, *, width: float = 1.0, **kwargs: Any) -
     # timm's deep stem alone can be other than 64 wide: twice `stem_width`. CifarResNet puts one layer in its place.
     args |= {"stem_type": "deep", "stem_width": channels[0] // 2}
     args["feature_cfg"] = {"out_indices": tuple(range(len(layers) + 1))}
-    # timm zeroes the last BatchNorm of each block; the paper does not, and with few, narrow blocks and few epochs that costs:
-    # ResNet-8 on CIFAR-10 reached 70.4 % after 3 epochs without, 68.9 % with it (one seed, a plain loop).
+    # timm zeroes the last BatchNorm of each block. The paper does not, and with few narrow blocks and few epochs it costs:
+    # ResNet-8 on CIFAR-10 reached 70.4 % after 3 epochs without it, 68.9 % with it (one seed, a plain loop).
     args["zero_init_last"] = depth in _LARGE
     return build_model_with_cfg(CifarResNet, f"resnet{depth}_cifar", pretrained, **(args | kwargs))
 
