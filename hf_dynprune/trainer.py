@@ -133,7 +133,6 @@ class DynamicPruningMixin(_Trainer):
         self._loss_rule: LossRule = derive_rule(_base_model(self.model), per_sample_loss_fn)
         check_signals(pruning.signals, self._loss_rule)
         self._check_dataset()
-        self._fingerprint = dataset_fingerprint(self.train_dataset)
         self.pruner = self._make_pruner()  # raises for what does not fit together; each train() makes its own
         # Our loss is normalised over the optimizer step: the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
@@ -204,7 +203,7 @@ class DynamicPruningMixin(_Trainer):
             drop_last=args.dataloader_drop_last,
             seed=args.seed,
             data_seed=args.data_seed,
-            fingerprint=self._fingerprint,
+            fingerprint=dataset_fingerprint(dataset),
         )
 
     @property
@@ -250,7 +249,6 @@ class DynamicPruningMixin(_Trainer):
         if made is not dataloader:
             raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
         self._loss_checked = False
-        self._samples_before: int | None = None
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
         pruner = self.pruner
         return (
@@ -301,20 +299,20 @@ class DynamicPruningMixin(_Trainer):
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
-        if self.pruning is None or self.pruner is None or resume_from_checkpoint is None:
+        if self.pruning is None or self.pruner is None:
             return position
-        epoch, batch = self.pruner.load(resume_from_checkpoint)
-        if self.args.ignore_data_skip:
-            self.pruner.restart_epoch(self.state.global_step)
-            batch = 0
-        return epoch, batch
+        if resume_from_checkpoint is not None:
+            position = self.pruner.load(resume_from_checkpoint)
+            if self.args.ignore_data_skip:
+                self.pruner.restart_epoch(self.state.global_step)
+                position = (position[0], 0)
+        self._passes_before = self.pruner.report.totals["forward_passes"]
+        return position
 
     def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop names all its arguments
         if self.pruning is None or self.pruner is None:
             return super()._run_epoch(**loop)
         pruner, epoch = self.pruner, loop["epoch"]
-        if self._samples_before is None:
-            self._samples_before = pruner.report.totals["forward_passes"]
         begun = len(pruner.report.epochs)
         pruner.begin_epoch(epoch, step=self.state.global_step)
         # Datasets that follow the epoch (our augmentation) hear of it here: accelerate tells them only at times.
@@ -362,7 +360,7 @@ class DynamicPruningMixin(_Trainer):
         if self.pruning is not None and self.pruner is not None:
             # The Trainer takes the share of `num_train_samples` that belongs to this call's share of the steps.
             steps = max(self.state.global_step - self._initial_global_step, 1)
-            trained = self.pruner.report.totals["forward_passes"] - (self._samples_before or 0)
+            trained = self.pruner.report.totals["forward_passes"] - self._passes_before
             num_train_samples = trained * max(self.state.max_steps, 1) / steps
         return super()._finalize_training(trial, num_train_samples, start_time)
 

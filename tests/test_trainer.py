@@ -449,6 +449,14 @@ def test_samples_per_second_counts_what_was_trained(tmp_path):
     assert trained == pytest.approx(40 + 12 + 16, rel=0.02)
 
 
+def test_samples_per_second_of_a_resumed_run_counts_its_own_samples(tmp_path):
+    settings = {"pruning": UCB(0.6), "save_strategy": "steps", "save_steps": 4}
+    trainer(tmp_path, **settings).train()
+    metrics = trainer(tmp_path / "b", **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics
+    trained = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert trained == pytest.approx(3 * 24 - 24 - 8, rel=0.05)  # 3 batches of 8 an epoch, 4 of them before
+
+
 def test_the_progress_bar_knows_the_true_number_of_steps(tmp_path):
     totals = []
 
@@ -654,6 +662,16 @@ def test_resume_takes_the_newest_complete_checkpoint_and_warns_of_the_others(tmp
     assert "checkpoint-9" in caplog.text
     assert "checkpoint-8" in caplog.text
     assert same_weights(whole.model, part.model)
+
+
+def test_resuming_a_run_that_is_complete_trains_nothing_more(tmp_path):
+    settings = {"save_strategy": "epoch", "num_train_epochs": 2, "pruning": UCB(0.6)}
+    whole = trainer(tmp_path, **settings)
+    whole.train()
+    again = trainer(tmp_path, **settings)
+    assert again.train(resume_from_checkpoint=True).metrics["train_samples_per_second"] == 0
+    assert same_weights(whole.model, again.model)
+    assert comparable(again.pruning_report) == comparable(whole.pruning_report)
 
 
 def test_an_incomplete_checkpoint_that_is_named_is_an_error(tmp_path):
