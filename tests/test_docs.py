@@ -76,3 +76,15 @@ def test_the_names_that_the_readme_uses_exist():
     for name in re.findall(r"from hf_dynprune import ([\w, ]+)", README):
         for part in name.split(","):
             assert hasattr(hf_dynprune, part.strip())
+
+
+def test_published_figures_are_those_of_the_reports():
+    rows = re.findall(
+        r"^\| .* \| ([\d.]+) % \| ([\d.]+) \| ([\d,]+) \| \[.*\]\((recipes/results/.*\.json)\) \|$", README, re.MULTILINE
+    )
+    assert len(rows) >= 4
+    for accuracy, cost, steps, path in rows:
+        report = PruningReport.load(ROOT / path)
+        assert accuracy == f"{100 * report.metrics['eval_accuracy']:.2f}"
+        assert cost == f"{report.passes / (20 * report.num_samples):.3f}"
+        assert steps == f"{report.totals['optimizer_steps']:,}"

@@ -381,7 +381,7 @@ def test_streams_are_refused(dataset):
 def test_indexed_dataset_pickles(kind):
     indexed = pickle.loads(pickle.dumps(IndexedDataset(make_dataset(kind))))
     assert len(indexed) == N
-    assert indexed.__getitems__([4]).index == [4]
+    assert indexed.__getitems__([4]).indices == [4]
     collator = pickle.loads(pickle.dumps(IndexedCollator(tuple_collator)))
     assert collator.collator is tuple_collator
 
