@@ -3,6 +3,7 @@
 import copy
 import datetime
 import os
+import socket
 import subprocess
 import sys
 import traceback
@@ -408,10 +409,10 @@ RUN = """
 import sys
 import torch
 from tiny import images, trainer
-from hf_dynprune import UCB, Column, EpochPlan
+from hf_dynprune import UCB
 from hf_dynprune.distributed import world
 
-folder, ranks, accumulation = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, ranks, accumulation, checkpoint = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 run = trainer(
     folder,
     data=images(45),
@@ -422,43 +423,50 @@ run = trainer(
     ddp_find_unused_parameters=False,
     optim="sgd",
     learning_rate=0.5,
+    save_strategy="steps",
+    save_steps=1,
 )
 assert world()[1] == ranks == run.args.world_size
-run.train()
+run.train(resume_from_checkpoint=checkpoint or None)
 if world()[0] == 0:
     report = run.pruning_report
     state = {"weights": run.model.state_dict(), "table": run.pruner.table.state_dict()}
     state["lr"] = report.epochs[-1].learning_rate
     state["steps"] = [record.optimizer_steps for record in report.epochs]
     state["passes"] = [record.forward_passes for record in report.epochs]
+    state["resumed"] = report.resumed
     torch.save(state, f"{folder}/state.pt")
 run.accelerator.wait_for_everyone()
 run.accelerator.end_training()
 """
 
 
+def train_on(ranks, folder, accumulation=1, checkpoint=""):
+    """Trains in `ranks` real processes; what rank 0 has at the end."""
+    folder.mkdir()
+    script = folder / "run.py"
+    script.write_text(RUN)
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port] if ranks > 1 else []
+    tests = Path(__file__).parent
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, *launch, script, folder, str(ranks), str(accumulation), checkpoint]
+    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return torch.load(folder / "state.pt")
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_two_ranks_train_what_one_rank_trains_with_the_double_batch(accumulation, tmp_path):
     """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
-    states = {}
-    (tmp_path / "run.py").write_text(RUN)
-    for ranks in (1, 2):
-        folder = tmp_path / str(ranks)
-        folder.mkdir()
-        port = str(29500 + os.getpid() % 2000 + ranks)
-        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port] if ranks == 2 else []
-        tests = Path(__file__).parent
-        environment = {
-            **os.environ,
-            "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
-            "ACCELERATE_USE_CPU": "true",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, *launch, str(tmp_path / "run.py"), str(folder), str(ranks), str(accumulation)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        states[ranks] = torch.load(folder / "state.pt")
-    one, two = states[1], states[2]
+    one, two = (train_on(ranks, tmp_path / str(ranks), accumulation) for ranks in (1, 2))
     assert one["steps"] == two["steps"]
     assert one["passes"] == [45, 27, 27, 27]
     assert two["passes"] == [48, 32, 32, 32]  # padding is paid for, and counted
@@ -468,3 +476,14 @@ def test_two_ranks_train_what_one_rank_trains_with_the_double_batch(accumulation
     torch.testing.assert_close(one["table"]["mean"], two["table"]["mean"], rtol=1e-4, atol=1e-5)
     for name, weight in one["weights"].items():
         torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-5)
+
+
+def test_two_ranks_resume_in_mid_epoch_bit_for_bit(tmp_path):
+    whole = train_on(2, tmp_path / "whole")
+    part = train_on(2, tmp_path / "part", checkpoint=str(tmp_path / "whole" / "checkpoint-8"))  # 6 steps, then 2 of 4
+    assert part["resumed"] == [{"epoch": 1, "step": 8}]
+    for name in ("steps", "passes", "lr"):
+        assert part[name] == whole[name]
+    for kind in ("weights", "table"):
+        for name, value in whole[kind].items():
+            assert torch.equal(value, part[kind][name]), name
