@@ -88,3 +88,15 @@ def test_published_figures_are_those_of_the_reports():
         assert accuracy == f"{100 * report.metrics['eval_accuracy']:.2f}"
         assert cost == f"{report.passes / (20 * report.num_samples):.3f}"
         assert steps == f"{report.totals['optimizer_steps']:,}"
+
+
+def test_the_quickstarts_figures_are_those_of_its_reports():
+    table = (ROOT / "recipes" / "quickstart.py").read_text().split('"""')[1]
+    for run, file in (("full", "full"), ("short", "short"), ("pruned", "report")):
+        passes, steps, mean, *each = re.search(rf"{run} run +([\d. ]+)\n", table)[1].split()
+        reports = [PruningReport.load(ROOT / f"recipes/results/quickstart/seed_{seed}/{file}.json") for seed in range(5)]
+        accuracies = [100 * report.metrics["eval_accuracy"] for report in reports]
+        assert each == [f"{accuracy:.1f}" for accuracy in accuracies]
+        assert mean == f"{sum(accuracies) / 5:.1f}"
+        assert passes == f"{reports[0].passes / reports[0].num_samples:.2f}"
+        assert steps == str(reports[0].totals["optimizer_steps"])
