@@ -93,12 +93,3 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     total = value.detach().clone()
     dist.all_reduce(total)
     return total
-
-
-def agree(ok: bool) -> bool:
-    """Whether it is `ok` on all ranks."""
-    if world()[1] == 1:
-        return ok
-    flag = torch.tensor([int(ok)], device=_device())
-    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)

@@ -87,10 +87,6 @@ def sums(rank, folder):
     return distributed.sum_over_ranks(value), value, total.detach(), total.requires_grad, share.detach()
 
 
-def agreement(rank, folder):
-    return [distributed.agree(ok) for ok in (True, rank == 0, rank == 1, False)]
-
-
 def loss_of(i, epoch):
     value = (i * 13 + epoch * 29) % 11 / 4
     return float("nan") if (i, epoch) == (3, 0) else value
@@ -188,7 +184,6 @@ SCENARIOS = [
     gather_nothing,
     gather_without_signals,
     sums,
-    agreement,
     whole_run,
     interrupted_run,
     rank_0_decides,
@@ -303,10 +298,6 @@ def test_sum_over_ranks(ranks):
         assert float(own) == 0.5 + rank
 
 
-def test_agree(ranks):
-    assert ranks("agreement") == [[True, False, False, False]] * 2
-
-
 def test_whole_run_on_two_ranks(ranks):
     results = ranks("whole_run")
     assert [settings[:3] for settings, _, _ in results] == [(0, 2, 4), (1, 2, 4)]
@@ -392,8 +383,6 @@ def test_one_rank_gets_back_what_it_gave():
     assert gathered[0] is index
     assert gathered[1] is signals
     assert distributed.sum_over_ranks(value) is value
-    assert distributed.agree(True) is True
-    assert distributed.agree(False) is False
 
 
 def test_states_of_one_rank_and_two_have_one_identity():
@@ -406,6 +395,7 @@ def test_states_of_one_rank_and_two_have_one_identity():
 # ---- whole runs -----------------------------------------------------------------------------------------------------
 
 RUN = """
+import os
 import sys
 import torch
 from tiny import images, trainer
@@ -437,7 +427,9 @@ if world()[0] == 0:
     state["resumed"] = report.resumed
     torch.save(state, f"{folder}/state.pt")
 run.accelerator.wait_for_everyone()
-run.accelerator.end_training()
+# Past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch; not ours to mend).
+sys.stdout.flush()
+os._exit(0)
 """
 
 
