@@ -144,7 +144,7 @@ class DynamicPruner:
             self.data_seed,
             environment=describe_environment(ranks=self.ranks),
         )
-        # The plan in force; None while an epoch trains on all data.
+        # The plan of the last choice, held meanwhile where an epoch trains on all data.
         self._plan: EpochPlan | None = None
         self._full_data = True
         self._sizes: list[int] = []  # what each choice kept
@@ -272,11 +272,10 @@ class DynamicPruner:
             scores: dict[str, float] = {}
             if not self._full_data and (self._plan is None or self._is_choice(epoch)):
                 self._plan, scores = self._choose(epoch, progress)
-            size = len(self.table) if self._full_data or self._plan is None else len(self._plan)
+            size = len(self.table) if self._in_force is None else len(self._in_force)
             self.report.epochs.append(EpochRecord(epoch, self._full_data, size, scores=scores))
             self._batches_done = 0
-        plan = None if self._full_data else self._plan
-        size = len(self.table) if plan is None else len(plan)
+        plan, size = self._in_force, self.report.epochs[-1].samples
         if self.batches(size) == 0:
             raise ValueError(
                 f"Epoch {epoch} keeps {size} samples, less than one batch of {self.global_batch} on all ranks together, "
@@ -331,9 +330,14 @@ class DynamicPruner:
         return plan, scores
 
     @property
+    def _in_force(self) -> EpochPlan | None:
+        """The plan that the running epoch trains on; None for all data."""
+        return None if self._full_data else self._plan
+
+    @property
     def lr_scale(self) -> float:
         """The factor on the learning rate that the plan in force asks for."""
-        return 1.0 if self._full_data or self._plan is None else self._plan.lr_scale
+        return 1.0 if self._in_force is None else self._in_force.lr_scale
 
     def weights(self, index: Tensor) -> Tensor:
         """Factors on the losses of the samples `index` (B,) int64: (B,) float32 on the device of `index`; 0 for padding."""

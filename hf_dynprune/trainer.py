@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from . import distributed
-from .losses import LossRule, SampleLosses, check_signals, derive_rule, logits_of, observe_signals
+from .losses import LossRule, SampleLosses, check_signals, derive_rule, observe_signals
 from .policies import PruningPolicy
 from .pruner import STATE_FILE, DynamicPruner
 from .report import PruningReport
@@ -398,9 +398,9 @@ class DynamicPruningMixin(_Trainer):
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
         # A router's loss and the like, which the model added to its own: kept, unweighted.
-        auxiliary = _output(outputs, "aux_loss")
+        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
         if not self._loss_checked:
-            self._check_loss(own_loss, losses, outputs, len(index), has_auxiliary=auxiliary is not None)
+            self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
             self._loss_checked = True
         self.pruner.observe(index, observe_signals(self.pruning.signals, outputs, batch, losses))
         # DDP averages the gradients of the ranks; D counts the samples of all of them.
@@ -414,9 +414,7 @@ class DynamicPruningMixin(_Trainer):
             loss = loss + (own_loss - plain) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
-    def _check_loss(
-        self, own_loss: torch.Tensor, losses: SampleLosses, outputs: Any, batch_size: int, has_auxiliary: bool
-    ) -> None:
+    def _check_loss(self, own_loss: torch.Tensor, losses: SampleLosses, batch_size: int, has_auxiliary: bool) -> None:
         """On the first batch: one loss a sample, and their mean is the model's own loss."""
         if losses.train.shape != (batch_size,):
             raise ValueError(
@@ -427,9 +425,8 @@ class DynamicPruningMixin(_Trainer):
             return
         ours = losses.train.detach().sum() / losses.terms.sum().clamp(min=1)
         own = own_loss.detach().float().mean()
-        half = self.args.bf16 or self.args.fp16
-        if not half and self._loss_rule.name != "custom":
-            half = logits_of(outputs).dtype in (torch.bfloat16, torch.float16) if _has_logits(outputs) else False
+        dtypes = {parameter.dtype for parameter in self.model.parameters()}
+        half = self.args.bf16 or self.args.fp16 or not dtypes.isdisjoint({torch.bfloat16, torch.float16})
         if not torch.isclose(ours, own.to(ours.device), rtol=2e-2 if half else 1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(
                 f"The mean of the per-sample losses on the first batch is {ours.item():.6g}, the loss of "
@@ -531,14 +528,6 @@ def _check_stream(dataset: Any) -> None:
 def _base_model(model: Any) -> torch.nn.Module:
     """The model below PEFT's wrapper, if there is one: its class says which head it has."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _output(outputs: Any, name: str) -> Any:
-    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-
-
-def _has_logits(outputs: Any) -> bool:
-    return _output(outputs, "logits") is not None or isinstance(outputs, tuple | list)
 
 
 def dataset_fingerprint(dataset: Any) -> str:

@@ -5,6 +5,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import transformers
 from torch import nn
@@ -41,16 +42,7 @@ def t5():
 
 
 def vit():
-    config = transformers.ViTConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        image_size=8,
-        patch_size=4,
-        num_labels=3,
-    )
-    return transformers.ViTForImageClassification(config)
+    return tiny.vit(classes=3)
 
 
 def resnet():

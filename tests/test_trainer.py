@@ -529,8 +529,6 @@ def test_weights_scale_the_loss_and_are_not_normalised_away(tmp_path):
 
 
 def test_label_smoothing_trains_the_smoothed_loss_and_observes_the_plain_one(tmp_path):
-    stock = trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2)
-    stock.train()
     ours = trainer(tmp_path, pruning=Shares(shares=(1.0,)), label_smoothing_factor=0.2, learning_rate=0.0)
     assert ours.train().training_loss == pytest.approx(
         trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2, learning_rate=0.0).train().training_loss, rel=1e-5
