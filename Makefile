@@ -11,7 +11,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test quality format clean
+.PHONY: help quickstart test torture reliability quality format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,8 +19,20 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small model with and without pruning, on this machine
 	@$(BIN)/python recipes/quickstart.py $(ARGS)
 
+# A file of tests goes to one worker: what it starts or trains for all its tests is made once.
 test: $(READY)  ## run the tests (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# What is tried is noted also where it fails, and shown in the README's table.
+RECORD := recipes/results/reliability.json
+
+torture: $(READY)  ## kill a training run 30 times at random moments, resume it, compare (ARGS="--kills 300")
+	$(BIN)/python tests/torture.py --kills 30 --kills_in_checkpoint 10 --write $(RECORD) $(ARGS); status=$$?; \
+	    $(BIN)/python tests/reliability.py && exit $$status
+
+reliability: $(READY)  ## run the tests and note in the README what they tried how often
+	RELIABILITY=$(RECORD) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS); status=$$?; \
+	    $(BIN)/python tests/reliability.py && exit $$status
 
 quality: $(READY)  ## check style and types
 	$(BIN)/ruff check .

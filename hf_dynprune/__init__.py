@@ -5,7 +5,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the table below
     from .arguments import PruningArguments
-    from .policies import UCB, EpochPlan, EpsilonGreedy, FullData, PruningPolicy, RandomPruning, make_policy, top_k
+    from .policies import (
+        IES,
+        KAKURENBO,
+        UCB,
+        EpochPlan,
+        EpsilonGreedy,
+        FullData,
+        InfoBatch,
+        LossProportional,
+        OrderDP,
+        PruningPolicy,
+        RandomPruning,
+        SeTa,
+        make_policy,
+        top_k,
+    )
     from .pruner import DynamicPruner
     from .report import PruningReport
     from .sampler import PruningSampler
@@ -23,12 +38,18 @@ _MODULE_OF = {
     "EpochPlan": "policies",
     "EpsilonGreedy": "policies",
     "FullData": "policies",
+    "IES": "policies",
+    "InfoBatch": "policies",
+    "KAKURENBO": "policies",
+    "LossProportional": "policies",
+    "OrderDP": "policies",
     "PruningArguments": "arguments",
     "PruningPolicy": "policies",
     "PruningReport": "report",
     "PruningSampler": "sampler",
     "RandomPruning": "policies",
     "SampleTable": "scores",
+    "SeTa": "policies",
     "UCB": "policies",
     "make_policy": "policies",
     "top_k": "policies",

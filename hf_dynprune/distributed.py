@@ -4,7 +4,8 @@ Collectives run on the device of the backend (NCCL takes no CPU tensors); what c
 int64, apart from scores: in float32 an index above 2^24 names another sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from .policies import EpochPlan
 from .scores import Rows
+
+T = TypeVar("T")
 
 
 def world() -> tuple[int, int]:
@@ -57,6 +60,40 @@ def plan_on_rank_0(make: Callable[[], EpochPlan]) -> EpochPlan:
         dist.broadcast(weights, 0)
         weights = weights.cpu()
     return EpochPlan(indices.cpu(), weights, lr_scale)
+
+
+def from_rank_0(make: Callable[[], T]) -> T:
+    """What `make` returns on rank 0, on all ranks; its error is raised on all. For small things: they are pickled."""
+    rank, ranks = world()
+    if ranks == 1:
+        return make()
+    made: list = [None, None]
+    error: Exception | None = None
+    if rank == 0:
+        try:
+            made[0] = make()
+        except Exception as caught:
+            error, made[1] = caught, f"{type(caught).__name__}: {caught}"
+    dist.broadcast_object_list(made, 0)
+    if made[1] is not None:
+        raise error or RuntimeError(f"Rank 0 failed: {made[1]}")
+    return made[0]
+
+
+def check_same(values: Mapping[str, object]) -> None:
+    """Raises ValueError on all ranks if one of the values is not the same on all: they would wait for each other."""
+    _, ranks = world()
+    if ranks == 1:
+        return
+    everywhere: list = [None] * ranks
+    dist.all_gather_object(everywhere, dict(values))
+    for name in values:
+        seen = [theirs[name] for theirs in everywhere]
+        if any(value != seen[0] for value in seen):
+            raise ValueError(
+                f"The ranks differ in {name!r}: {', '.join(f'rank {i} has {value!r}' for i, value in enumerate(seen))}. "
+                "Give all ranks the same arguments and the whole dataset: each rank trains its share of every batch."
+            )
 
 
 def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:

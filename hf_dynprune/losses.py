@@ -68,13 +68,19 @@ def _labels(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
-    """(smoothed with gradient, plain without) cross-entropy of each label: logits (..., C), labels (...)."""
+    """(smoothed with gradient, plain without) cross-entropy of each label: logits (..., C), labels (...).
+
+    Memory: with a large C the logits are the largest tensor of a run; beside them only their log-softmax is kept.
+    """
     shape, flat = labels.shape, logits.float().reshape(-1, logits.shape[-1])
     target = labels.reshape(-1)
-    plain = F.cross_entropy(flat, target, reduction="none", ignore_index=ignored)
-    train = plain
     if smoothing:
-        train = F.cross_entropy(flat, target, reduction="none", ignore_index=ignored, label_smoothing=smoothing)
+        log_probabilities = flat.log_softmax(-1)
+        plain = F.nll_loss(log_probabilities, target, reduction="none", ignore_index=ignored)
+        uniform = torch.where(target == ignored, 0.0, -log_probabilities.mean(-1))
+        train = (1 - smoothing) * plain + smoothing * uniform
+    else:
+        train = plain = F.cross_entropy(flat, target, reduction="none", ignore_index=ignored)
     return train.view(shape), plain.detach().view(shape)
 
 
@@ -108,7 +114,8 @@ def _token_rule(name: str, shift: int) -> LossRule:
     """A loss a token: logits (B, T, C); with shift 1 the logits at t predict the label at t + 1."""
 
     def targets(inputs: Mapping[str, Any]) -> Tensor:
-        return _labels(inputs)[:, shift:]
+        # The labels are shifted, not the logits: a part of these would be copied.
+        return F.pad(_labels(inputs)[:, shift:], (0, shift), value=IGNORED)
 
     def losses(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
         labels = targets(inputs)
@@ -225,6 +232,11 @@ def _margin(logits: Tensor, labels: Tensor) -> Tensor:
     return (p.scatter(-1, labels[:, None], -1.0).max(-1).values - own.squeeze(-1)).clamp(-1, 1)
 
 
+def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """Probability of the label's class, in [0, 1]: low is hard."""
+    return logits.softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+
+
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Entropy of the predicted distribution, in nats."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
@@ -236,6 +248,7 @@ SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
     "loss": None,
     "el2n": _el2n,
     "correct": _correct,
+    "confidence": _confidence,
     "margin": _margin,
     "entropy": _entropy,
 }

@@ -122,6 +122,11 @@ class DynamicPruner:
                 f"policy={policy!r} is no PruningPolicy: make one, such as UCB(keep_ratio=0.3), or by name with "
                 "make_policy('ucb', keep_ratio=0.3)."
             )
+        if policy.scoring != "trained":
+            raise ValueError(
+                f"scoring={policy.scoring!r} of {policy.name} takes scoring passes, which are not in this version: wanted "
+                "is scoring='trained', which learns from the training losses alone."
+            )
         if (num_epochs is None) == (max_steps is None):
             raise ValueError(f"num_epochs={num_epochs} and max_steps={max_steps}: give one of the two.")
         if num_epochs is not None:
@@ -156,6 +161,7 @@ class DynamicPruner:
         self._mark: float | None = None  # when the phase that is being timed began
         self._batches_done = 0  # of the running epoch, on this rank
         self._resumed_in: int | None = None  # the epoch in whose middle the run was resumed
+        self._agreed = False  # whether the ranks compared what they were told
         self.clock = self._make_clock()
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
@@ -263,10 +269,13 @@ class DynamicPruner:
         """
         self.end_epoch()
         self._mark = time.perf_counter()
-        if self._resumed_in == epoch:
-            step = self.clock.start
-        else:
-            step = self._step() if step is None else step
+        resumed = self._resumed_in == epoch
+        step = self.clock.start if resumed else self._step() if step is None else step
+        if not self._agreed:
+            position = {"epoch": epoch, "optimizer steps": step, "batches of the epoch done": self._batches_done}
+            distributed.check_same({**self._identity(), **position})
+            self._agreed = True
+        if not resumed:
             progress = epoch / self._epochs if self._epochs is not None else step / self.max_steps  # type: ignore
             self._full_data = self._is_full(epoch, progress)
             scores: dict[str, float] = {}
@@ -550,7 +559,7 @@ class DynamicPruner:
         self.report = PruningReport.from_dict(metadata["report"])
         self.report.environment = environment
         self._buffer, self._buffered, self._drained, self._mark = [], 0, [], None
-        self._batches_done, self._resumed_in = metadata["batches_done"], None
+        self._batches_done, self._resumed_in, self._agreed = metadata["batches_done"], None, False
         epoch, batch = self.clock.epoch, self._batches_done
         if self.report.epochs:
             if batch >= self.batches(self.report.epochs[-1].samples):
@@ -565,18 +574,40 @@ class DynamicPruner:
         if self._resumed_in is not None:
             self.clock.start, self._batches_done = step, 0
 
+    def adopt(self, epochs: float, step: int) -> tuple[int, int]:
+        """Goes on from a run that left no state of ours: nothing is known of any sample, all data are taken to have been
+        trained on, and that is charged. An epoch that was interrupted begins anew.
+
+        Args:
+            epochs: that the run had trained, may be fractional.
+            step: its optimizer steps.
+
+        Returns:
+            (epoch, 0), where the run goes on.
+        """
+        n, done = len(self.table), 0
+        for epoch in range(math.ceil(round(epochs, 9))):
+            end = round(step * min(epoch + 1, epochs) / epochs)
+            passes = round(n * min(1.0, epochs - epoch))
+            self.report.epochs.append(
+                EpochRecord(epoch, True, n, forward_passes=passes, backward_passes=passes, optimizer_steps=end - done)
+            )
+            done = end
+        begins = math.floor(round(epochs, 9))
+        self.clock.begin_epoch(begins, step, self.clock.length)
+        self.report.resumed.append({"epoch": begins, "step": step, "stock_checkpoint": True})
+        return begins, 0
+
     def save(
         self,
         folder: str | os.PathLike[str],
         *,
         step: int | None = None,
         learning_rate: float | None = None,
-        write: bool | None = None,
     ) -> None:
-        """Writes `STATE_FILE` in the folder, whole or not at all. Collective; `write` says whether this rank writes,
-        *optional*, defaults to rank 0."""
+        """Writes `STATE_FILE` in the folder, whole or not at all. Collective; rank 0 writes."""
         state = self.state_dict(step=step, learning_rate=learning_rate)
-        if self.rank == 0 if write is None else write:
+        if self.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_tensors(Path(folder) / STATE_FILE, state["tensors"], state["metadata"])
 

@@ -68,7 +68,8 @@ class PruningReport:
         epochs: a record for each epoch.
         selection: how often samples were kept, see [`selection_of`].
         nonfinite_samples: the first samples (100 at the most) that had a NaN or infinite loss.
-        resumed: where the run was resumed: epoch and optimizer step.
+        resumed: where the run was resumed: epoch and optimizer step; `stock_checkpoint` where it went on from a checkpoint
+            without scores, before which all data are taken to have been trained on.
         environment: versions and hardware.
     """
 

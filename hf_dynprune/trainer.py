@@ -12,15 +12,17 @@ import os
 import re
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
+import xxhash
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 
 from . import distributed
 from .losses import LossRule, SampleLosses, check_signals, derive_rule, observe_signals
@@ -28,7 +30,8 @@ from .policies import PruningPolicy
 from .pruner import STATE_FILE, DynamicPruner
 from .report import PruningReport
 from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
-from .scores import load_tensors
+from .scores import load_tensors, save_tensors
+from .scoring import loss_left_out, score_samples
 
 logger = logging.getLogger(__name__)
 
@@ -283,9 +286,27 @@ class DynamicPruningMixin(_Trainer):
 
     # ---- the run ----------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        stock_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Trains; all arguments but one are the Trainer's.
+
+        Args:
+            resume_from_checkpoint: the folder of a checkpoint, or True for the newest complete one in `output_dir`.
+            stock_checkpoint: goes on from a checkpoint of the stock Trainer as well. It has no scores: the table starts
+                empty, an interrupted epoch begins anew, and what was trained before is charged as full data.
+
+        Raises:
+            ValueError: for a checkpoint that is not complete or belongs to another run; nothing is changed then.
+        """
         if self.pruning is not None and resume_from_checkpoint:
-            resume_from_checkpoint = _complete_checkpoint(resume_from_checkpoint, self.args.output_dir or ".")
+            wanted, folder = resume_from_checkpoint, self.args.output_dir or "."
+            # Rank 0 looks: all ranks go on from the same checkpoint, and its files are read once.
+            resume_from_checkpoint = distributed.from_rank_0(lambda: _complete_checkpoint(wanted, folder, stock_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(
@@ -301,7 +322,17 @@ class DynamicPruningMixin(_Trainer):
         )
         if self.pruning is None or self.pruner is None:
             return position
-        if resume_from_checkpoint is not None:
+        if resume_from_checkpoint is not None and not (Path(resume_from_checkpoint) / STATE_FILE).exists():
+            position = self.pruner.adopt(self.state.epoch or 0.0, self.state.global_step)
+            logger.warning(
+                "%s has no %s: the run goes on from epoch %d without any score, and the %.4g epochs before count as full "
+                "data.",
+                resume_from_checkpoint,
+                STATE_FILE,
+                position[0],
+                self.state.epoch,
+            )
+        elif resume_from_checkpoint is not None:
             position = self.pruner.load(resume_from_checkpoint)
             if self.args.ignore_data_skip:
                 self.pruner.restart_epoch(self.state.global_step)
@@ -327,6 +358,11 @@ class DynamicPruningMixin(_Trainer):
         loop["steps_in_epoch"] = len(loop["train_dataloader"])
         loop["num_update_steps_per_epoch"] = pruner.clock.length
         self._expected = pruner.batches_done
+        if self.args.dataloader_persistent_workers and loop["resume_from_checkpoint"] and epoch == loop["epochs_trained"]:
+            # Workers that last draw their seed once, when they start. In a run that was never interrupted that was in its
+            # first epoch: they start here, and the global random state is as if they had been there.
+            with torch.random.fork_rng(devices=[]):
+                iter(loop["train_dataloader"].base_dataloader)
         super()._run_epoch(**loop)
         pruner.end_epoch(step=self.state.global_step, learning_rate=self._get_learning_rate())
 
@@ -394,11 +430,17 @@ class DynamicPruningMixin(_Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         index = inputs.pop(SAMPLE_INDEX)
         batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
-        own_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
-        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
+        # The model's own loss is looked at on the first batch; later it would be computed for nothing.
+        with loss_left_out(self._model_with_loss() if self._loss_checked else None) as left_out:
+            own_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # A router's loss and the like, which the model added to its own: kept, unweighted.
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
+        if auxiliary is None:
+            own_loss = own_loss.detach()  # its graph holds as much as the logits: it goes before ours is made
+            if isinstance(outputs, MutableMapping):
+                outputs["loss"] = own_loss
+        smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
+        losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
         if not self._loss_checked:
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
             self._loss_checked = True
@@ -410,9 +452,16 @@ class DynamicPruningMixin(_Trainer):
             denominator = denominator.clamp(min=1)
         loss = (losses.train * self.pruner.weights(index)).sum() * ranks / denominator
         if auxiliary is not None:
-            plain = losses.train.sum() / losses.terms.sum().clamp(min=1)
+            plain = 0.0 if left_out else losses.train.sum() / losses.terms.sum().clamp(min=1)
             loss = loss + (own_loss - plain) / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def _model_with_loss(self) -> PreTrainedModel | None:
+        """The model, if its loss is one over tokens (with a large vocabulary the dearest part of a step) and can be left
+        out: transformers' own compute_loss, and our rule instead of it."""
+        model = _base_model(self.model)
+        stock = _owner(type(self), "compute_loss") is Trainer and self.compute_loss_func is None
+        return model if stock and self._loss_rule.terms is not None and isinstance(model, PreTrainedModel) else None
 
     def _check_loss(self, own_loss: torch.Tensor, losses: SampleLosses, batch_size: int, has_auxiliary: bool) -> None:
         """On the first batch: one loss a sample, and their mean is the model's own loss."""
@@ -460,13 +509,16 @@ class DynamicPruningMixin(_Trainer):
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
-        if self.pruning is not None and self.pruner is not None:
-            self.pruner.save(
-                output_dir,
-                step=self.state.global_step,
-                learning_rate=self._get_learning_rate(),
-                write=self.args.should_save,
-            )
+        if self.pruning is None or self.pruner is None:
+            return
+        # Collective: when it returns, the other ranks have written their files.
+        state = self.pruner.state_dict(step=self.state.global_step, learning_rate=self._get_learning_rate())
+        if self.args.should_save:
+            folder = Path(output_dir)
+            # One of an earlier run in the same place must not make this checkpoint complete before it is.
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            state["metadata"]["files"] = _content(folder)
+            save_tensors(folder / STATE_FILE, **state)
 
     # ---- card -------------------------------------------------------------------------------------------------------
 
@@ -543,25 +595,55 @@ def dataset_fingerprint(dataset: Any) -> str:
     return f"{n} samples, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
-def _fault_of_checkpoint(folder: Path) -> str | None:
-    """Why a run cannot be resumed from the folder; None if it can."""
+def _content(folder: Path) -> dict[str, list]:
+    """What is in a checkpoint beside our file and the Trainer's state, which follows it: name -> [bytes, xxh3 of 128 bits].
+
+    Cost: reads all of it, from the page cache where it was just written.
+    """
+    content: dict[str, list] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in (STATE_FILE, TRAINER_STATE_NAME) and not name.endswith(".tmp"):
+            digest = xxhash.xxh3_128()
+            with open(path, "rb") as file:
+                while block := file.read(1 << 24):
+                    digest.update(block)
+            content[name] = [path.stat().st_size, digest.hexdigest()]
+    return content
+
+
+def _fault_of_checkpoint(folder: Path, stock: bool) -> str | None:
+    """Why a run cannot be resumed from the folder; None if it can. `stock`: our file may be missing."""
     try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"its trainer_state.json cannot be read ({error})"
+        step = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"its {TRAINER_STATE_NAME} cannot be read ({error!r})"
     try:
-        load_tensors(folder / STATE_FILE)
+        _, metadata = load_tensors(folder / STATE_FILE)
     except FileNotFoundError:
-        return f"it has no {STATE_FILE}, so it was not written by a pruned run (or with save_only_model=True)"
+        if stock:
+            return None
+        return (
+            f"it has no {STATE_FILE}: it was written by a stock Trainer, or with save_only_model=True. To go on from it "
+            "without scores, train(..., stock_checkpoint=True)"
+        )
     except ValueError as error:
         return str(error)
+    if metadata["step"] != step:
+        return f"its {TRAINER_STATE_NAME} is of step {step}, its {STATE_FILE} of step {metadata['step']}"
+    found = _content(folder)
+    for name, written in metadata.get("files", {}).items():
+        if name not in found:
+            return f"its {name} is missing"
+        if found[name] != written:
+            return f"its {name} is damaged: {found[name][0]} bytes, {written[0]} were written, or their checksum differs"
     return None
 
 
-def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str) -> str:
+def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str, stock: bool = False) -> str:
     """The checkpoint to resume from: the newest complete one in output_dir for True, else the named one, if complete."""
     if not isinstance(wanted, bool):
-        fault = _fault_of_checkpoint(Path(wanted))
+        fault = _fault_of_checkpoint(Path(wanted), stock)
         if fault:
             raise ValueError(
                 f"Cannot resume from {wanted}: {fault}. Name another checkpoint, or pass resume_from_checkpoint=True for "
@@ -570,7 +652,7 @@ def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str)
         return str(wanted)
     found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"\D+-(\d+)", p.name))]
     for _, folder in sorted(found, reverse=True):
-        fault = _fault_of_checkpoint(folder)
+        fault = _fault_of_checkpoint(folder, stock)
         if not fault:
             return str(folder)
         logger.warning("Skipping the checkpoint %s: %s.", folder, fault)

@@ -1,15 +1,66 @@
-"""Before anything of Hugging Face is imported: no network, no telemetry. On CI, the same inputs on each run."""
+"""Before anything of Hugging Face is imported: no network, no telemetry. On CI, the same inputs on each run.
+
+And the record of reliability: with RELIABILITY=FILE the session notes there what its tests tried (see reliability.py).
+"""
 
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; child processes inherit it
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warn in each forked worker
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; several test processes share the cores
 
+import pytest
 from hypothesis import HealthCheck, settings
+from reliability import check_key, merge
 
 # No deadline and no complaint of slowness: the first example of a test pays for imports, and machines differ.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def reliability(request):
+    """`reliability("resume", 12)` says: this test tried 12 times what the row of that name promises. Where the test fails,
+    all of them count as failed."""
+
+    def tried(row, count=1):
+        check_key(row)
+        if not (isinstance(count, int) and count >= 1):
+            raise ValueError(f"reliability({row!r}, {count!r}): the count is a whole number of at least 1.")
+        request.node.user_properties.append(("reliability", [row, count]))
+
+    return tried
+
+
+class Recorder:
+    """Adds up what all tests of the session tried, on the controller where pytest-xdist runs them, and writes it down."""
+
+    def __init__(self, path):
+        self.path, self.counts, self.failed = path, {}, set()
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.failed.add(report.nodeid)
+        # Each phase tells of all that was tried so far: the last one counts.
+        tried = [value for name, value in report.user_properties if name == "reliability"]
+        if tried:
+            self.counts[report.nodeid] = tried
+
+    def pytest_sessionfinish(self):
+        rows = {}
+        for test, tried in self.counts.items():
+            for key, count in tried:
+                row = rows.setdefault(key, {"tried": 0, "failed": 0})
+                row["tried"] += count
+                row["failed"] += count if test in self.failed else 0
+        if rows:
+            merge(self.path, rows)
+
+
+def pytest_configure(config):
+    path = os.environ.get("RELIABILITY")
+    if path and not hasattr(config, "workerinput"):  # workers report to the controller
+        config.pluginmanager.register(Recorder(Path(path).absolute()), "reliability")

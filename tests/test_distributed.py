@@ -3,9 +3,6 @@
 import copy
 import datetime
 import os
-import socket
-import subprocess
-import sys
 import traceback
 from pathlib import Path
 
@@ -13,6 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from test_tasks import Some, assert_same_gradient, train
+from tiny import torchrun
 from torch.utils.data import BatchSampler
 
 from hf_dynprune import distributed
@@ -392,90 +391,101 @@ def test_states_of_one_rank_and_two_have_one_identity():
         pruner_of(ranks=1).load_state_dict(pruner_of(ranks=2).state_dict())  # batches of 2, on one rank
 
 
-# ---- whole runs -----------------------------------------------------------------------------------------------------
-
-RUN = """
-import os
-import sys
-import torch
-from tiny import images, trainer
-from hf_dynprune import UCB
-from hf_dynprune.distributed import world
-
-folder, ranks, accumulation, checkpoint = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-run = trainer(
-    folder,
-    data=images(45),
-    pruning=UCB(keep_ratio=0.6, first=1),
-    per_device_train_batch_size=8 // ranks,
-    gradient_accumulation_steps=accumulation,
-    num_train_epochs=4,
-    ddp_find_unused_parameters=False,
-    optim="sgd",
-    learning_rate=0.5,
-    save_strategy="steps",
-    save_steps=1,
-)
-assert world()[1] == ranks == run.args.world_size
-run.train(resume_from_checkpoint=checkpoint or None)
-if world()[0] == 0:
-    report = run.pruning_report
-    state = {"weights": run.model.state_dict(), "table": run.pruner.table.state_dict()}
-    state["lr"] = report.epochs[-1].learning_rate
-    state["steps"] = [record.optimizer_steps for record in report.epochs]
-    state["passes"] = [record.forward_passes for record in report.epochs]
-    state["resumed"] = report.resumed
-    torch.save(state, f"{folder}/state.pt")
-run.accelerator.wait_for_everyone()
-# Past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch; not ours to mend).
-sys.stdout.flush()
-os._exit(0)
-"""
+# ---- whole runs: tests/ranks.py under torchrun -----------------------------------------------------------------------
 
 
-def train_on(ranks, folder, accumulation=1, checkpoint=""):
-    """Trains in `ranks` real processes; what rank 0 has at the end."""
-    folder.mkdir()
-    script = folder / "run.py"
-    script.write_text(RUN)
-    with socket.socket() as free:  # a port that nobody listens on
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", port] if ranks > 1 else []
-    tests = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, *launch, script, folder, str(ranks), str(accumulation), checkpoint]
-    done = subprocess.run([str(c) for c in command], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return torch.load(folder / "state.pt")
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """number of ranks -> what each rank saw, by scenario; each number is launched once."""
+    seen = {}
+
+    def results(ranks, scenario):
+        if ranks not in seen:
+            folder = tmp_path_factory.mktemp(f"launched{ranks}")
+            done = torchrun(Path(__file__).parent / "ranks.py", folder, ranks=ranks)
+            assert done.returncode == 0, done.stdout + done.stderr
+            seen[ranks] = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+        values = [of_rank[scenario] for of_rank in seen[ranks]]
+        for rank, value in enumerate(values):
+            if isinstance(value, str):
+                pytest.fail(f"rank {rank}:\n{value}")
+        return values
+
+    return results
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_ranks_train_what_one_rank_trains_with_the_double_batch(accumulation, tmp_path):
+@pytest.mark.parametrize("scenario", ["plain", "accumulated"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(count, scenario, launched, reliability):
     """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
-    one, two = (train_on(ranks, tmp_path / str(ranks), accumulation) for ranks in (1, 2))
-    assert one["steps"] == two["steps"]
-    assert one["passes"] == [45, 27, 27, 27]
-    assert two["passes"] == [48, 32, 32, 32]  # padding is paid for, and counted
-    assert one["lr"] == two["lr"]
-    for name in ("times_kept", "last_observed"):
-        assert torch.equal(one["table"][name], two["table"][name])
-    torch.testing.assert_close(one["table"]["mean"], two["table"]["mean"], rtol=1e-4, atol=1e-5)
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(weight, two["weights"][name], rtol=1e-4, atol=1e-5)
+    (one,), several = launched(1, scenario), launched(count, scenario)
+    assert one["world"] == ((0, 1), 1)
+    assert one["samples"] == one["passes"] == [45, 27, 27, 27]
+    for rank, other in enumerate(several):
+        assert other["world"] == ((rank, count), count)
+        assert other["steps"] == one["steps"]
+        assert other["samples"] == one["samples"]
+        assert other["passes"] == [48, 36, 36, 36]  # padding is paid for, and counted
+        assert other["learning rates"] == several[0]["learning rates"]
+        for name in ("times_kept", "last_observed"):
+            assert torch.equal(one["table"][name], other["table"][name])
+        for name, column in several[0]["table"].items():
+            assert torch.equal(column, other["table"][name])  # of all ranks bit for bit
+        torch.testing.assert_close(one["table"]["mean"], other["table"]["mean"], rtol=1e-4, atol=1e-5)
+        for name, weight in one["weights"].items():
+            torch.testing.assert_close(weight, other["weights"][name], rtol=1e-4, atol=1e-5)
+    assert several[0]["learning rates"] == one["learning rates"]
+    # What is logged too, each step being one batch: the mean over the ranks.
+    assert several[0]["loss"] == pytest.approx(one["loss"], rel=1e-3)
+    reliability("ranks", sum(one["steps"]))
 
 
-def test_two_ranks_resume_in_mid_epoch_bit_for_bit(tmp_path):
-    whole = train_on(2, tmp_path / "whole")
-    part = train_on(2, tmp_path / "part", checkpoint=str(tmp_path / "whole" / "checkpoint-8"))  # 6 steps, then 2 of 4
-    assert part["resumed"] == [{"epoch": 1, "step": 8}]
-    for name in ("steps", "passes", "lr"):
-        assert part[name] == whole[name]
-    for kind in ("weights", "table"):
-        for name, value in whole[kind].items():
-            assert torch.equal(value, part[kind][name]), name
+def test_gradients_of_two_ranks_are_those_of_one(launched, tmp_path, reliability):
+    for (name, weighted), (steps, last) in launched(2, "gradients")[0].items():
+        run, expected = train(name, tmp_path, 8, 2, pruning=Some(weighted=weighted))
+        assert len(steps) == len(expected) == 4
+        for gradient, (_, wanted, _) in zip(steps, expected, strict=True):
+            assert_same_gradient(gradient, wanted)
+        torch.testing.assert_close(last, run.pruner.table["last"], rtol=1e-4, atol=1e-5, equal_nan=True)
+        reliability("accumulation", len(steps))
+
+
+def test_two_ranks_resume_from_every_checkpoint_bit_for_bit(launched, reliability):
+    first, second = launched(2, "resume_anywhere")
+    assert first == second >= 15
+    reliability("resume ranks", first)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_all_ranks_resume_from_the_same_complete_checkpoint(count, launched, reliability):
+    for rank, (error, steps_again) in enumerate(launched(count, "newest_checkpoint")):
+        assert error.startswith("ValueError: Cannot resume" if rank == 0 else "RuntimeError: Rank 0 failed: ValueError")
+        assert f"its rng_state_{count - 1}.pth is damaged: 0 bytes" in error
+        assert steps_again == 1
+        reliability("files")
+
+
+def test_what_cannot_go_well_on_several_ranks_is_refused_on_all(launched):
+    for errors in launched(2, "refused"):
+        for option in ("dispatch_batches", "split_batches"):
+            assert f"{option}=True does not go with pruning on several ranks" in errors[option]
+        assert "rank 0 has '20 samples, " in errors["shard"]
+        assert "the whole dataset" in errors["shard"]
+        assert "The ranks differ in 'seed': rank 0 has 0, rank 1 has 1" in errors["seed"]
+
+
+def test_full_data_is_the_stock_run_on_two_ranks(launched):
+    for (stock, stock_rates), (ours, rates) in launched(2, "full_data"):
+        assert rates == stock_rates
+        for name, weight in stock.items():
+            torch.testing.assert_close(weight, ours[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_sharded_model_trains_the_same_in_a_loop_of_ones_own(launched, reliability):
+    ((_, weights, scores),), several = launched(1, "sharded"), launched(2, "sharded")
+    for kind, others, their_scores in several:
+        assert kind.startswith("FSDP")
+        for weight, other in zip(weights, others, strict=True):
+            torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores, their_scores, rtol=1e-4, atol=1e-5)
+    reliability("ranks", 4 * 6)

@@ -1,9 +1,11 @@
 """The README: its programs run, and each of its commands is run here, in test_recipes.py or by CI."""
 
+import os
 import re
 from pathlib import Path
 
 import pytest
+import reliability
 import torch
 from tiny import arguments, images, trainer, vit
 
@@ -100,3 +102,17 @@ def test_the_quickstarts_figures_are_those_of_its_reports():
         assert mean == f"{sum(accuracies) / 5:.1f}"
         assert passes == f"{reports[0].passes / reports[0].num_samples:.2f}"
         assert steps == str(reports[0].totals["optimizer_steps"])
+
+
+def test_the_table_of_reliability_is_that_of_the_record():
+    record = reliability.read()  # an error for a key without a row
+    table = reliability.render(record)
+    assert len(table.split("\n")) == 2 + len(record)
+    assert reliability.put_into(README, table) == README, "run `python tests/reliability.py`"
+
+
+@pytest.mark.skipif("RELIABILITY" in os.environ, reason="the record is being written")
+def test_every_row_of_reliability_was_tried():
+    record = reliability.read()
+    assert [key for key in reliability.ROWS if key not in record] == [], "run `make torture` and `make reliability`"
+    assert all(row["tried"] >= 1 for row in record.values())

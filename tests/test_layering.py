@@ -64,7 +64,10 @@ def test_the_proof_can_fail():
 
 
 def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
-    """(modules of ours, top-level names of others) that a module imports anywhere, also inside functions."""
+    """(modules of ours, top-level names of others) that a module imports anywhere, also inside functions.
+
+    The modules of a folder are `folder.part`, and its `__init__` is `folder.__init__`; imported, that one is `folder`.
+    """
     package = ["hf_dynprune", *module.split(".")[:-1]]
     ours, others = set(), set()
     for node in ast.walk(ast.parse(source)):
@@ -81,17 +84,24 @@ def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
             if top != "hf_dynprune":
                 others.add(top)
             elif rest and rest not in ("__version__",):
-                ours.add(hf_dynprune._MODULE_OF.get(rest, rest.split(".")[0]))  # a public name stands for its module
+                ours.add(hf_dynprune._MODULE_OF.get(rest, rest))  # a public name stands for its module
     return ours, others
 
 
 def sources() -> dict[str, str]:
     paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__") for path in paths}
-    return {names[path]: path.read_text() for path in paths}
+    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text() for path in paths}
 
 
-GRAPH = {name: imports_of(source, name)[0] for name, source in sources().items()}
+# Each file and those that it imports; and the same for the rooms, where a folder is one.
+FILES = {
+    name.removesuffix(".__init__"): {ours.removesuffix(".__init__") for ours in imports_of(source, name)[0]}
+    for name, source in sources().items()
+}
+GRAPH: dict[str, set[str]] = {}
+for file, imported in FILES.items():
+    room = file.split(".")[0]
+    GRAPH.setdefault(room, set()).update({name.split(".")[0] for name in imported} - {room})
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
@@ -117,7 +127,8 @@ def test_imports_are_read_from_sources():
     ours, others = imports_of(source, "pruner")
     assert ours == {"distributed", "policies", "trainer", "plots", "cli", "report"}
     assert others == {"torch", "os", "safetensors"}
-    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.rules")[0] == {"policies", "scores"}
+    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.rules")[0] == {"policies.base", "scores"}
+    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.__init__")[0] == {"policies.base", "scores"}
 
 
 def test_cycles_are_found():
@@ -141,6 +152,8 @@ def test_imports_point_one_way():
 
 def test_no_circles():
     assert cycle_in(GRAPH) == []
+    assert cycle_in(FILES) == []
+    assert {"policies", "policies.base", "policies.bandits", "policies.rivals"} <= set(FILES)
 
 
 def test_tools_are_imported_by_nothing():
@@ -165,6 +178,8 @@ def test_only_one_module_talks_to_other_ranks():
 
 
 def test_core_imports_no_more_than_torch_numpy_and_safetensors():
-    for module in CORE:
-        _, others = imports_of(sources()[module], module)
+    files = [(module, source) for module, source in sources().items() if module.split(".")[0] in CORE]
+    assert len(files) > len(CORE)  # a folder has several
+    for module, source in files:
+        _, others = imports_of(source, module)
         assert others - set(sys.stdlib_module_names) <= {"torch", "numpy", "safetensors"}, module

@@ -372,6 +372,7 @@ def signals_by_hand(p, label):
         "loss": -math.log(p[label]),
         "el2n": math.sqrt((1 - p[label]) ** 2 + sum(q * q for q in others)),
         "correct": float(p[label] >= max(p)),
+        "confidence": p[label],
         "margin": max(others) - p[label],
         "entropy": -sum(q * math.log(q) for q in p),
     }
@@ -384,9 +385,10 @@ def test_signals_by_hand():
     outputs = {"logits": torch.tensor(shares).log() + torch.tensor([[5.0], [0.0], [-3.0]])}
     rule = RULES["classification"]
     got = observe_signals(tuple(SIGNALS), outputs, inputs, rule.losses(outputs, inputs, 0.0, None))
-    assert list(got) == list(SIGNALS) == ["loss", "el2n", "correct", "margin", "entropy"]
+    assert list(got) == list(SIGNALS) == ["loss", "el2n", "correct", "confidence", "margin", "entropy"]
     assert got["el2n"].tolist() == pytest.approx([0.75 * math.sqrt(2), 0.25 * math.sqrt(2), 0.1 * math.sqrt(2)])
     assert got["correct"].tolist() == [0.0, 1.0, 1.0]
+    assert got["confidence"].tolist() == pytest.approx([0.25, 0.75, 0.9])
     assert got["margin"].tolist() == pytest.approx([0.5, -0.5, -0.8])
     assert got["loss"].tolist() == pytest.approx([math.log(4), math.log(4 / 3), math.log(10 / 9)])
     two = math.log(4) - 0.75 * math.log(3)  # -(3/4 ln 3/4 + 1/4 ln 1/4)

@@ -838,8 +838,6 @@ def test_save_and_load(tmp_path):
         torch.equal(column.nan_to_num(-1), target.table[name].nan_to_num(-1))
         for name, column in source.table.state_dict().items()
     )
-    source.save(tmp_path / "nothing", write=False)
-    assert not (tmp_path / "nothing").exists()
 
 
 def test_weights_and_learning_rate_are_resumed(tmp_path):
@@ -855,6 +853,35 @@ def test_weights_and_learning_rate_are_resumed(tmp_path):
     target.begin_epoch(1)  # held: `plans` has no second
     assert sorted(target.sampler) == [1, 3]
     assert target.lr_scale == 0.25
+
+
+@pytest.mark.parametrize(
+    ("epochs", "step", "expected"),
+    [
+        (2, 6, [(0, 3, 7), (1, 3, 7)]),
+        (1.5, 5, [(0, 3, 7), (1, 2, 4)]),  # 5 of 1.5 epochs: 3 1/3, and half of 7 samples
+        (0, 0, []),
+    ],
+)
+def test_run_without_our_state_is_charged_as_full_data(epochs, step, expected):
+    pruner = DynamicPruner(UCB(0.4), 7, batch_size=2, num_epochs=4)
+    assert pruner.adopt(epochs, step) == (int(epochs), 0)
+    records = [(r.epoch, r.optimizer_steps, r.forward_passes) for r in pruner.report.epochs]
+    assert records == expected
+    assert all(r.full_data and r.backward_passes == r.forward_passes for r in pruner.report.epochs)
+    for epoch in range(int(epochs), 4):
+        pruner.begin_epoch(epoch, step=step)
+        assert pruner.clock.virtual(step) == 2 * epoch  # 2 planned steps an epoch
+        for batch in torch.tensor(list(pruner.sampler)).split(2):
+            pruner.observe(batch, {"loss": torch.ones(len(batch))})
+        step += pruner.clock.length
+    pruner.end_epoch()
+    own = (4 - int(epochs)) * 3
+    assert pruner.report.totals["forward_passes"] == sum(passes for _, _, passes in expected) + own
+    assert pruner.report.num_epochs == 4
+    assert pruner.report.resumed == [
+        {"epoch": int(epochs), "step": sum(s for _, s, _ in expected), "stock_checkpoint": True}
+    ]
 
 
 def test_missing_state_is_named(tmp_path):

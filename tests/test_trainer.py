@@ -1,20 +1,32 @@
 """DynamicPruningTrainer: the five promises, on real Trainers with tiny models."""
 
+import copy
 import inspect
+import json
 import math
-import shutil
-from dataclasses import dataclass
 from itertools import chain
 
 import datasets
 import pytest
 import torch
-from tiny import KnownLoss, images, known_losses, learning_rates, same_weights, trainer, values, vit
+from tiny import (
+    KnownLoss,
+    Shares,
+    arguments,
+    images,
+    known_losses,
+    learning_rates,
+    recorded,
+    same_weights,
+    trainer,
+    values,
+    vit,
+)
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import ConcatDataset
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     Seq2SeqTrainer,
@@ -30,13 +42,10 @@ from transformers.trainer_callback import ProgressCallback
 
 from hf_dynprune import (
     UCB,
-    Column,
     DynamicPruningMixin,
     DynamicPruningTrainer,
-    EpochPlan,
     EpsilonGreedy,
     FullData,
-    PruningPolicy,
     RandomPruning,
 )
 from hf_dynprune.trainer import SEAMS
@@ -51,50 +60,6 @@ class Spy(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.epochs.append(state.epoch)
         self.totals.append(state.max_steps)
-
-
-def recorded(run):
-    """Notes the sample indices of each trained batch."""
-    batches = []
-    original = type(run).compute_loss
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        if "sample_index" in inputs:
-            batches.append(inputs["sample_index"].tolist())
-        return original(self, model, inputs, *args, **kwargs)
-
-    run.__class__ = type("Recorded", (type(run),), {"compute_loss": compute_loss})
-    return batches
-
-
-@dataclass(frozen=True)
-class Shares(PruningPolicy):
-    """Keeps a different share in each epoch; sizes known beforehand or not."""
-
-    shares: tuple = (1.0, 0.5, 0.3, 0.8)
-    known: bool = True
-    weight: float = 1.0
-    lr_scale: float = 1.0
-
-    signals = ("loss",)
-    columns = (Column("last"),)
-
-    def observe(self, rows, signals):
-        return {"last": signals["loss"]}
-
-    def score(self, table):
-        return table["last"]
-
-    def size(self, n, epoch):
-        return round(n * self.shares[epoch % len(self.shares)])
-
-    def planned_size(self, n, epoch, progress):
-        return self.size(n, epoch) if self.known else None
-
-    def plan(self, table, *, score, epoch, progress, generator):
-        indices = torch.randperm(len(table), generator=generator)[: self.size(len(table), epoch)]
-        weights = None if self.weight == 1 else torch.full((len(indices),), self.weight)
-        return EpochPlan(indices, weights, self.lr_scale)
 
 
 # ---- the seams ------------------------------------------------------------------------------------------------------
@@ -474,60 +439,6 @@ def test_the_progress_bar_knows_the_true_number_of_steps(tmp_path):
 # ---- the loss --------------------------------------------------------------------------------------------------------
 
 
-def gradients(model, data, folder, batch, accumulation, pruning):
-    """The gradient that the first optimizer step uses."""
-    seen = []
-
-    class Note(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, **kwargs):
-            seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
-
-    extra = {"callbacks": [Note()]}
-    settings = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation, "max_grad_norm": 0.0}
-    trainer(folder, model=model, data=data, pruning=pruning, extra=extra, max_steps=2, **settings).train()
-    return seen
-
-
-def bert():
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return BertForSequenceClassification(config)
-
-
-def texts(n=22):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, 32, (n, 6), generator=generator)
-    return datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "labels": (tokens[:, 0] % 2).tolist()})
-
-
-@pytest.mark.parametrize("weight", [1.0, 3.0])
-@pytest.mark.parametrize(("make", "data"), [(vit, images(22)), (bert, texts(22))])
-def test_accumulation_gives_the_gradient_of_one_big_batch(make, data, weight, tmp_path):
-    """Also for BERT, where the stock Trainer's is four times too large, and for a partial last group."""
-    policy = Shares(shares=(1.0,), weight=weight)
-    whole = gradients(make(), data, tmp_path, 16, 1, policy)
-    for batch, accumulation in ((4, 4), (2, 8), (8, 2)):
-        parts = gradients(make(), data, tmp_path, batch, accumulation, policy)
-        for step, other in zip(whole, parts, strict=True):
-            for a, b in zip(step, other, strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
-
-
-def test_weights_scale_the_loss_and_are_not_normalised_away(tmp_path):
-    plain = gradients(vit(), images(16), tmp_path, 16, 1, Shares(shares=(1.0,)))[0]
-    tripled = gradients(vit(), images(16), tmp_path, 16, 1, Shares(shares=(1.0,), weight=3.0))[0]
-    for a, b in zip(plain, tripled, strict=True):
-        torch.testing.assert_close(3 * a, b)
-
-
 def test_label_smoothing_trains_the_smoothed_loss_and_observes_the_plain_one(tmp_path):
     ours = trainer(tmp_path, pruning=Shares(shares=(1.0,)), label_smoothing_factor=0.2, learning_rate=0.0)
     assert ours.train().training_loss == pytest.approx(
@@ -585,162 +496,98 @@ def test_an_auxiliary_loss_is_kept(tmp_path):
     model = MixtralForCausalLM(config)
     tokens = torch.randint(0, 32, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
     data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-    run = trainer(tmp_path, model=model, data=data, pruning=FullData(), per_device_train_batch_size=16, max_steps=1)
-    batch = {"input_ids": torch.tensor(tokens), "labels": torch.tensor(tokens)}
-    with torch.no_grad():
-        own = model.eval()(**batch).loss.item()
-    assert run.train().training_loss == pytest.approx(own, rel=1e-4)
+    settings = {"data": data, "per_device_train_batch_size": 4, "max_steps": 4, "optim": "sgd", "max_grad_norm": 0.0}
+    twin = copy.deepcopy(model)
+    stock = trainer(tmp_path, cls=Trainer, model=twin, **settings).train()
+    ours = trainer(tmp_path, model=model, pruning=FullData(), **settings).train()
+    assert ours.training_loss == pytest.approx(stock.training_loss, rel=1e-4)
+    for a, b in zip(twin.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert model.loss_function is twin.loss_function  # put back
 
 
-# ---- promise 4: exact resume -----------------------------------------------------------------------------------------
+def language_model(vocabulary, layers=1):
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=layers,
+        max_position_embeddings=32,
+        **heads,
+    )
+    return LlamaForCausalLM(config)
 
 
-def comparable(report):
-    """A report without what may differ: measured seconds and the list of restarts."""
-    values = report.to_dict()
-    values.pop("resumed")
-    values.pop("environment")
-    values["totals"].pop("seconds")
-    values.pop("metrics")
-    for record in values["epochs"]:
-        record.pop("seconds")
-        record["metrics"] = {k: v for k, v in record["metrics"].items() if k in ("eval_loss",)}
-    return values
+def sequences(vocabulary, n=16, length=32):
+    tokens = torch.randint(0, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
 
 
-@pytest.mark.parametrize("policy", [UCB(keep_ratio=0.4), Shares(), EpsilonGreedy(0.5, period=2, first=1, last=0.25)])
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_resuming_from_any_checkpoint_continues_the_identical_run(policy, accumulation, tmp_path):
-    settings = {
-        "num_train_epochs": 4,
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "gradient_accumulation_steps": accumulation,
-        "per_device_train_batch_size": 4,
-    }
-    data = images(26)
-    make = lambda folder: trainer(folder, model=vit(dropout=0.1), data=data, pruning=policy, **settings)  # noqa: E731
-    whole = make(tmp_path / "whole")
-    whole.train()
-    steps = whole.state.global_step
-    for step in range(1, steps):
-        part = make(tmp_path / "part")
-        part.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
-        assert part.state.global_step == steps
-        assert same_weights(whole.model, part.model), step
-        for name in whole.pruner.table.columns:
-            assert torch.equal(whole.pruner.table[name].nan_to_num(7), part.pruner.table[name].nan_to_num(7)), (step, name)
-        assert learning_rates(part) == learning_rates(whole), step
-        assert comparable(part.pruning_report) == comparable(whole.pruning_report), step
-        assert part.pruning_report.resumed[-1]["step"] == step
-        shutil.rmtree(tmp_path / "part")
+def peak_memory(folder, **settings):
+    """The most bytes of tensors at a time, beyond those before the run, by torch's own count."""
+    data = sequences(8192)
+    run = trainer(folder, model=language_model(8192), data=data, per_device_train_batch_size=4, max_steps=3, **settings)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run.train()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    allocated = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    return max(allocated) - allocated[0]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_in_mid_epoch_with_workers(workers, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": workers}
-    settings["dataloader_persistent_workers"] = bool(workers)
-    whole = trainer(tmp_path, pruning=UCB(0.6), **settings)
-    whole.train()
-    part = trainer(tmp_path / "part", pruning=UCB(0.6), **settings)
-    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert same_weights(whole.model, part.model)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_large_vocabulary_takes_no_more_memory_than_in_the_stock_trainer(bf16, tmp_path, reliability):
+    """Also on the first batch, where the model's own loss is computed and compared."""
+    stock = peak_memory(tmp_path, cls=Trainer, bf16=bf16)
+    ours = peak_memory(tmp_path, pruning=UCB(keep_ratio=1.0), bf16=bf16)
+    assert stock > 4 * 4 * 32 * 8192  # the logits of a batch, at least
+    assert ours <= 1.05 * stock
+    reliability("memory")
 
 
-def test_resume_takes_the_newest_complete_checkpoint_and_warns_of_the_others(tmp_path, caplog):
-    settings = {"save_strategy": "steps", "save_steps": 2}
-    whole = trainer(tmp_path, pruning=UCB(0.6), **settings)
-    whole.train()
-    (tmp_path / "checkpoint-9" / "trainer_state.json").unlink()
-    state = tmp_path / "checkpoint-8" / "pruning_state.safetensors"
-    state.write_bytes(state.read_bytes()[:-5])
-    part = trainer(tmp_path, pruning=UCB(0.6), **settings)
-    part.train(resume_from_checkpoint=True)
-    assert part.pruning_report.resumed[-1]["step"] == 6
-    assert "checkpoint-9" in caplog.text
-    assert "checkpoint-8" in caplog.text
-    assert same_weights(whole.model, part.model)
+def test_a_models_own_loss_is_computed_on_the_first_batch_alone(tmp_path):
+    model, calls = language_model(64), []
+    stock = model.loss_function
 
+    def count(*args, **kwargs):
+        calls.append(1)
+        return stock(*args, **kwargs)
 
-def test_resuming_a_run_that_is_complete_trains_nothing_more(tmp_path):
-    settings = {"save_strategy": "epoch", "num_train_epochs": 2, "pruning": UCB(0.6)}
-    whole = trainer(tmp_path, **settings)
-    whole.train()
-    again = trainer(tmp_path, **settings)
-    assert again.train(resume_from_checkpoint=True).metrics["train_samples_per_second"] == 0
-    assert same_weights(whole.model, again.model)
-    assert comparable(again.pruning_report) == comparable(whole.pruning_report)
-
-
-def test_an_incomplete_checkpoint_that_is_named_is_an_error(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 3, "num_train_epochs": 1}
-    trainer(tmp_path, pruning=UCB(0.6), **settings).train()
-    (tmp_path / "checkpoint-3" / "pruning_state.safetensors").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint-3.*pruning_state.safetensors"):
-        trainer(tmp_path, pruning=UCB(0.6), **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        trainer(tmp_path, pruning=UCB(0.6), **settings).train(resume_from_checkpoint=True)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"pruning": UCB(keep_ratio=0.6, c=2.0)}, r"'c': 1.0.*'c': 2.0"),
-        ({"pruning": EpsilonGreedy(keep_ratio=0.6)}, r"ucb.*epsilon-greedy"),
-        ({"data": images(41)}, r"40.*41"),
-        ({"data": images(40, seed=9)}, "fingerprint"),
-        ({"per_device_train_batch_size": 4}, r"global batch: 8 there, 4 here"),
-    ],
-)
-def test_another_run_is_refused_on_resume_with_both_values(changes, message, tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 1, "pruning": UCB(keep_ratio=0.6)}
-    trainer(tmp_path, **settings).train()
-    with pytest.raises(ValueError, match=message):
-        trainer(tmp_path / "other", **{**settings, **changes}).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-
-
-def test_ignore_data_skip_restarts_the_interrupted_epoch(tmp_path):
-    settings = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2, "pruning": UCB(keep_ratio=0.6)}
-    trainer(tmp_path, **settings).train()
-    run = trainer(tmp_path / "b", ignore_data_skip=True, **settings)
-    batches = recorded(run)
-    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
-    assert len(batches) == 6  # 3 of the interrupted epoch, 3 of the next
-    assert run.state.global_step == run.state.max_steps == 8
-
-
-def test_a_second_train_starts_fresh(tmp_path):
-    first = trainer(tmp_path, pruning=UCB(0.5), learning_rate=0.0)
-    first.train()
-    before = {name: first.pruner.table[name].clone() for name in first.pruner.table.columns}
-    report = first.pruning_report
-    first.train()
-    assert first.pruning_report is not report
-    assert comparable(first.pruning_report) == comparable(report)
-    assert all(torch.equal(before[name], first.pruner.table[name]) for name in before)
-
-
-def test_auto_find_batch_size_retries_start_fresh(tmp_path):
-    class Crowded(DynamicPruningTrainer):
-        def training_step(self, model, inputs, num_items_in_batch=None):
-            if self.pruner.batches_done == 1 and len(inputs["labels"]) > 4:
-                raise RuntimeError("CUDA out of memory.")  # what accelerate looks for
-            return super().training_step(model, inputs, num_items_in_batch)
-
-    run = trainer(tmp_path, cls=Crowded, pruning=UCB(0.6), auto_find_batch_size=True)
+    model.loss_function = count
+    run = trainer(tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), per_device_train_batch_size=4)
     run.train()
-    assert run.pruner.batch_size < 8
-    assert [record.forward_passes for record in run.pruning_report.epochs] == [24] * 3
+    assert run.state.global_step == 6
+    assert len(calls) == 1
+    assert model.loss_function is count
+    run.evaluate(sequences(64, n=4))
+    assert len(calls) == 2
 
 
-def test_a_loader_made_by_the_user_does_not_disturb_the_run(tmp_path):
-    class Nosy(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            run.get_train_dataloader()
+def test_a_fused_loss_is_refused_with_the_cure(tmp_path):
+    """Liger's: the forward pass gives a loss and no logits in training."""
 
-    run = trainer(tmp_path, pruning=UCB(0.5), extra={"callbacks": [Nosy()]})
-    run.train()
-    assert run.pruning_report.totals["forward_passes"] == 60
+    class Fused(type(language_model(64))):
+        def forward(self, *args, **kwargs):
+            outputs = super().forward(*args, **kwargs)
+            outputs["logits"] = None
+            return outputs
+
+    model = language_model(64)
+    model.__class__ = Fused
+    run = trainer(tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), remove_unused_columns=False)
+    with pytest.raises(ValueError, match=r"liger_kernel_config=\{\"fused_linear_cross_entropy\": False\}"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_torch_compile_trains_the_same(tmp_path):
+    losses = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        run = trainer(tmp_path, model=language_model(64), data=sequences(64), pruning=UCB(0.5), **settings)
+        losses.append(run.train().training_loss)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ---- promise 5: off means off ----------------------------------------------------------------------------------------
@@ -895,6 +742,13 @@ def test_bad_input_is_an_error_at_construction(changes, error, message, tmp_path
     settings = {"pruning": UCB(keep_ratio=0.5), **changes}
     with pytest.raises(error, match=message):
         trainer(tmp_path, **settings)
+
+
+def test_several_gpus_in_one_process_are_refused_with_the_way_out(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2  # what plain `python` finds on a machine with two
+    with pytest.raises(ValueError, match=r"2 GPUs in one process .*torchrun --nproc_per_node 2 script\.py"):
+        DynamicPruningTrainer(model=vit(), args=args, train_dataset=images(), pruning=UCB(0.5))
 
 
 @pytest.mark.parametrize(

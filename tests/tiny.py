@@ -1,12 +1,19 @@
 """Tiny models, data and trainers for the tests: from configs, on the CPU, a few thousand parameters."""
 
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+import numpy as np
 import torch
+import transformers
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_dynprune import DynamicPruningTrainer
+from hf_dynprune import Column, DynamicPruningTrainer, EpochPlan, PruningPolicy
 
 
 def images(n=40, classes=4, seed=0, size=8):
@@ -32,6 +39,97 @@ def vit(classes=4, seed=0, dropout=0.0):
         attention_probs_dropout_prob=0.0,
     )
     return ViTForImageClassification(config)
+
+
+VOCAB, CLASSES = 40, 3
+_TEXT = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 16,
+    "max_position_embeddings": 16,
+    "pad_token_id": 0,
+}
+
+
+def bert(head="SequenceClassification", seed=0, **config):
+    """A BERT without dropout; three labels if need be."""
+    torch.manual_seed(seed)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = transformers.BertConfig(**{**_TEXT, **no_dropout, "num_labels": CLASSES, **config})
+    return getattr(transformers, f"BertFor{head}")(config)
+
+
+def llama(head="CausalLM", seed=0, **config):
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(**{**_TEXT, "num_key_value_heads": 1, "num_labels": CLASSES, **config})
+    return getattr(transformers, f"LlamaFor{head}")(config)
+
+
+def t5(seed=0):
+    torch.manual_seed(seed)
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
+    return transformers.T5ForConditionalGeneration(config)
+
+
+class FixedNormForImageClassification(transformers.ResNetForImageClassification):
+    """Its BatchNorm does not look at the batch, so that a sample's loss is its own. (The name tells which loss it has.)"""
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, torch.nn.BatchNorm2d):
+                module.eval()
+        return self
+
+
+def resnet(classes=4, seed=0):
+    torch.manual_seed(seed)
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    return FixedNormForImageClassification(transformers.ResNetConfig(**sizes, layer_type="basic", num_labels=classes))
+
+
+def texts(task="single label", n=30, seed=0, padded=False):
+    """A `datasets.Dataset` of n random texts of 4 to 12 tokens with what the task wants of each; a text has few labels or
+    many. `padded`: all to the same length, for the default collator."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for length in generator.integers(4, 13, n):
+        tokens = generator.integers(1, VOCAB, length)
+        some = generator.random(length) < generator.uniform(0.2, 1)
+        some[generator.integers(1, length)] = True  # causal models predict nothing at the first place
+        other = generator.integers(1, VOCAB, generator.integers(1, 8))
+        start, end = np.sort(generator.integers(0, length, 2))
+        wanted = {
+            "single label": {"labels": tokens[0] % CLASSES},
+            "multi label": {"labels": (generator.random(CLASSES) < 0.5).astype(np.float32)},
+            "regression": {"labels": np.float32(generator.normal())},
+            "token classification": {"labels": np.where(some, tokens % CLASSES, -100)},
+            "masked LM": {"labels": np.where(some, generator.integers(1, VOCAB, length), -100)},
+            "causal LM": {"labels": np.where(some, tokens, -100)},
+            "seq2seq": {"labels": other},
+            "question answering": {"start_positions": start, "end_positions": end},
+        }[task]
+        row = {"input_ids": tokens, "attention_mask": np.ones_like(tokens), **wanted}
+        for name, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100)):
+            if padded and np.ndim(row.get(name)) == 1 and (name, task) != ("labels", "multi label"):
+                row[name] = np.pad(row[name], (0, 12 - len(row[name])), constant_values=fill)
+        rows.append({name: value.tolist() for name, value in row.items()})
+    return datasets.Dataset.from_list(rows)
+
+
+def tiny_models(n=30):
+    """name -> (makes the model, n samples for the default collator); no dropout, a batch does not change a sample's loss."""
+    return {
+        "bert": (bert, texts(n=n, padded=True)),
+        "llama classification": (lambda: llama("SequenceClassification"), texts(n=n, padded=True)),
+        "llama causal": (llama, texts("causal LM", n, padded=True)),
+        "t5": (t5, texts("seq2seq", n, padded=True)),
+        "vit": (vit, images(n)),
+        "resnet": (resnet, images(n)),
+    }
 
 
 class KnownLoss(torch.nn.Module):
@@ -73,12 +171,24 @@ def arguments(folder, **settings):
 def trainer(folder: Path, *, cls=DynamicPruningTrainer, model=None, data=None, pruning=None, extra=None, **settings):
     """A trainer of a tiny ViT on random images; `settings` are TrainingArguments, `extra` the trainer's own."""
     return cls(
-        model=vit() if model is None else model,
+        model=vit() if model is None and "model_init" not in (extra or {}) else model,
         args=arguments(folder, **settings),
         train_dataset=images() if data is None else data,
         **({} if pruning is None else {"pruning": pruning}),
         **(extra or {}),
     )
+
+
+def torchrun(script, *arguments, ranks):
+    """Runs a program on so many real processes that talk by gloo; with 1 without torchrun."""
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port] if ranks > 1 else []
+    tests = Path(__file__).parent
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "ACCELERATE_USE_CPU": "true"}
+    command = [str(part) for part in (sys.executable, "-W", "ignore", *launch, script, *arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def learning_rates(run):
@@ -88,3 +198,68 @@ def learning_rates(run):
 
 def same_weights(a, b):
     return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def recorded(run):
+    """Notes the sample indices of each trained batch."""
+    batches = []
+    original = type(run).compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if "sample_index" in inputs:
+            batches.append(inputs["sample_index"].tolist())
+        return original(self, model, inputs, *args, **kwargs)
+
+    run.__class__ = type("Recorded", (type(run),), {"compute_loss": compute_loss})
+    return batches
+
+
+def comparable(report):
+    """A report without what may differ: measured seconds, the machine, and the list of restarts."""
+    values = report.to_dict()
+    for part in (values, values["totals"], *values["epochs"]):
+        for name in ("seconds", "environment", "resumed"):
+            part.pop(name, None)
+        if "metrics" in part:
+            part["metrics"] = {k: v for k, v in part["metrics"].items() if not k.endswith(("_runtime", "_per_second"))}
+    return values
+
+
+def assert_same_run(part, whole):
+    """Bit for bit: weights, table, learning rate of each step, report."""
+    assert part.state.global_step == whole.state.global_step
+    assert same_weights(whole.model, part.model)
+    for name in whole.pruner.table.columns:
+        assert torch.equal(whole.pruner.table[name].nan_to_num(7), part.pruner.table[name].nan_to_num(7)), name
+    assert learning_rates(part) == learning_rates(whole)
+    assert comparable(part.pruning_report) == comparable(whole.pruning_report)
+
+
+@dataclass(frozen=True)
+class Shares(PruningPolicy):
+    """Keeps a different share in each epoch; sizes known beforehand or not."""
+
+    shares: tuple = (1.0, 0.5, 0.3, 0.8)
+    known: bool = True
+    weight: float = 1.0
+    lr_scale: float = 1.0
+
+    signals = ("loss",)
+    columns = (Column("last"),)
+
+    def observe(self, rows, signals):
+        return {"last": signals["loss"]}
+
+    def score(self, table):
+        return table["last"]
+
+    def size(self, n, epoch):
+        return round(n * self.shares[epoch % len(self.shares)])
+
+    def planned_size(self, n, epoch, progress):
+        return self.size(n, epoch) if self.known else None
+
+    def plan(self, table, *, score, epoch, progress, generator):
+        indices = torch.randperm(len(table), generator=generator)[: self.size(len(table), epoch)]
+        weights = None if self.weight == 1 else torch.full((len(indices),), self.weight)
+        return EpochPlan(indices, weights, self.lr_scale)

@@ -1,0 +1,124 @@
+"""The record of reliability: what was tried, how often, what was promised, what happened. The table in the README.
+
+    python tests/reliability.py    # renders recipes/results/reliability.json into the README
+
+Tests say what they tried by the fixture `reliability` (conftest.py), tests/torture.py by `--write`; `make reliability` and
+`make torture` run them and this program. No figure of the table is written by hand.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+README, RECORD = ROOT / "README.md", ROOT / "recipes" / "results" / "reliability.json"
+MARKERS = "<!-- reliability -->", "<!-- /reliability -->"
+
+
+class Row(NamedTuple):
+    """What the count counts, and what was promised; `{field}` in the first is filled in from the record."""
+
+    tried: str
+    promised: str
+
+
+SAME_RUN = "the same weights, scores, samples and learning rates, bit for bit, as the run that was never interrupted"
+
+# In the order of the table.
+ROWS = {
+    "torture": Row(
+        "training killed (SIGKILL) at a random moment, {in_checkpoint} times inside the write of a checkpoint, and resumed",
+        f"{SAME_RUN}; nothing lost but what came after the last checkpoint",
+    ),
+    "resume": Row("resuming from each checkpoint of a run in turn", SAME_RUN),
+    "resume policies": Row("the same, each policy with its options", SAME_RUN),
+    "resume workers": Row("the same, with loader workers", SAME_RUN),
+    "resume ranks": Row("the same, on two processes", SAME_RUN),
+    "files": Row(
+        "a file of a checkpoint truncated, bit-flipped, emptied, foreign or missing",
+        "skipped with a warning, or refused where it was named; never trained from",
+    ),
+    "refused": Row(
+        "resuming with another policy, field, number of samples, dataset or global batch",
+        "refused before anything is trained; the message has both values",
+    ),
+    "dying rank": Row(
+        "one of two processes killed, or raising an error, in mid-epoch",
+        "the whole run ends with an error within 60 s, and no process stays",
+    ),
+    "soak": Row(
+        "epochs of one long run, checked against a slow reference in plain Python",
+        "the right choice and scores in every epoch; memory and files do not grow, checkpoints by their report alone",
+    ),
+    "ranks": Row("2 and 3 processes against one with the larger batch", "the same samples in the same steps, and scores"),
+    "accumulation": Row(
+        "batches accumulated against one big batch, six kinds of model", "the same weights and scores, to rounding"
+    ),
+    "tasks": Row("kinds of model and task, trained with pruning", "each score is the loss of its own sample"),
+    "trainer options": Row(
+        "save_only_model, save_total_limit, load_best_model_at_end, hub_strategy, auto_find_batch_size, "
+        "hyperparameter_search, ignore_data_skip, early stopping, a push in mid-run",
+        "they do what they do in the stock Trainer, and the scores stay right",
+    ),
+    "properties": Row("random inputs drawn by Hypothesis", "the properties of policies, sampler, clock and report hold"),
+    "conformance": Row("checks of the contract that every policy keeps", "each policy keeps it"),
+    "memory": Row("the bytes that a causal language model keeps for its losses", "no second copy of the logits"),
+}
+
+
+def check_key(key):
+    if key not in ROWS:
+        raise ValueError(f"There is no row {key!r} in tests/reliability.py; the rows are {', '.join(map(repr, ROWS))}.")
+
+
+def read(path=RECORD):
+    """key -> {"tried": n, "failed": m, ...}; an error for a key that has no row."""
+    record = json.loads(Path(path).read_text())
+    for key in record:
+        check_key(key)
+    return record
+
+
+def merge(path, rows):
+    """Puts the rows into the file in place of those of the same keys; the others stay. Written whole or not at all."""
+    path = Path(path)
+    record = {**(read(path) if path.exists() else {}), **rows}
+    for key in record:
+        check_key(key)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps({key: record[key] for key in ROWS if key in record}, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def happened(failed):
+    return "held each time" if failed == 0 else f"**failed {failed:,} time{'s' if failed > 1 else ''}**"
+
+
+def render(record):
+    """The table, for the rows that the record has."""
+    for key in record:
+        check_key(key)
+    lines = ["| what was tried | how often | promised | what happened |", "| --- | ---: | --- | --- |"]
+    for key, (tried, promised) in ROWS.items():
+        if key in record:
+            row = record[key]
+            lines.append(f"| {tried.format(**row)} | {row['tried']:,} | {promised} | {happened(row['failed'])} |")
+    return "\n".join(lines)
+
+
+def put_into(text, table):
+    """The text with the table between the markers."""
+    start, end = MARKERS
+    changed, found = re.subn(f"{start}\n.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+    if found != 1:
+        raise ValueError(f"Wanted is one place for the table, between {start} and {end}; there are {found}.")
+    return changed
+
+
+if __name__ == "__main__":
+    record = read()
+    README.write_text(put_into(README.read_text(), render(record)))
+    missing = [key for key in ROWS if key not in record]
+    print(f"{len(record)} rows rendered into README.md; not tried yet: {', '.join(missing) or 'none'}")

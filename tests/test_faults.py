@@ -1,0 +1,392 @@
+"""What happens to long runs: processes killed at any moment, ranks that die, thousands of epochs; and the record of it."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from reliability import render
+
+TESTS = Path(__file__).parent
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{TESTS.parent}",
+    "ACCELERATE_USE_CPU": "true",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+def run(*command, timeout, environment=ENVIRONMENT):
+    """Runs Python until it ends: (exit status, what it printed). In time, or it is killed with all that it started."""
+    command = [sys.executable, *map(str, command)]
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        printed, _ = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        launcher = psutil.Process(started.pid)  # killed alone it would leave its ranks behind
+        for process in (*launcher.children(recursive=True), launcher):
+            process.kill()
+        printed, _ = started.communicate()
+        pytest.fail(f"{command} did not end within {timeout} s:\n{printed}")
+    return started.returncode, printed
+
+
+# ---- killed at any moment -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
+    options = ["--kills", 5, "--kills_in_checkpoint", 2, "--num_epochs", 12, "--folder", tmp_path / "torture"]
+    status, printed = run(TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=400)
+    assert status == 0, printed
+    record = json.loads((tmp_path / "record.json").read_text())["torture"]
+    assert record["tried"] >= 5
+    assert record["in_checkpoint"] >= 2
+    assert record["failed"] == 0
+
+
+# ---- ranks that die -------------------------------------------------------------------------------------------------
+
+DYING = """
+import os
+import signal
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+from tiny import images, trainer
+from transformers import TrainerCallback
+
+from hf_dynprune import UCB
+from hf_dynprune.distributed import world
+
+folder, fault = Path(sys.argv[1]), sys.argv[2]
+
+
+def happens():
+    (folder / "happened").write_text(str(time.time()))
+
+
+class Dies(TrainerCallback):
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and fault == f"rank {world()[0]} is killed":
+            happens()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Data:
+    samples = images(80)
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        if fault == "the dataset raises" and world()[0] == 1 and run.state.global_step == 3:
+            happens()
+            raise OSError("the disk of rank 1 is gone")
+        return self.samples[index]
+
+
+@dataclass(frozen=True)
+class Raises(UCB):
+    def plan(self, table, *, epoch, **facts):
+        if fault == "the policy raises" and epoch == 1:
+            happens()  # rank 0 alone plans
+            raise ArithmeticError("no plan for epoch 1")
+        return super().plan(table, epoch=epoch, **facts)
+
+
+run = trainer(
+    folder,
+    data=Data(),
+    pruning=Raises(keep_ratio=0.5, first=1),  # 10 steps, then 5 an epoch
+    per_device_train_batch_size=4,
+    num_train_epochs=4,
+    save_strategy="steps",
+    save_steps=3,
+    ddp_find_unused_parameters=False,
+    extra={"callbacks": [Dies()]},
+)
+(folder / f"rank{world()[0]}.pid").write_text(str(os.getpid()))
+if world()[0] == 0 and fault == "the folder of a checkpoint is a file":
+    (folder / "checkpoint-3").touch()
+if world()[0] == 0 and fault == "our file cannot be written":
+    (folder / "checkpoint-3" / "pruning_state.safetensors").mkdir(parents=True)
+try:
+    run.train()
+except Exception:
+    if not (folder / "happened").exists():
+        happens()
+    (folder / f"rank{world()[0]}.error").write_text(traceback.format_exc())
+    time.sleep(1)  # the launcher ends the other rank as soon as this one has ended: let it say what it saw
+    raise
+"""
+
+
+# Each with what the launcher and the ranks must say of it. Gloo's own words differ: a peer that is gone is an error.
+FAULTS = {
+    "rank 0 is killed": {"launcher": "SIGKILL"},
+    "rank 1 is killed": {"launcher": "SIGKILL"},
+    "the dataset raises": {1: "OSError: the disk of rank 1 is gone"},
+    "the policy raises": {0: "ArithmeticError: no plan for epoch 1", 1: "RuntimeError: Rank 0 could not make a plan"},
+    "the folder of a checkpoint is a file": {0: "FileExistsError"},
+    "our file cannot be written": {0: "IsADirectoryError"},
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_rank_that_dies_ends_the_run(fault, tmp_path, reliability):
+    reliability("dying rank")
+    script = tmp_path / "run.py"
+    script.write_text(DYING)
+    with socket.socket() as free:  # a port that nobody listens on
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port]
+    status, printed = run(*launch, script, tmp_path, fault, timeout=150)
+    ended = time.time()
+    assert status != 0, printed
+    assert (tmp_path / "happened").exists(), printed
+    assert ended - float((tmp_path / "happened").read_text()) < 60, printed
+    for rank in (0, 1):
+        pid = int((tmp_path / f"rank{rank}.pid").read_text())
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, f"rank {rank} still runs"
+    for who, words in FAULTS[fault].items():
+        said = printed if who == "launcher" else (tmp_path / f"rank{who}.error").read_text()
+        assert words in said
+
+
+# ---- thousands of epochs --------------------------------------------------------------------------------------------
+
+SOAK = """
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import torch
+from tiny import KnownLoss, known_losses, trainer
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, TrainerCallback
+
+from hf_dynprune import UCB
+
+folder, num_epochs = Path(sys.argv[1]), int(sys.argv[2])
+torch.set_num_threads(1)
+N, KEPT, BATCH, MAX_AGE = 24, 8, 4, 20
+DECAY = 0.8
+
+
+def loss_of(sample, epoch):
+    return (sample * 7919 + epoch * 104729) % 1009 / 1009
+
+
+class Data(Dataset):
+    epoch = None
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, index):
+        return {"value": loss_of(index, self.epoch)}
+
+
+class Slow:
+    "What the table must hold and which choices are right, in plain Python, by the formulas of UCB."
+
+    def __init__(self):
+        self.mean, self.variance, self.last, self.times_kept = [None] * N, [None] * N, [-1] * N, [0] * N
+        self.epochs = 0
+
+    def check_choice(self, kept, epoch):
+        assert len(set(kept)) == len(kept) == KEPT
+        dropped = set(range(N)) - set(kept)
+        first = {i for i in range(N) if self.last[i] == -1 or self.last[i] < epoch - MAX_AGE}
+        assert first <= set(kept) or set(kept) <= first, (epoch, kept, first)
+        if not set(kept) <= first:
+            score = [mean + variance for mean, variance in zip(self.mean, self.variance, strict=True)]
+            assert min(score[i] for i in set(kept) - first) >= max(score[i] for i in dropped) - 1e-6, (epoch, kept, score)
+
+    def observe(self, kept, epoch):
+        for i in kept:
+            loss = loss_of(i, epoch)
+            if self.mean[i] is None:
+                self.mean[i], self.variance[i] = loss, 0.0
+            else:
+                self.variance[i] = (1 - DECAY) * self.variance[i] + DECAY * (loss - self.mean[i]) ** 2
+                self.mean[i] = (1 - DECAY) * self.mean[i] + DECAY * loss
+            self.last[i], self.times_kept[i] = epoch, self.times_kept[i] + 1
+        self.epochs += 1
+
+    def check(self, table):
+        for name, own in (("mean", self.mean), ("variance", self.variance)):
+            for i, value in enumerate(table[name].tolist()):
+                assert value != value if own[i] is None else abs(value - own[i]) < 1e-6, (name, i, value, own[i])
+        assert table["last_observed"].tolist() == self.last
+
+
+class Watch(TrainerCallback):
+    process, slow, memory, saved, kept, before = psutil.Process(), Slow(), [], [], [], {}
+
+    def epoch_done(self):
+        "The epoch before is in the table: nothing changed there but the rows of its own samples."
+        table = run.pruner.table
+        self.slow.check(table)
+        now = {name: table[name].clone() for name in ("mean", "variance")}
+        others = [i for i in range(N) if i not in self.kept]
+        for name in self.before:
+            assert torch.equal(now[name][others].nan_to_num(-1), self.before[name][others].nan_to_num(-1)), name
+        self.before = now
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if run.pruner.batches_done:
+            return
+        epoch = run.pruner.report.epochs[-1].epoch  # has chosen, and not begun to train
+        self.epoch_done()
+        self.kept = list(run.pruner.sampler)
+        self.slow.check_choice(self.kept, epoch)
+        self.slow.observe(self.kept, epoch)
+        if epoch % 10 == 0:
+            self.memory.append(self.process.memory_info().rss)
+
+    def on_save(self, args, state, control, **kwargs):
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        size = sum(path.stat().st_size for path in files if path.parent.name == f"checkpoint-{state.global_step}")
+        self.saved.append({"epochs": self.slow.epochs, "files": len(files), "bytes": size})
+
+
+watch = Watch()
+run = trainer(
+    folder,
+    model=KnownLoss(),
+    data=Data(),
+    pruning=UCB(keep_ratio=KEPT / N, decay=DECAY, max_age=MAX_AGE),
+    num_train_epochs=num_epochs,
+    per_device_train_batch_size=BATCH,
+    save_strategy="steps",
+    save_steps=num_epochs * KEPT // BATCH // 20,
+    save_total_limit=2,
+    extra={"per_sample_loss_fn": known_losses, "callbacks": [watch]},
+)
+run.remove_callback(PrinterCallback)
+run.train()
+watch.epoch_done()
+assert run.pruner.table["times_kept"].tolist() == watch.slow.times_kept
+assert min(watch.slow.times_kept) > num_epochs / 100  # each sample came again and again
+last = [entry for entry in run.state.log_history if num_epochs - 2 < entry["epoch"] <= num_epochs - 1]
+seen = {
+    "epochs": watch.slow.epochs,
+    "memory": watch.memory,
+    "saved": watch.saved,
+    "bytes of an epoch": len(json.dumps(asdict(run.pruning_report.epochs[-1]))) + len(json.dumps(last, indent=2)),
+}
+(folder / "seen.json").write_text(json.dumps(seen))
+"""
+
+
+def test_thousands_of_epochs_leak_nothing_and_keep_the_scores_right(tmp_path, reliability):
+    epochs = 2000
+    reliability("soak", epochs)
+    script = tmp_path / "soak.py"
+    script.write_text(SOAK)
+    folder = tmp_path / "run"
+    status, printed = run(script, folder, epochs, timeout=400)
+    assert status == 0, printed[-5000:]
+    seen = json.loads((folder / "seen.json").read_text())
+    assert seen["epochs"] == epochs
+
+    quarter = len(seen["memory"]) // 4
+    assert quarter == epochs // 40
+    early, late = sum(seen["memory"][quarter : 2 * quarter]) / quarter, sum(seen["memory"][-quarter:]) / quarter
+    assert late <= 1.02 * early, f"{early / 2**20:.1f} MiB of memory, later {late / 2**20:.1f} MiB"
+
+    first, *others = seen["saved"]
+    assert len(others) == 19
+    assert {saved["files"] for saved in others} == {2 * first["files"]}  # save_total_limit
+    for saved in others:  # grows by the records and logs of its epochs; in the files they are indented and escaped
+        grown = (saved["epochs"] - first["epochs"]) * seen["bytes of an epoch"]
+        assert saved["bytes"] <= first["bytes"] + 1.3 * grown, saved
+
+
+# ---- the record of reliability --------------------------------------------------------------------------------------
+
+TRIES = """
+import pytest
+
+@pytest.mark.parametrize("i", range(3))
+def test_holds(i, reliability):
+    reliability("resume", 5)
+    reliability("resume")
+
+def test_fails(reliability):
+    reliability("files", 2)
+    reliability("resume", 4)
+    assert False
+
+@pytest.fixture
+def fails_at_its_end(reliability):
+    yield
+    reliability("tasks", 7)
+    assert False
+
+def test_passes_and_then_fails(fails_at_its_end):
+    pass
+
+def test_tries_nothing():
+    pass
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]])
+def test_the_session_notes_what_its_tests_tried(workers, tmp_path):
+    tests, record = tmp_path / "test_tries.py", tmp_path / "record.json"
+    tests.write_text(TRIES)
+    kept = {"soak": {"tried": 9, "failed": 0}}
+    record.write_text(json.dumps({**kept, "resume": {"tried": 1000, "failed": 1}}))
+    command = ["-m", "pytest", "-p", "conftest", *workers, tests]
+    status, printed = run(*command, timeout=200, environment={**ENVIRONMENT, "RELIABILITY": str(record)})
+    assert status == 1, printed
+    assert json.loads(record.read_text()) == {
+        **kept,
+        "resume": {"tried": 22, "failed": 4},
+        "files": {"tried": 2, "failed": 2},
+        "tasks": {"tried": 7, "failed": 7},
+    }
+
+
+def test_without_a_file_nothing_is_noted(tmp_path):
+    tests = tmp_path / "test_tries.py"
+    tests.write_text(TRIES)
+    environment = {name: value for name, value in ENVIRONMENT.items() if name != "RELIABILITY"}
+    status, printed = run("-m", "pytest", "-p", "conftest", tests, timeout=200, environment=environment)
+    assert status == 1, printed
+    assert [path.name for path in tmp_path.glob("*.json")] == []
+
+
+@pytest.mark.parametrize(("row", "count"), [("resum", 1), ("resume", 0), ("resume", 2.5)])
+def test_an_unknown_row_or_a_wrong_count_is_an_error(row, count, reliability):
+    with pytest.raises(ValueError, match=re.escape(repr(row))):
+        reliability(row, count)
+
+
+def test_the_table_says_what_failed():
+    record = {"soak": {"tried": 2000, "failed": 0}, "files": {"tried": 7, "failed": 2}, "memory": {"tried": 3, "failed": 1}}
+    cells = [line.strip("| ").split(" | ") for line in render(record).split("\n")[2:]]
+    assert [(cell[1], cell[3]) for cell in cells] == [
+        ("7", "**failed 2 times**"),
+        ("2,000", "held each time"),
+        ("3", "**failed 1 time**"),
+    ]
+    with pytest.raises(ValueError, match="resum"):
+        render({"resum": {"tried": 1, "failed": 0}})

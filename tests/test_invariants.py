@@ -1,0 +1,486 @@
+"""The promises of the core over whole runs whose settings are drawn at random, with a fake model, on one rank or several.
+
+Ranks are threads here (`Threads` of the conformance tests); test_distributed.py has real processes.
+"""
+
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from itertools import chain, pairwise, product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+from test_conformance import CASES, every_case, has_scores, loss_of, on_ranks, outcome, policy_of, score_case
+from test_conformance import size as kept
+from torch.utils.data import BatchSampler
+
+from hf_dynprune.policies import PruningPolicy, RandomPruning
+from hf_dynprune.pruner import DynamicPruner, choice_seed
+from hf_dynprune.sampler import epoch_order
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Run:
+    """The settings of a run. A whole one is the same on each rank."""
+
+    policy: PruningPolicy
+    n: int
+    batch: int
+    ranks: int
+    accumulation: int
+    epochs: float | None  # one of the two
+    max_steps: int | None
+    drop_last: bool
+    seed: int
+
+    @property
+    def global_batch(self) -> int:
+        return self.batch * self.ranks
+
+    def pruner(self) -> DynamicPruner:
+        return DynamicPruner(
+            self.policy,
+            self.n,
+            batch_size=self.batch,
+            num_epochs=self.epochs,
+            max_steps=self.max_steps,
+            accumulation=self.accumulation,
+            drop_last=self.drop_last,
+            seed=self.seed,
+            data_seed=self.seed + 1,
+        )
+
+
+class Batch(NamedTuple):
+    """What a rank trained, and where it was then."""
+
+    epoch: int
+    step: int  # of the run
+    index: list[int]
+    weights: list[float]
+    virtual: float
+    lr_scale: float
+    total_steps: int  # as the pruner saw it
+    samples: int  # in the batches of all ranks
+
+    @property
+    def place(self) -> tuple:
+        return self.epoch, self.step, self.virtual, self.lr_scale, self.total_steps, self.samples
+
+
+def batches_of(pruner: DynamicPruner) -> Any:
+    """The batches of this rank, as accelerate deals them out; -1 is padding."""
+    batches = BatchSampler(pruner.sampler, pruner.batch_size, pruner.drop_last)
+    if pruner.ranks > 1:
+        batches = BatchSamplerShard(batches, pruner.ranks, pruner.rank)
+    return ([max(i, -1) for i in batch] for batch in batches)
+
+
+def train(pruner: DynamicPruner, start=(0, 0), stop_after=None, losses=loss_of) -> list[Batch]:
+    """The loop of a trainer, from (epoch, batch) on; leaves after that many batches, or when all steps are made."""
+    seen: list[Batch] = []
+    for epoch in range(start[0], pruner.num_epochs):
+        done = pruner.clock.start + -(-pruner.batches_done // pruner.accumulation)
+        if (epoch, 0) >= start and done == pruner.max_steps:
+            break
+        if len(seen) == stop_after:
+            return seen
+        pruner.begin_epoch(epoch)
+        total = pruner.total_steps()
+        for number, index in enumerate(batches_of(pruner)):
+            step = pruner.clock.start + number // pruner.accumulation
+            if (epoch, number) < start:
+                continue
+            if step == total:
+                break
+            if len(seen) == stop_after:
+                return seen
+            batch = torch.tensor(index)
+            seen.append(
+                Batch(epoch, step, index, pruner.weights(batch).tolist(), pruner.clock.virtual(step), pruner.lr_scale, total)
+            )
+            values = torch.tensor([losses(i, epoch) if i >= 0 else 1e9 for i in index])
+            pruner.observe(batch, dict.fromkeys(pruner.policy.signals, values))
+    pruner.end_epoch()
+    return seen
+
+
+def whole(run: Run) -> list[tuple[DynamicPruner, list[Batch]]]:
+    """The pruner of each rank, and what the rank trained."""
+
+    def work():
+        pruner = run.pruner()
+        return pruner, train(pruner)
+
+    return on_ranks(run.ranks, work)
+
+
+def global_batches(run: Run, shares: list[list[Batch]]) -> list[tuple[int, list[int]]]:
+    """(epoch, sample indices) of each batch of all ranks together."""
+    return [(parts[0].epoch, list(chain(*(part.index for part in parts)))) for parts in zip(*shares, strict=True)]
+
+
+class Expected(NamedTuple):
+    """An epoch, by its definition."""
+
+    full: bool
+    size: int
+    length: int  # optimizer steps of the whole of it
+    steps: int  # made: the last epoch may be cut
+
+
+def expected_epochs(run: Run) -> list[Expected]:
+    """Exact, in fractions; for a policy whose sizes are known."""
+    last, total = Fraction(str(run.policy.last)), Fraction(str(run.max_steps or run.epochs))
+    epochs: list[Expected] = []
+    spent = 0
+    while (spent if run.max_steps else len(epochs)) < total:
+        epoch = len(epochs)
+        full = epoch < run.policy.first or (last > 0 and (spent if run.max_steps else epoch) / total >= 1 - last)
+        size = run.n if full else kept(run.policy, run.n)
+        batches = size // run.global_batch if run.drop_last else -(-size // run.global_batch)
+        length = -(-batches // run.accumulation)
+        steps = min(length, total - spent) if run.max_steps else math.ceil(length * min(1, total - epoch))
+        epochs.append(Expected(full, size, length, int(steps)))
+        spent += epochs[-1].steps
+    return epochs
+
+
+@st.composite
+def policies(draw: Any, case: str | None = None) -> PruningPolicy:
+    """One of the conformance table, with any of the base class's settings."""
+    case = case or draw(st.sampled_from(list(CASES)))
+    plain = policy_of(case)
+    fields: dict[str, Any] = {
+        "period": draw(st.integers(1, 3)),
+        "first": draw(st.sampled_from([0, 0, 1, 2])),
+        "last": draw(st.sampled_from([0.0, 0.0, 0.0, 0.2, 0.5, 1.0])),
+    }
+    if getattr(plain, "keep_ratio", None) is not None:
+        least = 1 / getattr(plain, "max_rescale", 100)  # of a policy that limits its weights
+        fields["keep_ratio"] = draw(st.integers(math.ceil(100 * least), 100)) / 100
+    if has_scores(plain):
+        fields["max_age"] = draw(st.sampled_from([None, 1, 2]))
+        fields["exclude_hardest"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
+    return policy_of(case, **fields)
+
+
+@st.composite
+def runs(draw: Any, case: str | None = None, known: bool = False) -> Run:
+    """A run; `known`: of a policy that tells its sizes beforehand."""
+    policy = draw(policies(case))
+    n = draw(st.integers(1, 200))
+    size = kept(policy, n)
+    assume(size is not None or not known)
+    drop_last = size is not None and draw(st.booleans())
+    whole = size if drop_last else 64  # a run that would drop all of an epoch is an error, see below
+    ranks = draw(st.integers(1, min(4, whole)))
+    epochs = draw(st.none() | st.sampled_from([2, 3, 5, 1]) | st.integers(30, 400).map(lambda x: x / 100))
+    return Run(
+        policy=policy,
+        n=n,
+        batch=draw(st.integers(1, min(16, whole // ranks))),
+        ranks=ranks,
+        accumulation=draw(st.integers(1, 4)),
+        epochs=epochs,
+        max_steps=draw(st.integers(1, 40)) if epochs is None else None,
+        drop_last=drop_last,
+        seed=draw(st.integers(0, 2**31)),
+    )
+
+
+@pytest.fixture
+def tried(reliability):
+    """Call it once for each example."""
+    examples = []
+    yield lambda: examples.append(None)
+    reliability("properties", len(examples))
+
+
+# The fixture counts the examples of one test, so it must not be made anew for each.
+# Where it is the policy that matters each has some of its own.
+examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+some = settings(examples, max_examples=12)
+
+
+# ---- sizes, order, ranks --------------------------------------------------------------------------------------------
+
+
+@examples
+@given(run=runs())
+def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, run):
+    tried()
+    pruners, shares = zip(*whole(run), strict=True)
+    batches = global_batches(run, shares)  # `strict`: as many on each rank
+    assert all([batch.place for batch in share] == [batch.place for batch in shares[0]] for share in shares)
+    assert [sum(i >= 0 for i in index) for _, index in batches] == [batch.samples for batch in shares[0]]
+    if run.ranks > 1:
+        assert all(len(batch.index) == run.batch for share in shares for batch in share)
+    for record in pruners[0].report.epochs:
+        mine = [index for epoch, index in batches if epoch == record.epoch]
+        yielded = list(chain(*mine))
+        real, padding = [i for i in yielded if i >= 0], [i for i in yielded if i < 0]
+        assert yielded == real + padding  # all of it at the end
+        assert len(set(real)) == len(real)
+        order = epoch_order(run.n, None, run.seed + 1, record.epoch).tolist()
+        assert real == [i for i in order if i in set(real)]
+        tail = record.samples % run.global_batch
+        if record.optimizer_steps < pruners[0].steps(record.samples):  # the run ended in mid-epoch
+            assert len(mine) == record.optimizer_steps * run.accumulation
+            assert record == pruners[0].report.epochs[-1]
+        elif run.drop_last:
+            assert len(real) == record.samples - tail
+        else:
+            assert len(real) == record.samples
+            assert len(padding) == (-tail % run.global_batch if run.ranks > 1 else 0)
+        if run.drop_last or run.ranks == 1:
+            assert not padding
+    for batch in chain(*shares):
+        assert all((weight > 0) == (i >= 0) for i, weight in zip(batch.index, batch.weights, strict=True))
+
+
+@examples
+@given(run=runs(known=True))
+def test_sizes_and_steps_are_those_of_the_definition(tried, run):
+    tried()
+    expected = expected_epochs(run)
+    total = sum(epoch.steps for epoch in expected)
+
+    def work():
+        pruner = run.pruner()
+        return pruner, pruner.total_steps(), train(pruner)
+
+    for pruner, foretold, seen in on_ranks(run.ranks, work):
+        records = pruner.report.epochs
+        assert [(r.full_data, r.samples, pruner.steps(r.samples), r.optimizer_steps) for r in records] == expected
+        assert len({batch.step for batch in seen}) == seen[-1].step + 1 == total
+        assert {foretold, *(batch.total_steps for batch in seen)} == {total}
+
+
+@examples
+@given(policy=policies(), n=st.integers(1, 60), batch=st.integers(1, 70), epochs=st.integers(1, 4))
+def test_dropping_a_whole_epoch_is_an_error_at_construction(tried, policy, n, batch, epochs):
+    assume(kept(policy, n) is not None)
+    tried()
+    run = Run(policy, n, batch, 1, 1, epochs, None, True, 0)
+    if all(epoch.length for epoch in expected_epochs(run)):
+        assert train(run.pruner())
+    else:
+        with pytest.raises(ValueError, match="drop_last leaves that out"):
+            run.pruner()
+
+
+@examples
+@given(run=runs())
+def test_several_ranks_train_what_one_trains(tried, run):
+    tried()
+    pruners, shares = zip(*whole(run), strict=True)
+    ((alone, seen),) = whole(replace(run, ranks=1, batch=run.global_batch))
+    together = [(epoch, [i for i in index if i >= 0]) for epoch, index in global_batches(run, shares)]
+    assert together == [(batch.epoch, batch.index) for batch in seen]
+    expected = outcome(alone)
+    for pruner, share in zip(pruners, shares, strict=True):
+        theirs = outcome(pruner)
+        for part in ("table", "selection", "num_epochs", "nonfinite_samples"):
+            assert theirs[part] == expected[part]
+        assert theirs == {**outcome(pruners[0]), "environment": theirs["environment"]}
+        assert [batch.place for batch in share] == [batch.place for batch in seen]
+
+
+# ---- clock and report -----------------------------------------------------------------------------------------------
+
+
+@examples
+@given(run=runs())
+def test_the_clock_runs_from_0_to_the_end_and_never_back(tried, run):
+    tried()
+    for pruner, seen in whole(run):
+        times = [batch.virtual for batch in seen]
+        steps = seen[-1].step + 1
+        end = pruner.clock.virtual(steps)
+        assert times[0] == 0
+        # A step takes time, an accumulated batch none; ends of epochs are equal to rounding.
+        for (before, after), (one, two) in zip(pairwise(seen), pairwise(times), strict=True):
+            assert (one < two) if after.step > before.step else (one == two)
+        assert times[-1] < end
+        assert seen[-1].total_steps == steps  # known for sure when the last epoch began
+        if run.max_steps is not None:
+            assert times == [batch.step for batch in seen]
+            assert end == pruner.clock.total == run.max_steps == steps
+        elif run.epochs == int(run.epochs):
+            assert end == pytest.approx(pruner.clock.total, rel=1e-12)
+        else:
+            assert pruner.clock.total - 1 < end <= pruner.clock.total
+        if len({pruner.steps(record.samples) for record in pruner.report.epochs}) == 1 and kept(run.policy, run.n):
+            assert times == [batch.step for batch in seen]
+            assert all(type(time) is int for time in times)  # the schedule is exact
+            assert pruner.clock.total == steps
+
+
+@examples
+@given(run=runs())
+def test_the_report_counts_what_was_trained(tried, run):
+    tried()
+    pruners, shares = zip(*whole(run), strict=True)
+    batches = global_batches(run, shares)
+    steps = {(batch.epoch, batch.step) for batch in shares[0]}
+    for pruner in pruners:
+        report = pruner.report
+        for record in report.epochs:
+            yielded = list(chain(*(index for epoch, index in batches if epoch == record.epoch)))
+            assert record.forward_passes == record.backward_passes == record.passes == len(yielded)
+            assert record.scoring_passes == 0
+            assert record.optimizer_steps == len([step for epoch, step in steps if epoch == record.epoch])
+            bad = [i for i in yielded if i >= 0 and not math.isfinite(loss_of(i, record.epoch))]
+            assert record.nonfinite == (len(bad) if run.policy.signals else 0)
+            noted = set(report.nonfinite_samples)
+            assert len(noted) == 100 or not run.policy.signals or noted.issuperset(bad)
+        assert report.totals["optimizer_steps"] == len(steps)
+        last = report.epochs[-1]
+        epochs = last.epoch + last.optimizer_steps / pruner.steps(last.samples)
+        assert report.num_epochs == pytest.approx(epochs)
+        assert report.cost_ratio == pytest.approx(sum(len(index) for _, index in batches) / (run.n * epochs))
+        assert sum(report.selection["histogram"]) == run.n
+        seen_in = torch.full((run.n,), -1, dtype=torch.int32)
+        for epoch, index in batches:
+            seen_in[[i for i in index if i >= 0]] = epoch
+        assert torch.equal(pruner.table["last_observed"], seen_in)
+
+
+# ---- randomness -----------------------------------------------------------------------------------------------------
+
+
+def global_states():
+    return torch.random.get_rng_state().tolist(), repr(np.random.get_state(legacy=False)), random.getstate()
+
+
+@every_case
+@some
+@given(data=st.data(), other=st.integers(0, 99))
+def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alone(tried, case, data, other):
+    tried()
+    run = data.draw(runs(case))
+    before = global_states()
+    one = whole(run)
+    assert global_states() == before
+    torch.manual_seed(other)  # nor is it read
+    np.random.seed(other)
+    random.seed(other)
+    for (pruner, seen), (again, seen_again) in zip(one, whole(run), strict=True):
+        assert seen == seen_again
+        assert outcome(pruner) == outcome(again)
+
+
+def test_no_two_choices_share_a_seed():
+    seeds = {choice_seed(seed, epoch) for seed, epoch in product(range(500), range(500))}
+    assert len(seeds) == 500 * 500
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert sum(seed >= 2**62 for seed in seeds) / len(seeds) == pytest.approx(0.5, abs=0.01)
+
+
+def test_no_two_runs_share_a_plan_and_no_two_epochs():
+    plans = set()
+    for seed in range(40):
+        pruner = DynamicPruner(RandomPruning(0.5), 100, num_epochs=40, seed=seed)
+        for epoch in range(40):
+            pruner.begin_epoch(epoch)
+            plans.add(frozenset(pruner.sampler))
+    assert len(plans) == 40 * 40
+
+
+# ---- scores ---------------------------------------------------------------------------------------------------------
+
+
+def bits(column: torch.Tensor) -> torch.Tensor:
+    """(N, bytes): NaN equals NaN, and 0 is not -0."""
+    return column.clone().view(torch.uint8).reshape(len(column), -1)
+
+
+@score_case
+@some
+@given(data=st.data(), epoch=st.integers(0, 3), value=st.sampled_from([0.0, 0.3, 7.0, 1e30, math.nan, math.inf]))
+def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch, value):
+    tried()
+    run = data.draw(runs(case))
+    run = replace(run, ranks=1, batch=run.global_batch, epochs=4, max_steps=None)
+    start = run.pruner()
+    train(start, stop_after=len([batch for batch in train(run.pruner()) if batch.epoch < epoch]))
+    state = start.state_dict()
+
+    def table_after(losses):
+        """The columns when that one epoch was trained, and what it trained."""
+        pruner = run.pruner()
+        assert pruner.load_state_dict(state) == (epoch, 0)
+        pruner.begin_epoch(epoch)
+        trained = []
+        for index in batches_of(pruner):
+            values = torch.tensor([losses(i) for i in index])
+            pruner.observe(torch.tensor(index), dict.fromkeys(pruner.policy.signals, values))
+            trained += index
+        pruner.end_epoch()
+        return {name: bits(column) for name, column in pruner.table.state_dict().items()}, trained
+
+    plain, trained = table_after(lambda i: loss_of(i, epoch))
+    odd = data.draw(st.sampled_from(trained) | st.integers(0, run.n - 1))
+    perturbed, same = table_after(lambda i: value if i == odd else loss_of(i, epoch))
+    assert trained == same
+    others, unseen = torch.arange(run.n) != odd, torch.ones(run.n, dtype=torch.bool)
+    unseen[trained] = False
+    before = {name: bits(column) for name, column in start.table.state_dict().items()}
+    for name in plain:
+        assert torch.equal(plain[name][others], perturbed[name][others])
+        if name != "times_kept":  # the choice counts
+            assert torch.equal(plain[name][unseen], before[name][unseen])
+            assert torch.equal(perturbed[name][unseen], before[name][unseen])
+
+
+# ---- resume ---------------------------------------------------------------------------------------------------------
+
+
+@every_case
+@some
+@given(data=st.data(), place=st.floats(0, 1))
+def test_a_run_resumed_anywhere_is_the_uninterrupted_one(tried, case, data, place):
+    """Also with the same global batch on another number of ranks."""
+    tried()
+    run = data.draw(runs(case))
+    pruners, shares = zip(*whole(run), strict=True)
+    stop = round(place * len(shares[0]))
+
+    def interrupted():
+        pruner = run.pruner()
+        return train(pruner, stop_after=stop), pruner.state_dict()
+
+    before, states = zip(*on_ranks(run.ranks, interrupted), strict=True)
+    state = {"tensors": states[0]["tensors"], "metadata": json.loads(json.dumps(states[0]["metadata"]))}
+    ranks = data.draw(st.sampled_from([r for r in (1, 2, 3, 4) if run.global_batch % r == 0]))
+    other = replace(run, ranks=ranks, batch=run.global_batch // ranks)
+
+    def resumed():
+        pruner = other.pruner()
+        return train(pruner, pruner.load_state_dict(state)), pruner
+
+    after, again = zip(*on_ranks(ranks, resumed), strict=True)
+    if ranks == run.ranks:
+        assert [a + b for a, b in zip(before, after, strict=True)] == list(shares)
+        for one, two in zip(pruners, again, strict=True):
+            reports = outcome(one), outcome(two)
+            for report in reports:  # their order, and where 100 are exceeded the choice, follow from when the run was saved
+                noted = report.pop("nonfinite_samples")
+                report["noted"] = len(noted) if len(noted) == 100 else sorted(noted)
+            assert reports[0] == reports[1]
+    parts = global_batches(run, before) + global_batches(other, after)
+    whole_run = global_batches(run, shares)
+    assert [(e, [i for i in index if i >= 0]) for e, index in parts] == [
+        (e, [i for i in index if i >= 0]) for e, index in whole_run
+    ]
+    assert all(outcome(pruner)["table"] == outcome(pruners[0])["table"] for pruner in again)
