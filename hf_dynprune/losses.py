@@ -29,15 +29,18 @@ class LossRule:
     """How the loss of one sample follows from the outputs of a model.
 
     Args:
-        name: `"single_label"`, `"classification"`, `"tokens"`, `"shifted_tokens"`, `"question_answering"` or `"custom"`.
+        name: `"single_label"`, `"classification"`, `"tokens"`, `"shifted_tokens"`, `"question_answering"`, `"batch_mean"` or
+            `"custom"`.
         losses: (outputs, inputs, label smoothing, config of the model or None) -> SampleLosses.
         terms: inputs -> (B,) int64, the number of terms of each sample, known before the forward pass; None where each
             sample has one.
+        from_own_loss: whether `losses` may use the loss that the model gives.
     """
 
     name: str
     losses: Callable[[Any, Mapping[str, Any], float, Any], SampleLosses]
     terms: Callable[[Mapping[str, Any]], Tensor] | None = None
+    from_own_loss: bool = False
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -86,7 +89,14 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, ignored: in
 
 def _single_label(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
     """Cross-entropy. A label -100 has no loss, as in the models, but is counted as a sample of the optimizer step."""
-    logits, labels = logits_of(outputs), _labels(inputs).reshape(-1)
+    logits, labels = logits_of(outputs), _labels(inputs)
+    if labels.is_floating_point():
+        raise ValueError(
+            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as mixup and cutmix make them: a mixture of "
+            "samples has no loss of one sample. Leave the mixing out, or pruning; for other soft labels pass "
+            "`per_sample_loss_fn=`."
+        )
+    labels = labels.reshape(-1)
     train, plain = _cross_entropy(logits.reshape(len(labels), -1), labels, smoothing)
     return SampleLosses(train, plain, labels.ne(IGNORED).float())
 
@@ -140,6 +150,16 @@ def _question_answering(outputs: Any, inputs: Mapping[str, Any], smoothing: floa
     return SampleLosses(train, plain, _answers(inputs, start.shape[1]))
 
 
+def _batch_mean(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+    """The fallback of Batch Loss Score (Zhou et al., CVPR 2026, arXiv 2604.04681) where a model has no loss of one sample:
+    each sample gets the loss of its batch. A moving mean over epochs, in which a sample meets ever other samples, tells hard
+    ones from easy ones in time; a weight acts on the whole batch by its mean."""
+    loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
+    size = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    each = loss.float().mean().expand(size)
+    return SampleLosses(each, each.detach(), torch.ones_like(each))
+
+
 def _answers(inputs: Mapping[str, Any], length: int) -> Tensor:
     return sum(inputs[key].reshape(-1).lt(length).float() / 2 for key in ("start_positions", "end_positions"))
 
@@ -152,6 +172,7 @@ RULES: dict[str, LossRule] = {
     "question_answering": LossRule(
         "question_answering", _question_answering, lambda inputs: _answers(inputs, inputs["input_ids"].shape[1])
     ),
+    "batch_mean": LossRule("batch_mean", _batch_mean, from_own_loss=True),
 }
 
 # transformers' names for heads say what their loss is; on the first batch the trainer compares with the model's own.
@@ -209,7 +230,7 @@ def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
         loss = loss.float()
         return SampleLosses(loss, loss.detach(), torch.ones_like(loss))
 
-    return LossRule("custom", losses)
+    return LossRule("custom", losses, from_own_loss=True)
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
@@ -237,6 +258,11 @@ def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
 
 
+def _label(logits: Tensor, labels: Tensor) -> Tensor:
+    """The label itself; exact up to 2^24 classes."""
+    return labels.float()
+
+
 def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Entropy of the predicted distribution, in nats."""
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
@@ -251,6 +277,7 @@ SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
     "confidence": _confidence,
     "margin": _margin,
     "entropy": _entropy,
+    "label": _label,
 }
 
 

@@ -33,20 +33,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import distributed
-from .policies import EpochPlan, PruningPolicy, check_count, check_number
+from .policies import EpochPlan, PruningPolicy, check_count, check_number, with_class_floor
 from .report import FORMAT_VERSION, EpochRecord, PruningReport, chance_of, describe_environment, selection_of
 from .sampler import IndexedCollator, IndexedDataset, PruningSampler, epoch_order
-from .scores import SampleTable, load_tensors, save_tensors
+from .scores import Column, Rows, SampleTable, load_tensors, save_tensors
 
 STATE_FILE = "pruning_state.safetensors"
+
+# What a floor for each class needs to know.
+LABEL = Column("label")
 
 # Observations wait on their device; beyond this many they move to the host even if no logging step comes by.
 _BUFFERED = 1 << 16
 
 
-def choice_seed(seed: int, epoch: int) -> int:
+def choice_seed(seed: int, epoch: int, purpose: str = "plan") -> int:
     """A 63-bit seed of the choice in an epoch; seed 0 epoch 1 is not seed 1 epoch 0."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/plan".encode(), digest_size=8).digest(), "big") >> 1
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest(), "big") >> 1
 
 
 @dataclass
@@ -122,11 +125,6 @@ class DynamicPruner:
                 f"policy={policy!r} is no PruningPolicy: make one, such as UCB(keep_ratio=0.3), or by name with "
                 "make_policy('ucb', keep_ratio=0.3)."
             )
-        if policy.scoring != "trained":
-            raise ValueError(
-                f"scoring={policy.scoring!r} of {policy.name} takes scoring passes, which are not in this version: wanted "
-                "is scoring='trained', which learns from the training losses alone."
-            )
         if (num_epochs is None) == (max_steps is None):
             raise ValueError(f"num_epochs={num_epochs} and max_steps={max_steps}: give one of the two.")
         if num_epochs is not None:
@@ -135,7 +133,7 @@ class DynamicPruner:
             if count is not None:
                 check_count(name, count, 1)
         self.policy = policy
-        self.table = SampleTable(num_samples, policy.columns)
+        self.table = SampleTable(num_samples, (*policy.columns, *([LABEL] if policy.min_per_class else [])))
         self.rank, self.ranks = distributed.world()
         self.batch_size, self.accumulation, self.drop_last = batch_size, accumulation, drop_last
         self.max_steps, self._epochs = max_steps, num_epochs
@@ -255,17 +253,25 @@ class DynamicPruner:
 
     # ---- an epoch ---------------------------------------------------------------------------------------------------
 
-    def begin_epoch(self, epoch: int, *, step: int | None = None) -> EpochRecord:
+    def begin_epoch(
+        self,
+        epoch: int,
+        *,
+        step: int | None = None,
+        scorer: Callable[[Tensor], Mapping[str, Tensor]] | None = None,
+    ) -> EpochRecord:
         """Applies what was observed, chooses where a choice is due, and sets the sampler.
 
         Args:
             epoch: counted from 0.
             step: optimizer steps done so far, *optional*, defaults to those that the calls of `observe` tell of.
+            scorer: samples (M,) int64 -> the policy's signals of them, (M,) each, by forward passes without training; each
+                rank's is called with its share. Needed for policies with a `scoring` other than `"trained"`.
 
         Returns:
             The record of the epoch; `record.samples` is the number of samples it trains on.
 
-        Cost: O(N) a choice, on rank 0.
+        Cost: O(N) a choice, on rank 0; and the forward passes, if there are any.
         """
         self.end_epoch()
         self._mark = time.perf_counter()
@@ -278,11 +284,12 @@ class DynamicPruner:
         if not resumed:
             progress = epoch / self._epochs if self._epochs is not None else step / self.max_steps  # type: ignore
             self._full_data = self._is_full(epoch, progress)
-            scores: dict[str, float] = {}
+            record = EpochRecord(epoch, self._full_data, len(self.table))
+            self.report.epochs.append(record)
             if not self._full_data and (self._plan is None or self._is_choice(epoch)):
-                self._plan, scores = self._choose(epoch, progress)
-            size = len(self.table) if self._in_force is None else len(self._in_force)
-            self.report.epochs.append(EpochRecord(epoch, self._full_data, size, scores=scores))
+                self._score(self._to_score(), scorer)
+                self._plan, record.scores = self._choose(epoch, progress)
+            record.samples = len(self.table) if self._in_force is None else len(self._in_force)
             self._batches_done = 0
         plan, size = self._in_force, self.report.epochs[-1].samples
         if self.batches(size) == 0:
@@ -298,6 +305,32 @@ class DynamicPruner:
         self.clock.begin_epoch(epoch, step, self.steps(size))
         self._lap("choosing")
         return self.report.epochs[-1]
+
+    def _to_score(self) -> Tensor:
+        """The samples that are scored by forward passes before a choice: all; or those that the last choice dropped. Before
+        the first choice there are none of these: nothing was trained, or everything."""
+        if self.policy.scoring == "all":
+            return torch.arange(len(self.table))
+        dropped = torch.zeros(len(self.table), dtype=torch.bool)
+        if self.policy.scoring == "dropped" and self._plan is not None:
+            dropped[:] = True
+            dropped[self._plan.indices] = False
+        return torch.nonzero(dropped).squeeze(1)
+
+    def _score(self, index: Tensor, scorer: Callable[[Tensor], Mapping[str, Tensor]] | None) -> None:
+        if len(index) == 0:
+            return
+        if scorer is None:
+            raise ValueError(
+                f"{self.policy.name} with scoring={self.policy.scoring!r} takes forward passes before a choice: pass "
+                "begin_epoch(..., scorer=), a function samples -> signals, or set scoring='trained'."
+            )
+        share = index[self.rank :: self.ranks]
+        self._lap("choosing")
+        self._buffer.append((share, self._checked(share, scorer(share), self.scored_signals)))
+        self.report.epochs[-1].scoring_passes += len(index)
+        self._lap("scoring")
+        self.flush()
 
     def _choose(self, epoch: int, progress: float) -> tuple[EpochPlan, dict[str, float]]:
         """One choice: the policy's plan, checked, agreed on by all ranks, and counted."""
@@ -328,6 +361,8 @@ class DynamicPruner:
                     f"{policy.name} planned {planned} samples for epoch {epoch} and chose {len(plan)}: `planned_size` and "
                     "`plan` of the policy must agree."
                 )
+            if policy.min_per_class:
+                plan = with_class_floor(plan, self.table[LABEL.name], policy.min_per_class, score, generator)
             if plan.weights is not None and policy.max_weight is not None:
                 return EpochPlan(plan.indices, plan.weights.clamp(max=policy.max_weight), plan.lr_scale)
             return plan
@@ -370,26 +405,49 @@ class DynamicPruner:
         """
         if not self.report.epochs:
             raise RuntimeError("`observe` was called before `begin_epoch`: no epoch is running.")
-        signals = signals or {}
-        wanted = {}
-        for name in self.policy.signals:
+        checked = self._checked(index, signals or {}, self.signals)
+        self._batches_done += 1
+        record = self.report.epochs[-1]
+        record.forward_passes += len(index) * self.ranks
+        record.backward_passes += len(index) * self.ranks
+        if self.policy.scoring == "all":
+            return
+        self._buffer.append((index.detach(), checked))
+        self._buffered += len(index)
+        if self._buffered >= _BUFFERED:
+            self.drain()
+
+    @property
+    def scored_signals(self) -> tuple[str, ...]:
+        """The signals that are observed of a sample: the policy's, and the label where there is a floor for each class."""
+        extra = (LABEL.name,) if self.policy.min_per_class and LABEL.name not in self.policy.signals else ()
+        return self.policy.signals + extra
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        """The signals that `observe` wants of a trained batch: none where only forward passes observe."""
+        return () if self.policy.scoring == "all" else self.scored_signals
+
+    def _update(self, rows: Rows, signals: Rows) -> Mapping[str, Tensor]:
+        """The policy's columns, and the label."""
+        changed = dict(self.policy.observe(rows, signals)) if self.policy.signals else {}
+        if self.policy.min_per_class:
+            changed[LABEL.name] = signals[LABEL.name]
+        return changed
+
+    def _checked(self, index: Tensor, signals: Mapping[str, Tensor], wanted: tuple[str, ...]) -> dict[str, Tensor]:
+        checked = {}
+        for name in wanted:
             if name not in signals:
-                raise ValueError(f"{self.policy.name} observes {name!r}; `observe` was given {sorted(signals)}.")
+                raise ValueError(f"{self.policy.name} observes {name!r}; given were {sorted(signals)}.")
             value = signals[name].detach()
             if value.shape != index.shape:
                 raise ValueError(
                     f"The signal {name!r} has shape {tuple(value.shape)}, the sample index {tuple(index.shape)}: one value "
                     "for each sample is wanted."
                 )
-            wanted[name] = value.to(torch.float32)
-        self._buffer.append((index.detach(), wanted))
-        self._buffered += len(index)
-        self._batches_done += 1
-        record = self.report.epochs[-1]
-        record.forward_passes += len(index) * self.ranks
-        record.backward_passes += len(index) * self.ranks
-        if self._buffered >= _BUFFERED:
-            self.drain()
+            checked[name] = value.to(torch.float32)
+        return checked
 
     def drain(self) -> None:
         """Moves what was observed from its device to the host, padding left out."""
@@ -403,7 +461,7 @@ class DynamicPruner:
             )
         real = index >= 0
         signals = {
-            name: torch.cat([signals[name] for _, signals in self._buffer]).cpu()[real] for name in self.policy.signals
+            name: torch.cat([signals[name] for _, signals in self._buffer]).cpu()[real] for name in self.scored_signals
         }
         self._buffer, self._buffered = [], 0
         self._drained.append((index[real], signals))
@@ -415,14 +473,14 @@ class DynamicPruner:
         index = torch.cat([index for index, _ in self._drained] or [torch.empty(0, dtype=torch.int64)])
         signals = {
             name: torch.cat([signals[name] for _, signals in self._drained] or [torch.empty(0)])
-            for name in self.policy.signals
+            for name in self.scored_signals
         }
         self._drained = []
         index, signals = distributed.gather_observations(index, signals)
         if len(index) == 0:
             return
         record = self.report.epochs[-1]
-        rejected = self.table.observe(index, signals, update=self.policy.observe, epoch=record.epoch)
+        rejected = self.table.observe(index, signals, update=self._update, epoch=record.epoch)
         record.nonfinite += len(rejected)
         noted = self.report.nonfinite_samples
         noted.extend(sorted(set(rejected.tolist()) - set(noted))[: 100 - len(noted)])

@@ -8,7 +8,6 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -95,7 +94,7 @@ def _device_of(outputs: Any) -> torch.device:
 @contextmanager
 def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -> Iterator[None]:
     """Within, the model is in that mode and random numbers follow from the seed; afterwards all is as before."""
-    modes = {module: module.training for module in model.modules()}
+    modes = [(module, module.training) for module in model.modules()]
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if mode == "train" else {}
     python, numpy = random.getstate(), np.random.get_state()
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -107,7 +106,7 @@ def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -
         try:
             yield
         finally:
-            for module, training in modes.items():
+            for module, training in modes:
                 module.training = training
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
@@ -139,7 +138,6 @@ def _no_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return torch.zeros((), device=logits.device)
 
 
-@cache
-def _names_in_forward(cls: type) -> frozenset[str]:
+def _names_in_forward(cls: type[nn.Module]) -> tuple[str, ...]:
     """The names that the forward method of a class uses, below its decorators."""
-    return frozenset(inspect.unwrap(cls.forward).__code__.co_names)
+    return inspect.unwrap(cls.forward).__code__.co_names

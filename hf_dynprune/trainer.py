@@ -13,6 +13,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -27,7 +28,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from . import distributed
 from .losses import LossRule, SampleLosses, check_signals, derive_rule, observe_signals
 from .policies import PruningPolicy
-from .pruner import STATE_FILE, DynamicPruner
+from .pruner import STATE_FILE, DynamicPruner, choice_seed
 from .report import PruningReport
 from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
 from .scores import load_tensors, save_tensors
@@ -99,6 +100,9 @@ class DynamicPruningMixin(_Trainer):
         per_sample_loss_fn: how the loss of one sample is computed, where transformers' name of the model's head does not
             tell: a name in [`hf_dynprune.losses.RULES`], or a function (outputs, inputs) -> losses (B,). Needed with
             `compute_loss_func`, and with a `compute_loss` of the class that is mixed with.
+        scoring_dataset: the training samples, in their order, as scoring passes are to see them, such as without
+            augmentation; *optional*, defaults to `train_dataset`. Only policies with a `scoring` other than `"trained"`
+            take such passes.
 
     All other arguments are the Trainer's.
 
@@ -118,9 +122,11 @@ class DynamicPruningMixin(_Trainer):
         *args: Any,
         pruning: PruningPolicy | None = None,
         per_sample_loss_fn: Callable[..., torch.Tensor] | str | None = None,
+        scoring_dataset: Any = None,
         **kwargs: Any,
     ) -> None:
         self.pruning = pruning
+        self.scoring_dataset = scoring_dataset
         self.pruner: DynamicPruner | None = None
         if pruning is not None:  # transformers' own message about streams asks for max_steps, which would not help
             _check_stream(kwargs.get("train_dataset"))
@@ -134,9 +140,9 @@ class DynamicPruningMixin(_Trainer):
             )
         self._check_settings(per_sample_loss_fn)
         self._loss_rule: LossRule = derive_rule(_base_model(self.model), per_sample_loss_fn)
-        check_signals(pruning.signals, self._loss_rule)
         self._check_dataset()
         self.pruner = self._make_pruner()  # raises for what does not fit together; each train() makes its own
+        check_signals(self.pruner.scored_signals, self._loss_rule)
         # Our loss is normalised over the optimizer step: the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
         self.add_callback(_Recorder(self))
@@ -185,6 +191,11 @@ class DynamicPruningMixin(_Trainer):
         if dataset is None:
             raise ValueError("pruning= needs a train_dataset; to evaluate alone leave `pruning` out.")
         _check_stream(dataset)
+        if self.scoring_dataset is not None and len(self.scoring_dataset) != len(dataset):
+            raise ValueError(
+                f"The scoring_dataset has {len(self.scoring_dataset)} samples, the training dataset {len(dataset)}: wanted "
+                "are the same samples in the same order."
+            )
         if len(dataset) == 0:
             raise ValueError("The training dataset is empty (0 samples): check the split and the filters.")
         if self.args.remove_unused_columns and isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
@@ -345,11 +356,11 @@ class DynamicPruningMixin(_Trainer):
             return super()._run_epoch(**loop)
         pruner, epoch = self.pruner, loop["epoch"]
         begun = len(pruner.report.epochs)
-        pruner.begin_epoch(epoch, step=self.state.global_step)
         # Datasets that follow the epoch (our augmentation) hear of it here: accelerate tells them only at times.
-        set_epoch = getattr(self.train_dataset, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
+        for dataset in (self.train_dataset, self.scoring_dataset):
+            if hasattr(dataset, "set_epoch"):
+                dataset.set_epoch(epoch)
+        pruner.begin_epoch(epoch, step=self.state.global_step, scorer=partial(self._score, epoch))
         if isinstance(self.lr_scheduler, LambdaLR) and self._created_lr_scheduler:
             self._renew_learning_rate()
         self._renew_total()
@@ -389,8 +400,44 @@ class DynamicPruningMixin(_Trainer):
             "pruning/kept_samples": record.samples,
             "pruning/kept_share": record.samples / self.pruner.report.num_samples,
             "pruning/choosing_seconds": record.seconds["choosing"],
+            **({"pruning/scoring_seconds": record.seconds["scoring"]} if record.scoring_passes else {}),
             **{f"pruning/score_{name}": value for name, value in record.scores.items()},
         }
+
+    def _score(self, epoch: int, index: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The policy's signals of some samples, by forward passes of the model as it stands."""
+        policy, pruner, args = self.pruning, self.pruner, self.args
+        assert policy is not None
+        assert pruner is not None
+        model = cast(torch.nn.Module, self.model)
+        dataset = self.scoring_dataset if self.scoring_dataset is not None else self.train_dataset
+        collator = self.data_collator
+        if isinstance(dataset, datasets.Dataset):
+            dataset = self._remove_unused_columns(dataset, description="scoring")
+        else:
+            collator = self._get_collator_with_removed_columns(collator, description="scoring")
+
+        def forward(batch: dict[str, Any]) -> Any:
+            batch = self._prepare_inputs(batch)
+            with self.compute_loss_context_manager(), loss_left_out(self._model_with_loss()):
+                return super(DynamicPruningMixin, self).compute_loss(model, batch, return_outputs=True)[1]
+
+        return score_samples(
+            model,
+            dataset,
+            index,
+            pruner.scored_signals,
+            rule=self._loss_rule,
+            collator=collator,
+            batch_size=args.eval_batch_size,
+            forward=forward,
+            mode=policy.scoring_mode or ("train" if policy.scoring == "dropped" else "eval"),
+            seed=choice_seed(pruner.seed, epoch, "scoring"),
+            description=f"scoring before epoch {epoch}",
+            progress=not args.disable_tqdm,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+        )
 
     def _finalize_training(self, trial: Any, num_train_samples: float, start_time: float) -> Any:
         if self.pruning is not None and self.pruner is not None:
@@ -435,7 +482,7 @@ class DynamicPruningMixin(_Trainer):
             own_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # A router's loss and the like, which the model added to its own: kept, unweighted.
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
-        if auxiliary is None:
+        if auxiliary is None and not self._loss_rule.from_own_loss:
             own_loss = own_loss.detach()  # its graph holds as much as the logits: it goes before ours is made
             if isinstance(outputs, MutableMapping):
                 outputs["loss"] = own_loss
@@ -444,7 +491,7 @@ class DynamicPruningMixin(_Trainer):
         if not self._loss_checked:
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
             self._loss_checked = True
-        self.pruner.observe(index, observe_signals(self.pruning.signals, outputs, batch, losses))
+        self.pruner.observe(index, observe_signals(self.pruner.signals, outputs, batch, losses))
         # DDP averages the gradients of the ranks; D counts the samples of all of them.
         ranks = self.pruner.ranks
         denominator = num_items_in_batch if num_items_in_batch is not None else losses.terms.sum() * ranks

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_conformance import CASES, every_case, has_scores, loss_of, on_ranks, outcome, policy_of, score_case
 from test_conformance import size as kept
@@ -105,9 +105,8 @@ def train(pruner: DynamicPruner, start=(0, 0), stop_after=None, losses=loss_of) 
             if len(seen) == stop_after:
                 return seen
             batch = torch.tensor(index)
-            seen.append(
-                Batch(epoch, step, index, pruner.weights(batch).tolist(), pruner.clock.virtual(step), pruner.lr_scale, total)
-            )
+            weights, samples = pruner.weights(batch).tolist(), pruner.sampler.samples_in(number, 1)
+            seen.append(Batch(epoch, step, index, weights, pruner.clock.virtual(step), pruner.lr_scale, total, samples))
             values = torch.tensor([losses(i, epoch) if i >= 0 else 1e9 for i in index])
             pruner.observe(batch, dict.fromkeys(pruner.policy.signals, values))
     pruner.end_epoch()
@@ -156,9 +155,8 @@ def expected_epochs(run: Run) -> list[Expected]:
 
 
 @st.composite
-def policies(draw: Any, case: str | None = None) -> PruningPolicy:
-    """One of the conformance table, with any of the base class's settings."""
-    case = case or draw(st.sampled_from(list(CASES)))
+def policies(draw: Any, case: str) -> PruningPolicy:
+    """The policy of the conformance table with any of the base class's settings."""
     plain = policy_of(case)
     fields: dict[str, Any] = {
         "period": draw(st.integers(1, 3)),
@@ -175,12 +173,10 @@ def policies(draw: Any, case: str | None = None) -> PruningPolicy:
 
 
 @st.composite
-def runs(draw: Any, case: str | None = None, known: bool = False) -> Run:
-    """A run; `known`: of a policy that tells its sizes beforehand."""
+def runs(draw: Any, case: str) -> Run:
     policy = draw(policies(case))
-    n = draw(st.integers(1, 200))
+    n = draw(st.integers(1, 9) | st.integers(10, 200))
     size = kept(policy, n)
-    assume(size is not None or not known)
     drop_last = size is not None and draw(st.booleans())
     whole = size if drop_last else 64  # a run that would drop all of an epoch is an error, see below
     ranks = draw(st.integers(1, min(4, whole)))
@@ -206,19 +202,20 @@ def tried(reliability):
     reliability("properties", len(examples))
 
 
-# The fixture counts the examples of one test, so it must not be made anew for each.
-# Where it is the policy that matters each has some of its own.
-examples = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-some = settings(examples, max_examples=12)
+# A few for each policy: many for one test are mostly variations of each other. The fixture is for all of them.
+examples = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+known_case = pytest.mark.parametrize("case", [case for case in CASES if kept(policy_of(case), 1) is not None])
 
 
 # ---- sizes, order, ranks --------------------------------------------------------------------------------------------
 
 
+@every_case
 @examples
-@given(run=runs())
-def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, run):
+@given(data=st.data())
+def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, case, data):
     tried()
+    run = data.draw(runs(case))
     pruners, shares = zip(*whole(run), strict=True)
     batches = global_batches(run, shares)  # `strict`: as many on each rank
     assert all([batch.place for batch in share] == [batch.place for batch in shares[0]] for share in shares)
@@ -248,10 +245,12 @@ def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, run):
         assert all((weight > 0) == (i >= 0) for i, weight in zip(batch.index, batch.weights, strict=True))
 
 
+@known_case
 @examples
-@given(run=runs(known=True))
-def test_sizes_and_steps_are_those_of_the_definition(tried, run):
+@given(data=st.data())
+def test_sizes_and_steps_are_those_of_the_definition(tried, case, data):
     tried()
+    run = data.draw(runs(case))
     expected = expected_epochs(run)
     total = sum(epoch.steps for epoch in expected)
 
@@ -266,12 +265,12 @@ def test_sizes_and_steps_are_those_of_the_definition(tried, run):
         assert {foretold, *(batch.total_steps for batch in seen)} == {total}
 
 
+@known_case
 @examples
-@given(policy=policies(), n=st.integers(1, 60), batch=st.integers(1, 70), epochs=st.integers(1, 4))
-def test_dropping_a_whole_epoch_is_an_error_at_construction(tried, policy, n, batch, epochs):
-    assume(kept(policy, n) is not None)
+@given(data=st.data(), n=st.integers(1, 60), batch=st.integers(1, 70), epochs=st.integers(1, 4))
+def test_dropping_a_whole_epoch_is_an_error_at_construction(tried, case, data, n, batch, epochs):
     tried()
-    run = Run(policy, n, batch, 1, 1, epochs, None, True, 0)
+    run = Run(data.draw(policies(case)), n, batch, 1, 1, epochs, None, True, 0)
     if all(epoch.length for epoch in expected_epochs(run)):
         assert train(run.pruner())
     else:
@@ -279,10 +278,12 @@ def test_dropping_a_whole_epoch_is_an_error_at_construction(tried, policy, n, ba
             run.pruner()
 
 
+@every_case
 @examples
-@given(run=runs())
-def test_several_ranks_train_what_one_trains(tried, run):
+@given(data=st.data())
+def test_several_ranks_train_what_one_trains(tried, case, data):
     tried()
+    run = data.draw(runs(case))
     pruners, shares = zip(*whole(run), strict=True)
     ((alone, seen),) = whole(replace(run, ranks=1, batch=run.global_batch))
     together = [(epoch, [i for i in index if i >= 0]) for epoch, index in global_batches(run, shares)]
@@ -299,10 +300,12 @@ def test_several_ranks_train_what_one_trains(tried, run):
 # ---- clock and report -----------------------------------------------------------------------------------------------
 
 
+@every_case
 @examples
-@given(run=runs())
-def test_the_clock_runs_from_0_to_the_end_and_never_back(tried, run):
+@given(data=st.data())
+def test_the_clock_runs_from_0_to_the_end_and_never_back(tried, case, data):
     tried()
+    run = data.draw(runs(case))
     for pruner, seen in whole(run):
         times = [batch.virtual for batch in seen]
         steps = seen[-1].step + 1
@@ -326,10 +329,12 @@ def test_the_clock_runs_from_0_to_the_end_and_never_back(tried, run):
             assert pruner.clock.total == steps
 
 
+@every_case
 @examples
-@given(run=runs())
-def test_the_report_counts_what_was_trained(tried, run):
+@given(data=st.data())
+def test_the_report_counts_what_was_trained(tried, case, data):
     tried()
+    run = data.draw(runs(case))
     pruners, shares = zip(*whole(run), strict=True)
     batches = global_batches(run, shares)
     steps = {(batch.epoch, batch.step) for batch in shares[0]}
@@ -364,7 +369,7 @@ def global_states():
 
 
 @every_case
-@some
+@examples
 @given(data=st.data(), other=st.integers(0, 99))
 def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alone(tried, case, data, other):
     tried()
@@ -406,7 +411,7 @@ def bits(column: torch.Tensor) -> torch.Tensor:
 
 
 @score_case
-@some
+@examples
 @given(data=st.data(), epoch=st.integers(0, 3), value=st.sampled_from([0.0, 0.3, 7.0, 1e30, math.nan, math.inf]))
 def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch, value):
     tried()
@@ -447,7 +452,7 @@ def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch,
 
 
 @every_case
-@some
+@examples
 @given(data=st.data(), place=st.floats(0, 1))
 def test_a_run_resumed_anywhere_is_the_uninterrupted_one(tried, case, data, place):
     """Also with the same global batch on another number of ranks."""

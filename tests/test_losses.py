@@ -356,6 +356,22 @@ def test_missing_logits_name_the_ways_out(outputs):
         logits_of(outputs)
 
 
+def test_mixed_labels_are_refused_with_a_reason():
+    mixed = {"labels": torch.tensor([[0.7, 0.3], [0.0, 1.0]])}
+    with pytest.raises(ValueError, match="mixup and cutmix"):
+        RULES["single_label"].losses({"logits": torch.zeros(2, 2)}, mixed, 0.0, None)
+
+
+def test_batch_mean_gives_each_sample_the_loss_of_its_batch():
+    loss = torch.tensor(3.0, requires_grad=True)
+    losses = RULES["batch_mean"].losses({"loss": loss}, {"x": torch.zeros(4, 2), "flag": True}, 0.0, None)
+    assert losses.train.tolist() == losses.plain.tolist() == [3.0] * 4
+    (losses.train.sum() / 4).backward()
+    assert loss.grad == 1
+    assert not losses.plain.requires_grad
+    assert RULES["batch_mean"].losses((loss, None), {"x": torch.zeros(2)}, 0.0, None).terms.tolist() == [1.0, 1.0]
+
+
 @pytest.mark.parametrize("rule", ["single_label", "classification", "tokens", "shifted_tokens"])
 def test_missing_labels_are_named(rule):
     with pytest.raises(ValueError, match=r"no 'labels' \(it has 'input_ids', 'target'\)"):
@@ -375,6 +391,7 @@ def signals_by_hand(p, label):
         "confidence": p[label],
         "margin": max(others) - p[label],
         "entropy": -sum(q * math.log(q) for q in p),
+        "label": float(label),
     }
 
 
@@ -385,7 +402,7 @@ def test_signals_by_hand():
     outputs = {"logits": torch.tensor(shares).log() + torch.tensor([[5.0], [0.0], [-3.0]])}
     rule = RULES["classification"]
     got = observe_signals(tuple(SIGNALS), outputs, inputs, rule.losses(outputs, inputs, 0.0, None))
-    assert list(got) == list(SIGNALS) == ["loss", "el2n", "correct", "confidence", "margin", "entropy"]
+    assert list(got) == list(SIGNALS) == ["loss", "el2n", "correct", "confidence", "margin", "entropy", "label"]
     assert got["el2n"].tolist() == pytest.approx([0.75 * math.sqrt(2), 0.25 * math.sqrt(2), 0.1 * math.sqrt(2)])
     assert got["correct"].tolist() == [0.0, 1.0, 1.0]
     assert got["confidence"].tolist() == pytest.approx([0.25, 0.75, 0.9])

@@ -13,7 +13,6 @@ from test_policies import INF, NAN, by_score, chi_square, choice, epochs_of, gen
 from hf_dynprune.policies import (
     IES,
     KAKURENBO,
-    UCB,
     EpochPlan,
     InfoBatch,
     LossProportional,
@@ -668,11 +667,3 @@ def test_to_dict_is_json_and_comes_back(policy):
 def test_what_the_authors_ran_is_the_default(cls):
     assert cls.paper_like() == cls()
     assert cls.paper_like(period=3) == cls(period=3)
-
-
-@pytest.mark.parametrize("policy", [KAKURENBO(), IES(), UCB(scoring="all")])
-def test_scoring_passes_are_refused_at_once(policy):
-    with pytest.raises(
-        ValueError, match=f"scoring='{policy.scoring}' of {policy.name} takes .* wanted is scoring='trained'"
-    ):
-        DynamicPruner(policy, 10, num_epochs=1)

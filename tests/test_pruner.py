@@ -599,9 +599,9 @@ def test_buffer_is_bounded():
 def test_signals_must_be_there_and_fit():
     pruner = DynamicPruner(UCB(0.5, signal="el2n"), 10, num_epochs=1)
     pruner.begin_epoch(0)
-    with pytest.raises(ValueError, match=r"ucb observes 'el2n'; `observe` was given \['loss'\]"):
+    with pytest.raises(ValueError, match=r"ucb observes 'el2n'; given were \['loss'\]"):
         pruner.observe(torch.tensor([0, 1]), {"loss": torch.ones(2)})
-    with pytest.raises(ValueError, match=r"ucb observes 'el2n'; `observe` was given \[\]"):
+    with pytest.raises(ValueError, match=r"ucb observes 'el2n'; given were \[\]"):
         pruner.observe(torch.tensor([0, 1]))
     for value in (torch.ones(()), torch.ones(3), torch.ones(2, 1)):
         shape = re.escape(str(tuple(value.shape)))
@@ -609,6 +609,73 @@ def test_signals_must_be_there_and_fit():
             pruner.observe(torch.tensor([0, 1]), {"el2n": value})
     assert pruner.batches_done == 0
     assert pruner.report.epochs[0].forward_passes == 0
+
+
+# ---- scoring passes --------------------------------------------------------------------------------------------------
+
+
+def scored_run(scoring, epochs=4, **settings):
+    """What a scorer was asked for before each epoch; the loss of a sample is 10 e + i when it is scored, i when trained."""
+    policy = UCB(keep_ratio=0.5, decay=1.0, scoring=scoring, **settings)
+    pruner, asked = DynamicPruner(policy, 6, batch_size=2, num_epochs=epochs), []
+    for epoch in range(epochs):
+        seen = []
+
+        def scorer(index, epoch=epoch, seen=seen):
+            seen += index.tolist()
+            return {"loss": 10.0 * epoch + index}
+
+        pruner.begin_epoch(epoch, scorer=scorer)
+        trained = sorted(pruner.sampler)
+        asked.append((seen, trained, pruner.table["mean"].nan_to_num(-1).tolist()))
+        for batch in torch.tensor(list(pruner.sampler)).split(2):
+            pruner.observe(batch, {} if scoring == "all" else {"loss": batch.float()})
+    pruner.end_epoch()
+    return pruner, asked
+
+
+def test_all_are_scored_before_each_choice_and_training_is_not_observed():
+    pruner, asked = scored_run("all", period=2, first=1)
+    assert [seen for seen, _, _ in asked] == [[], [0, 1, 2, 3, 4, 5], [], [0, 1, 2, 3, 4, 5]]
+    assert asked[1][2] == [10.0, 11.0, 12.0, 13.0, 14.0, 15.0]
+    assert asked[1][1] == asked[2][1] == asked[3][1] == [3, 4, 5]
+    assert pruner.table["mean"].tolist() == [30.0, 31.0, 32.0, 33.0, 34.0, 35.0]
+    assert pruner.table["last_observed"].tolist() == [3] * 6
+    report = pruner.report
+    assert [r.scoring_passes for r in report.epochs] == [0, 6, 0, 6]
+    assert [r.forward_passes for r in report.epochs] == [6, 3, 3, 3]
+    assert report.passes == pytest.approx(6 + 3 * 3 + 12 / 3)
+    assert all((r.seconds["scoring"] > 0) == (r.scoring_passes > 0) for r in report.epochs)
+
+
+def test_the_dropped_are_scored_before_each_choice_and_the_kept_observed_in_training():
+    pruner, asked = scored_run("dropped")
+    assert asked[0][0] == []  # nothing was trained yet: the first choice is of never observed ones
+    for epoch in (1, 2, 3):
+        kept_before = asked[epoch - 1][1]
+        assert asked[epoch][0] == [i for i in range(6) if i not in kept_before]
+        expected = [float(i) if i in kept_before else 10.0 * epoch + i for i in range(6)]
+        assert asked[epoch][2] == expected
+    assert [r.scoring_passes for r in pruner.report.epochs] == [0, 3, 3, 3]
+
+
+def test_the_dropped_of_a_period_are_those_that_it_did_not_train():
+    _, asked = scored_run("dropped", epochs=5, period=2, first=1)
+    assert asked[1][0] == []  # all were trained in the full-data epoch
+    assert asked[2][0] == []  # no choice
+    assert asked[3][0] == [i for i in range(6) if i not in asked[1][1]]
+
+
+def test_a_scorer_is_asked_for_by_name():
+    pruner = DynamicPruner(UCB(0.5, scoring="all"), 6, num_epochs=2)
+    with pytest.raises(ValueError, match=r"ucb with scoring='all' takes forward passes .* scorer="):
+        pruner.begin_epoch(0)
+
+
+def test_a_scorer_must_give_one_value_a_sample():
+    pruner = DynamicPruner(UCB(0.5, scoring="all"), 6, num_epochs=2)
+    with pytest.raises(ValueError, match=r"'loss' has shape \(1,\), the sample index \(6,\)"):
+        pruner.begin_epoch(0, scorer=lambda index: {"loss": torch.ones(1)})
 
 
 def test_observe_before_the_first_epoch_says_what_is_missing():

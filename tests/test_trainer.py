@@ -790,6 +790,48 @@ def test_a_users_loss_function_with_its_per_sample_form(tmp_path):
     assert run.pruner.table.observed.all()
 
 
+class OnlyABatchLoss(torch.nn.Module):
+    """A contrastive loss: of a batch, of no sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = torch.nn.Linear(192, 4)
+
+    def forward(self, pixel_values, labels=None):
+        features = torch.nn.functional.normalize(self.encoder(pixel_values.flatten(1)), dim=1)
+        return {"loss": torch.logsumexp(5 * features @ features.T, dim=1).mean()}
+
+
+def test_the_mean_of_a_batch_where_there_is_no_loss_of_a_sample(tmp_path):
+    """Trained on all data with the fallback, the model is the stock Trainer's."""
+    runs = []
+    for settings in ({"cls": Trainer}, {"pruning": FullData(), "extra": {"per_sample_loss_fn": "batch_mean"}}):
+        runs.append(trainer(tmp_path, model=OnlyABatchLoss(), **settings))
+        runs[-1].train()
+    for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    extra = {"per_sample_loss_fn": "batch_mean"}
+    run = trainer(tmp_path, model=OnlyABatchLoss(), pruning=UCB(0.5), extra=extra, learning_rate=0.0)
+    batches = recorded(run)
+    run.train()
+    first = run.pruner.table["mean"][torch.tensor(batches[0])]
+    assert run.pruner.table.observed.all()
+    assert len(first.unique()) <= 3
+
+
+def test_a_per_sample_loss_may_use_the_models_own(tmp_path):
+    """Its gradient is there."""
+
+    def per_sample(outputs, inputs):
+        return outputs["loss"].expand(len(inputs["labels"]))
+
+    model = OnlyABatchLoss()
+    before = model.encoder.weight.clone()
+    trainer(tmp_path, model=model, pruning=UCB(0.5), extra={"per_sample_loss_fn": per_sample}).train()
+    assert not torch.equal(before, model.encoder.weight)
+
+
 def test_a_loss_of_the_mixed_class_with_its_per_sample_form(tmp_path):
     cls = type("Mixed", (DynamicPruningMixin, OwnLoss), {})
     run = trainer(tmp_path, cls=cls, pruning=UCB(0.5), extra={"per_sample_loss_fn": "single_label"})

@@ -15,7 +15,7 @@ from dataclasses import fields
 from typing import Any
 
 from .bandits import UCB, EpsilonGreedy, FullData, RandomPruning
-from .base import POLICIES, EpochPlan, PruningPolicy, check_count, check_number, keep_count, top_k
+from .base import POLICIES, EpochPlan, PruningPolicy, check_count, check_number, keep_count, top_k, with_class_floor
 from .rivals import IES, KAKURENBO, InfoBatch, LossProportional, OrderDP, SeTa
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "keep_count",
     "make_policy",
     "top_k",
+    "with_class_floor",
 ]
 
 POLICIES.update(

@@ -136,6 +136,73 @@ def top_k(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return torch.nonzero(mask).squeeze(1)
 
 
+def with_class_floor(
+    plan: EpochPlan, labels: Tensor, least: int, score: Tensor | None, generator: torch.Generator
+) -> EpochPlan:
+    """The plan with at least `least` samples of each class (or all that it has), and as many samples as before.
+
+    Of a class below the floor the highest scores are added, with weight 1; removed are the lowest scores of what the other
+    classes have above it. Where there are no scores, random numbers are in their place.
+
+    Args:
+        plan: as the policy made it.
+        labels: (N,) float32, NaN where not known yet: such samples are of no class.
+        least: the floor.
+        score: (N,) float32 without NaN, or None.
+        generator: breaks ties.
+
+    Raises:
+        ValueError: if the floors of all classes together need more samples than the plan keeps.
+
+    Cost: O(N log N), only where a class is below the floor.
+    """
+    n = len(labels)
+    kept = torch.zeros(n, dtype=torch.bool)
+    kept[plan.indices] = True
+    known = torch.nonzero(labels.isfinite()).squeeze(1)
+    if len(known) == 0:
+        return plan
+    classes, which = torch.unique(labels[known], return_inverse=True)
+    size = torch.bincount(which, minlength=len(classes))
+    have = torch.bincount(which[kept[known]], minlength=len(classes))
+    floor = size.clamp(max=least)
+    if int(floor.sum()) > len(plan):
+        raise ValueError(
+            f"min_per_class={least} needs {int(floor.sum())} samples of {len(classes)} classes, and the plan keeps "
+            f"{len(plan)}: lower min_per_class or raise keep_ratio."
+        )
+    if bool((have >= floor).all()):
+        return plan
+    # By class, in each the kept ones first, in each of these the highest scores first: what stands among the first of its
+    # class, up to the floor, stays or comes in.
+    order = torch.randperm(len(known), generator=generator)
+    if score is not None:
+        order = order[torch.argsort(score[known][order], descending=True, stable=True)]
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order))
+    order = order[torch.argsort(~kept[known][order], stable=True)]
+    order = order[torch.argsort(which[order], stable=True)]
+    begins = torch.cumsum(size, 0) - size
+    place = torch.arange(len(order)) - begins[which[order]]
+    secured = torch.zeros(len(known), dtype=torch.bool)
+    secured[order] = place < floor[which[order]]
+    added = known[secured & ~kept[known]]
+    spare = torch.nonzero(kept[known] & ~secured).squeeze(1)
+    spare = spare[torch.argsort(rank[spare], descending=True)]  # the lowest scores first
+    unknown = torch.nonzero(kept & ~labels.isfinite()).squeeze(1)
+    removed = torch.cat([known[spare], unknown])[: len(added)]
+    kept[removed] = False
+    weights = None
+    if plan.weights is not None:
+        weight = torch.ones(n)
+        weight[plan.indices] = plan.weights
+    kept[added] = True
+    indices = torch.nonzero(kept).squeeze(1)
+    if plan.weights is not None:
+        weights = weight[indices]
+    return EpochPlan(indices, weights, plan.lr_scale)
+
+
 def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k of the (M,) values of `pool`, uniformly without replacement, in random order; all of them where M <= k."""
     return pool[torch.randperm(len(pool), generator=generator)[:k]]
@@ -165,20 +232,28 @@ class PruningPolicy(ABC):
         scoring: which samples are scored. `"trained"`: every training loss is an observation, at no cost; the scores of
             dropped samples are those of the epoch in which they were last trained. `"dropped"`: training losses for the
             kept samples, forward passes before each choice for the rest. `"all"`: forward passes over all samples before
-            each choice, and these alone.
+            each choice, and these alone. A forward pass counts as a third of a pass. Fresh scores are not better by that:
+            the stale ones are what makes the kept set rotate.
+        scoring_mode: of the model in these forward passes, `"eval"` or `"train"` (dropout, and BatchNorm by the batch);
+            None is `"train"` with `scoring="dropped"`, so that all scores are of one kind, and `"eval"` with `"all"`.
         max_age: a sample not observed in the last `max_age` choices scores +inf, so that it is seen again.
         exclude_hardest: share of the observed samples, those with the highest scores, that is kept last of all (a guard
             against wrong labels and outliers); in [0, 1). `max_age`, if set, brings them back now and then.
         max_weight: upper limit on the weights of a plan.
+        min_per_class: samples of each class that every plan holds at least (or all that the class has), in place of the
+            lowest scores of other classes; 0 is no floor. For single-label classification; the label of a sample is known
+            from its first observation on.
     """
 
     period: int = field(default=1, kw_only=True)
     first: int = field(default=0, kw_only=True)
     last: float = field(default=0.0, kw_only=True)
     scoring: Literal["trained", "all", "dropped"] = field(default="trained", kw_only=True)
+    scoring_mode: Literal["eval", "train"] | None = field(default=None, kw_only=True)
     max_age: int | None = field(default=None, kw_only=True)
     exclude_hardest: float = field(default=0.0, kw_only=True)
     max_weight: float | None = field(default=None, kw_only=True)
+    min_per_class: int = field(default=0, kw_only=True)
 
     # Columns of the SampleTable that `observe` reads and writes.
     columns: ClassVar[tuple[Column, ...]] = ()
@@ -198,11 +273,16 @@ class PruningPolicy(ABC):
         check_count("first", self.first, 0)
         check_share("last", self.last)
         check_choice("scoring", self.scoring, ("trained", "all", "dropped"))
+        if self.scoring_mode is not None:
+            check_choice("scoring_mode", self.scoring_mode, ("eval", "train"))
+        if self.scoring != "trained" and not self.signals:
+            raise ValueError(f"scoring={self.scoring!r} scores samples, and {type(self).__name__} has no use for scores.")
         if self.max_age is not None:
             check_count("max_age", self.max_age, 1)
         check_number("exclude_hardest", self.exclude_hardest, "a share in [0, 1)", lambda share: 0 <= share < 1)
         if self.max_weight is not None:
             check_number("max_weight", self.max_weight, "a positive number", lambda weight: weight > 0)
+        check_count("min_per_class", self.min_per_class, 0)
         has_scores = type(self).score is not PruningPolicy.score
         for guard in ("max_age", "exclude_hardest"):
             if getattr(self, guard) and not has_scores:
