@@ -18,13 +18,15 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
         PruningPolicy,
         RandomPruning,
         SeTa,
+        StaticPruning,
         make_policy,
         top_k,
     )
     from .pruner import DynamicPruner
     from .report import PruningReport
     from .sampler import PruningSampler
-    from .scores import Column, SampleTable
+    from .scores import Column, SampleTable, Scores
+    from .static import score_dataset
     from .trainer import DynamicPruningMixin, DynamicPruningTrainer
 
 __version__ = "0.1.0"
@@ -49,9 +51,12 @@ _MODULE_OF = {
     "PruningSampler": "sampler",
     "RandomPruning": "policies",
     "SampleTable": "scores",
+    "Scores": "scores",
     "SeTa": "policies",
+    "StaticPruning": "policies",
     "UCB": "policies",
     "make_policy": "policies",
+    "score_dataset": "static",
     "top_k": "policies",
 }
 

@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
 from . import __all__ as public_names
-from .policies import POLICIES, FullData, PruningPolicy, make_policy
+from .policies import POLICIES, FullData, PruningPolicy, StaticPruning, make_policy
 from .report import PruningReport
 
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -75,7 +75,8 @@ def card_of_report(
 
     Args:
         report: the record.
-        data: the metadata; the tags `dynamic-data-pruning` and the policy's name and the block `hf_dynprune` are added.
+        data: the metadata; the tags `dynamic-data-pruning` (or `static-data-pruning`) and the policy's name and the block
+            `hf_dynprune` are added.
         policy: what chose the samples, *optional*, defaults to the one of `POLICIES` that the report names.
         origin: a sentence: trained from scratch, or from which model and on what.
         training: hyperparameters, by the words to show.
@@ -85,7 +86,8 @@ def card_of_report(
         notes: paragraphs to add below the cost.
     """
     policy = make_policy(**report.policy) if policy is None else policy
-    data.tags = list(dict.fromkeys([*(data.tags or []), "dynamic-data-pruning", policy.name]))
+    kind = "static" if isinstance(policy, StaticPruning) else "dynamic"
+    data.tags = list(dict.fromkeys([*(data.tags or []), f"{kind}-data-pruning", policy.name]))
     data["hf_dynprune"] = {
         "version": report.environment.get("hf_dynprune"),
         "policy": report.policy,
@@ -111,6 +113,7 @@ def card_of_report(
         metrics=results_of(report),
         evaluated_epoch="" if last is None else last.epoch + 1,
         full=isinstance(policy, FullData),
+        static=isinstance(policy, StaticPruning),
         full_epochs=sum(record.full_data for record in report.epochs),
         full_passes=report.num_samples * report.num_epochs,
         full_steps=full_steps,

@@ -147,6 +147,8 @@ class DynamicPruner:
             self.data_seed,
             environment=describe_environment(ranks=self.ranks),
         )
+        policy.check_dataset(num_samples, self.fingerprint)
+        self.report.preparation = policy.preparation()
         # The plan of the last choice, held meanwhile where an epoch trains on all data.
         self._plan: EpochPlan | None = None
         self._full_data = True
@@ -184,7 +186,8 @@ class DynamicPruner:
         return epoch < self.policy.first or (last > 0 and progress >= 1 - last - 1e-9)
 
     def _is_choice(self, epoch: int) -> bool:
-        return (epoch - self.policy.first) % self.policy.period == 0
+        # The first choice is made where there is no plan yet; static pruning makes no other.
+        return not self.policy.static and (epoch - self.policy.first) % self.policy.period == 0
 
     def _plans(self) -> Iterator[int | None]:
         """The size of each epoch in turn, as far as it is known beforehand, until the budget is spent."""
@@ -343,7 +346,8 @@ class DynamicPruner:
             scores = _describe(score[observed & score.isfinite()])
             score[score.isnan()] = -math.inf
             if policy.exclude_hardest:
-                candidates = torch.nonzero(observed).squeeze(1)
+                # An observed sample that scores +inf is one that its policy keeps whatever its loss is.
+                candidates = torch.nonzero(observed & (score < math.inf)).squeeze(1)
                 excluded = round(policy.exclude_hardest * len(candidates))
                 if excluded:
                     score[candidates[torch.topk(score[candidates], excluded).indices]] = -math.inf
@@ -482,8 +486,9 @@ class DynamicPruner:
         record = self.report.epochs[-1]
         rejected = self.table.observe(index, signals, update=self._update, epoch=record.epoch)
         record.nonfinite += len(rejected)
-        noted = self.report.nonfinite_samples
-        noted.extend(sorted(set(rejected.tolist()) - set(noted))[: 100 - len(noted)])
+        # The lowest indices, whatever the order in which they came: a run that was saved in between notes the same.
+        noted = sorted({*self.report.nonfinite_samples, *rejected.tolist()})
+        self.report.nonfinite_samples = noted[:100]
         self._lap("choosing")
 
     @property

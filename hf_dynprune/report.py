@@ -67,10 +67,12 @@ class PruningReport:
         seed: of choices; `data_seed`: of the order.
         epochs: a record for each epoch.
         selection: how often samples were kept, see [`selection_of`].
-        nonfinite_samples: the first samples (100 at the most) that had a NaN or infinite loss.
+        nonfinite_samples: the samples (of lowest index, 100 at the most) that had a NaN or infinite loss.
         resumed: where the run was resumed: epoch and optimizer step; `stock_checkpoint` where it went on from a checkpoint
             without scores, before which all data are taken to have been trained on.
         environment: versions and hardware.
+        preparation: what was spent before the run, for the scores of [`StaticPruning`]: method, file, passes, seconds, and
+            whether they are `charged`, that is, counted in `passes`; empty for all other policies.
     """
 
     policy: dict[str, Any]
@@ -83,6 +85,7 @@ class PruningReport:
     nonfinite_samples: list[int] = field(default_factory=list)
     resumed: list[dict[str, int]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    preparation: dict[str, Any] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -95,8 +98,9 @@ class PruningReport:
 
     @property
     def passes(self) -> float:
-        """Of all epochs; see [`EpochRecord.passes`]."""
-        return sum(record.passes for record in self.epochs)
+        """Of all epochs, see [`EpochRecord.passes`], and of the preparation, where that is charged."""
+        before = self.preparation["passes"] if self.preparation.get("charged") else 0.0
+        return before + sum(record.passes for record in self.epochs)
 
     @property
     def cost_ratio(self) -> float:
@@ -122,6 +126,7 @@ class PruningReport:
             raise ValueError(
                 f"The report has format_version {values.get('format_version')!r}; this hf_dynprune reads {FORMAT_VERSION}."
             )
+        values = {"preparation": {}, **values}  # which reports of version 0.1.0 do not have
         own = {name: values[name] for name in cls.__dataclass_fields__}
         return cls(**{**own, "epochs": [EpochRecord(**record) for record in own["epochs"]]})
 

@@ -1,10 +1,16 @@
-"""SampleTable: what is known of each sample, one named column of length N for each fact, and its file format."""
+"""What is known of each sample, and its file formats.
+
+[`SampleTable`]: what a run learns, one named column of length N for each fact. [`Scores`]: one number a sample, made before
+the run, for static pruning.
+"""
 
 import hashlib
 import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,6 +163,176 @@ def _rounds(index: Tensor, size: int) -> Iterator[Tensor | slice]:
         yield order[occurrence == number]
 
 
+# ---- scores that were made before the run ---------------------------------------------------------------------------
+
+_PARQUET = ("sample_index", "score")
+
+
+@dataclass(eq=False)
+class Scores:
+    """One score for each sample of a dataset, made before the run: what [`StaticPruning`] keeps or drops by.
+
+    [`score_dataset`] makes them; scores of one's own need `values`, a name and what they cost.
+
+    Args:
+        values: (N,) numbers, that of sample i at place i; high is hard. Kept as float32 on the CPU. Infinities are welcome.
+        method: what they are, such as `"el2n"`.
+        fingerprint: of the dataset that was scored, [`hf_dynprune.trainer.dataset_fingerprint`]; `""` or `"N samples"`, and
+            N alone is compared with the dataset that is pruned.
+        provenance: JSON values that say how they were made. `passes` is what they cost: a sample once through forward and
+            backward is 1, forward alone 1/3; 0 if they were free. [`score_dataset`] also notes `forward_passes`,
+            `backward_passes`, `scoring_passes`, `seconds`, `runs`, `epochs`, `seeds`, `model`, `settings`, `environment`.
+
+    Attributes:
+        path: the file that they were saved to or read from last; None before.
+
+    Raises:
+        TypeError, ValueError: for another shape, for NaN (how many, and the first), and for what is no JSON.
+    """
+
+    values: Tensor
+    method: str
+    fingerprint: str = ""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    path: str | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        values = torch.as_tensor(self.values).detach().cpu()
+        if values.ndim != 1 or len(values) == 0:
+            raise ValueError(f"The scores have shape {tuple(values.shape)}: wanted is (N,), one score for each sample.")
+        nan = torch.nonzero(values.isnan()).squeeze(1)
+        if len(nan):
+            raise ValueError(
+                f"{len(nan)} of {len(values)} scores are NaN, the first that of sample {int(nan[0])}: give these samples a "
+                "score, such as float('inf') to keep them as the hardest."
+            )
+        if not isinstance(self.method, str) or not self.method:
+            raise TypeError(f"method={self.method!r} is no name of a method: wanted is a str such as 'el2n'.")
+        self.values = values.to(torch.float32)
+        try:
+            self.provenance = json.loads(json.dumps(self.provenance))
+        except TypeError as error:
+            raise TypeError(f"The provenance of scores must be JSON: {error}.") from error
+        passes = self.provenance.get("passes", 0)
+        if isinstance(passes, bool) or not isinstance(passes, int | float) or not 0 <= passes < math.inf:
+            raise ValueError(
+                f"provenance['passes']={passes!r} is no number of passes: wanted is what the scores cost, 0 or more."
+            )
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def digest(self) -> str:
+        """Of what is scored and how: 16 hexadecimal digits; the provenance, which holds seconds, is left out."""
+        return _checksum({"score": self.values}, json.dumps([self.method, self.fingerprint]))[:16]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the scores, whole or not at all, and notes `path`.
+
+        `.safetensors` holds the tensor `score`; `.parquet` (with pyarrow) the columns `sample_index`, int64, and `score`,
+        float32. Either has a checksum, and method, fingerprint and provenance as metadata. The folder is made if need be.
+        """
+        path = Path(path)
+        metadata = {"method": self.method, "fingerprint": self.fingerprint, "provenance": self.provenance}
+        parquet = _is_parquet(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if parquet:
+            _save_parquet(path, self.values, json.dumps(metadata, sort_keys=True))
+        else:
+            save_tensors(path, {"score": self.values}, metadata)
+        self.path = str(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Scores":
+        """Reads what `save` wrote; the rows of a parquet file may be in any order.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is no file of scores or is damaged, and, for parquet, where a sample index occurs twice or is
+                missing; the message names the path and the samples.
+        """
+        path = Path(path)
+        if not path.is_file():
+            if path.suffix in (".safetensors", ".parquet"):
+                raise FileNotFoundError(f"{path} does not exist: make the scores with `score_dataset`, or mend the path.")
+            _is_parquet(path)
+        if _is_parquet(path):
+            values, metadata = _load_parquet(path)
+        else:
+            tensors, metadata = load_tensors(path)
+            if set(tensors) != {"score"} or not metadata.keys() >= {"method", "fingerprint", "provenance"}:
+                raise ValueError(f"{path} holds {sorted(tensors)}, not the scores of `Scores.save`.")
+            values = tensors["score"]
+        scores = cls(values, metadata["method"], metadata["fingerprint"], metadata["provenance"])
+        scores.path = str(path)
+        return scores
+
+
+def _is_parquet(path: Path) -> bool:
+    if path.suffix not in (".safetensors", ".parquet"):
+        raise ValueError(f"{path} has the suffix {path.suffix!r}: scores are kept as .safetensors or .parquet.")
+    return path.suffix == ".parquet"
+
+
+def _save_parquet(path: Path, values: Tensor, metadata: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    fields = [pa.field(name, kind, nullable=False) for name, kind in zip(_PARQUET, (pa.int64(), pa.float32()), strict=True)]
+    columns = [torch.arange(len(values)).numpy(), values.numpy()]
+    about = {"hf_dynprune": metadata, "sha256": _checksum({"score": values}, metadata)}
+    table = pa.table(columns, schema=pa.schema(fields, metadata=about))
+    with _whole_or_not(path) as temporary:
+        pq.write_table(table, temporary)
+
+
+def _load_parquet(path: Path) -> tuple[Tensor, dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(path)
+        if tuple(sorted(table.column_names)) != tuple(sorted(_PARQUET)):
+            raise ValueError(f"its columns are {table.column_names}, wanted are {list(_PARQUET)}")
+        if any(table[name].null_count for name in _PARQUET):
+            raise ValueError("it has rows without a value")
+        # Copies: what arrow lends cannot be written to.
+        index = torch.tensor(table["sample_index"].cast(pa.int64()).to_numpy())
+        values = torch.tensor(table["score"].cast(pa.float32()).to_numpy())
+        about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+        text, checksum = about["hf_dynprune"], about["sha256"]
+        metadata = json.loads(text)
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is not a file of scores of hf_dynprune, or is damaged ({error}).") from error
+    ordered = values.clone()
+    ordered[_each_once(index, path)] = values
+    if checksum != _checksum({"score": ordered}, text):
+        raise ValueError(f"{path} is damaged: its checksum does not match. Make the scores again with `score_dataset`.")
+    return ordered, metadata
+
+
+def _each_once(index: Tensor, path: Path) -> Tensor:
+    """The (N,) indices, if each of 0, ..., N - 1 occurs once; ValueError with those that do not."""
+    n = len(index)
+    inside = index[(index >= 0) & (index < n)]
+    counts = torch.bincount(inside, minlength=n)
+    wrong = {
+        "twice or more": torch.nonzero(counts > 1).squeeze(1),
+        f"outside [0, {n})": index[(index < 0) | (index >= n)],
+        "not at all": torch.nonzero(counts == 0).squeeze(1),
+    }
+    if len(wrong["not at all"]):  # as many as are too many elsewhere
+        found = "; ".join(f"{what}: {_some(samples)}" for what, samples in wrong.items() if len(samples))
+        raise ValueError(f"{path} has {n} rows, in which each sample index must occur once. {found}.")
+    return index
+
+
+def _some(samples: Tensor) -> str:
+    more = f" and {len(samples) - 5} more" if len(samples) > 5 else ""
+    return ", ".join(map(str, samples[:5].tolist())) + more
+
+
 # ---- the file format: safetensors, written whole or not at all, with a checksum ----------------------------------
 
 
@@ -178,10 +354,16 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
 
     text = json.dumps(metadata, sort_keys=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    path = Path(path)
+    with _whole_or_not(Path(path)) as temporary:
+        save_file(stored, temporary, metadata={"hf_dynprune": text, "sha256": _checksum(stored, text)})
+
+
+@contextmanager
+def _whole_or_not(path: Path) -> Iterator[Path]:
+    """Yields the place beside `path` to write to; afterwards it is flushed to the disk and renamed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(stored, temporary, metadata={"hf_dynprune": text, "sha256": _checksum(stored, text)})
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -20,7 +20,7 @@ from metrics import accuracy_of, best_classes
 from transformers import HfArgumentParser, SchedulerType, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
+from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, score_dataset
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
 
@@ -39,6 +39,18 @@ class RecipeArguments:
         default="resnet18_cifar",
         metadata={"help": "Any timm architecture; with a CIFAR stem: resnet8_cifar, 20, 56, 18, 34, 50."},
     )
+    augmented_scoring: bool = field(
+        default=False, metadata={"help": "Let scoring passes see augmented images, as training does."}
+    )
+    score: str | None = field(
+        default=None,
+        metadata={
+            "help": "Do not train a model, but score the training samples for static pruning (el2n, grand, forgetting, "
+            "grand-last-layer, loss, margin, entropy) into <output_dir>/scores.safetensors."
+        },
+    )
+    score_runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
+    score_epochs: float | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of SGD."})
     eval_every: float = field(
         default=0.0,
@@ -92,15 +104,37 @@ def main() -> None:
     with args.main_process_first(desc="decoding images"):
         train = ImageCache.from_dataset(data["train"], augment=True, seed=args.seed, **options)
         test = ImageCache.from_dataset(data["test"], **options)
+    plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
 
     if recipe.eval_every:
         full_epoch = len(train) / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_steps = "steps", max(1, round(recipe.eval_every * full_epoch))
 
+    def make_model() -> torch.nn.Module:
+        size = train.images.shape[-1]
+        return create_timm_model(
+            recipe.model, label_names=train.label_names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD
+        )
+
+    if recipe.score:
+        momentum = {"momentum": recipe.momentum, "nesterov": True}
+        scores = score_dataset(
+            recipe.score,
+            make_model,
+            args,
+            train,
+            runs=recipe.score_runs,
+            epochs=recipe.score_epochs,
+            output_dir=args.output_dir,
+            data_collator=batch_collator,
+            scoring_dataset=plain,
+            optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.learning_rate, **momentum}),
+        )
+        print(f"{recipe.score}: {scores.provenance['passes']:,.0f} passes. Written to {args.output_dir}/scores.safetensors.")
+        return
+
     set_seed(args.seed)
-    model = create_timm_model(
-        recipe.model, label_names=train.label_names, image_size=train.images.shape[-1], mean=CIFAR_MEAN, std=CIFAR_STD
-    )
+    model = make_model()
     model.to(memory_format=torch.channels_last)  # a quarter faster in bf16 on a CPU, and on tensor cores
     optimizer = torch.optim.SGD(
         timm.optim.param_groups_weight_decay(model, args.weight_decay),
@@ -118,6 +152,7 @@ def main() -> None:
         preprocess_logits_for_metrics=best_classes,
         optimizers=(optimizer, None),
         pruning=policy,
+        scoring_dataset=None if recipe.augmented_scoring else plain,
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     if not recipe.eval_every:

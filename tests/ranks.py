@@ -25,12 +25,12 @@ GLOBAL_BATCH = 12
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
 
 
-def same_run(folder, accumulation):
+def same_run(folder, accumulation, scoring="trained"):
     """A run whose global batches are those of any number of ranks."""
     run = trainer(
         folder,
         data=images(45),
-        pruning=UCB(keep_ratio=0.6, first=1),
+        pruning=UCB(keep_ratio=0.6, first=1, scoring=scoring),
         per_device_train_batch_size=GLOBAL_BATCH // RANKS,
         gradient_accumulation_steps=accumulation,
         num_train_epochs=4,
@@ -48,6 +48,7 @@ def same_run(folder, accumulation):
         "steps": [record.optimizer_steps for record in records],
         "samples": [record.samples for record in records],
         "passes": [record.forward_passes for record in records],
+        "scored": [record.scoring_passes for record in records],
         "loss": [entry["loss"] for entry in run.state.log_history if "loss" in entry],
     }
 
@@ -58,6 +59,10 @@ def plain(folder):
 
 def accumulated(folder):
     return same_run(folder, 2)
+
+
+def dropped_scored(folder):
+    return same_run(folder, 1, scoring="dropped")
 
 
 def gradients(folder):
@@ -145,8 +150,8 @@ def full_data(folder):
 
 
 def sharded(folder):
-    """The core in a loop of one's own, the model under torch's fully_shard (FSDP2). Through the Trainer this cannot be had on
-    CPUs: accelerate has FSDP for accelerators only."""
+    """The core in a loop of one's own, the model under torch's fully_shard (FSDP2). Through the Trainer this cannot be had
+    on CPUs: accelerate has FSDP for accelerators only."""
     torch.manual_seed(0)
     x, y = torch.randn(45, 8), torch.randint(0, 4, (45,))
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -173,9 +178,9 @@ def sharded(folder):
 
 
 SCENARIOS = {
-    1: (plain, accumulated, sharded),
-    2: (plain, accumulated, sharded, gradients, resume_anywhere, newest_checkpoint, refused, full_data),
-    3: (plain, accumulated, newest_checkpoint),
+    1: (plain, accumulated, dropped_scored, sharded),
+    2: (plain, accumulated, dropped_scored, sharded, gradients, resume_anywhere, newest_checkpoint, refused, full_data),
+    3: (plain, accumulated, dropped_scored, newest_checkpoint),
 }
 
 

@@ -31,6 +31,7 @@ CASES = {
     "seta": ("seta", {"groups": 3, "window": 0.7, "prune_ratio": 0.1, "annealing": 0.25}),
     "kakurenbo": ("kakurenbo", {"scoring": "trained"}),
     "ies": ("ies", {"threshold": 0.1, "scoring": "trained"}),
+    "static, random": ("static", {"keep": "random", "keep_ratio": 0.4}),
 }
 # Settings with which a policy keeps everything; of the others keep_ratio=1.
 KEEP_ALL = {

@@ -414,7 +414,7 @@ def launched(tmp_path_factory):
     return results
 
 
-@pytest.mark.parametrize("scenario", ["plain", "accumulated"])
+@pytest.mark.parametrize("scenario", ["plain", "accumulated", "dropped_scored"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(count, scenario, launched, reliability):
     """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
@@ -425,6 +425,7 @@ def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(count, s
         assert other["world"] == ((rank, count), count)
         assert other["steps"] == one["steps"]
         assert other["samples"] == one["samples"]
+        assert other["scored"] == one["scored"] == [0, 0, *([18, 18] if scenario == "dropped_scored" else [0, 0])]
         assert other["passes"] == [48, 36, 36, 36]  # padding is paid for, and counted
         assert other["learning rates"] == several[0]["learning rates"]
         for name in ("times_kept", "last_observed"):

@@ -23,7 +23,6 @@ from torch.utils.data import BatchSampler
 
 from hf_dynprune.policies import PruningPolicy, RandomPruning
 from hf_dynprune.pruner import DynamicPruner, choice_seed
-from hf_dynprune.sampler import epoch_order
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
@@ -85,16 +84,35 @@ def batches_of(pruner: DynamicPruner) -> Any:
     return ([max(i, -1) for i in batch] for batch in batches)
 
 
-def train(pruner: DynamicPruner, start=(0, 0), stop_after=None, losses=loss_of) -> list[Batch]:
+class Seen(list[Batch]):
+    """What a rank trained, and what it scored by forward passes before choices: (epoch, samples)."""
+
+    def __init__(self):
+        super().__init__()
+        self.scored: list[tuple[int, list[int]]] = []
+
+
+def signals_of(names, index, epoch, losses=loss_of) -> dict[str, torch.Tensor]:
+    """By a fake model; what it says of padding must not matter."""
+    loss = torch.tensor([losses(i, epoch) if i >= 0 else 1e9 for i in index])
+    return {name: torch.tensor(index) % 2 if name == "label" else loss for name in names}
+
+
+def train(pruner: DynamicPruner, start=(0, 0), stop_after=None) -> Seen:
     """The loop of a trainer, from (epoch, batch) on; leaves after that many batches, or when all steps are made."""
-    seen: list[Batch] = []
+    seen = Seen()
+
+    def score(samples):
+        seen.scored.append((epoch, samples.tolist()))
+        return signals_of(pruner.scored_signals, samples.tolist(), epoch)
+
     for epoch in range(start[0], pruner.num_epochs):
         done = pruner.clock.start + -(-pruner.batches_done // pruner.accumulation)
         if (epoch, 0) >= start and done == pruner.max_steps:
             break
         if len(seen) == stop_after:
             return seen
-        pruner.begin_epoch(epoch)
+        pruner.begin_epoch(epoch, scorer=score)
         total = pruner.total_steps()
         for number, index in enumerate(batches_of(pruner)):
             step = pruner.clock.start + number // pruner.accumulation
@@ -107,13 +125,12 @@ def train(pruner: DynamicPruner, start=(0, 0), stop_after=None, losses=loss_of) 
             batch = torch.tensor(index)
             weights, samples = pruner.weights(batch).tolist(), pruner.sampler.samples_in(number, 1)
             seen.append(Batch(epoch, step, index, weights, pruner.clock.virtual(step), pruner.lr_scale, total, samples))
-            values = torch.tensor([losses(i, epoch) if i >= 0 else 1e9 for i in index])
-            pruner.observe(batch, dict.fromkeys(pruner.policy.signals, values))
+            pruner.observe(batch, signals_of(pruner.signals, index, epoch))
     pruner.end_epoch()
     return seen
 
 
-def whole(run: Run) -> list[tuple[DynamicPruner, list[Batch]]]:
+def whole(run: Run) -> list[tuple[DynamicPruner, Seen]]:
     """The pruner of each rank, and what the rank trained."""
 
     def work():
@@ -155,8 +172,8 @@ def expected_epochs(run: Run) -> list[Expected]:
 
 
 @st.composite
-def policies(draw: Any, case: str) -> PruningPolicy:
-    """The policy of the conformance table with any of the base class's settings."""
+def policies(draw: Any, case: str, scoring: bool = True) -> PruningPolicy:
+    """The policy of the conformance table with any of the base class's settings; `scoring`: also of these."""
     plain = policy_of(case)
     fields: dict[str, Any] = {
         "period": draw(st.integers(1, 3)),
@@ -169,14 +186,18 @@ def policies(draw: Any, case: str) -> PruningPolicy:
     if has_scores(plain):
         fields["max_age"] = draw(st.sampled_from([None, 1, 2]))
         fields["exclude_hardest"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
+    if plain.signals and scoring:
+        fields["scoring"] = draw(st.sampled_from(["trained", "trained", "dropped", "all"]))
     return policy_of(case, **fields)
 
 
 @st.composite
-def runs(draw: Any, case: str) -> Run:
-    policy = draw(policies(case))
+def runs(draw: Any, case: str, scoring: bool = True) -> Run:
+    policy = draw(policies(case, scoring))
     n = draw(st.integers(1, 9) | st.integers(10, 200))
     size = kept(policy, n)
+    if policy.signals and size is not None and size >= 4:  # two classes
+        policy = replace(policy, min_per_class=draw(st.integers(0, 2)))
     drop_last = size is not None and draw(st.booleans())
     whole = size if drop_last else 64  # a run that would drop all of an epoch is an error, see below
     ranks = draw(st.integers(1, min(4, whole)))
@@ -228,8 +249,8 @@ def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, case, d
         real, padding = [i for i in yielded if i >= 0], [i for i in yielded if i < 0]
         assert yielded == real + padding  # all of it at the end
         assert len(set(real)) == len(real)
-        order = epoch_order(run.n, None, run.seed + 1, record.epoch).tolist()
-        assert real == [i for i in order if i in set(real)]
+        stock = torch.randperm(run.n, generator=torch.Generator().manual_seed(run.seed + 1 + record.epoch)).tolist()
+        assert real == [i for i in stock if i in set(real)]
         tail = record.samples % run.global_batch
         if record.optimizer_steps < pruners[0].steps(record.samples):  # the run ended in mid-epoch
             assert len(mine) == record.optimizer_steps * run.accumulation
@@ -340,25 +361,36 @@ def test_the_report_counts_what_was_trained(tried, case, data):
     steps = {(batch.epoch, batch.step) for batch in shares[0]}
     for pruner in pruners:
         report = pruner.report
+        held = None  # the number of samples that the last choice kept
+        last_observed = torch.full((run.n,), -1, dtype=torch.int32)
         for record in report.epochs:
             yielded = list(chain(*(index for epoch, index in batches if epoch == record.epoch)))
-            assert record.forward_passes == record.backward_passes == record.passes == len(yielded)
-            assert record.scoring_passes == 0
+            assert record.forward_passes == record.backward_passes == len(yielded)
             assert record.optimizer_steps == len([step for epoch, step in steps if epoch == record.epoch])
-            bad = [i for i in yielded if i >= 0 and not math.isfinite(loss_of(i, record.epoch))]
+            scored = [i for share in shares for epoch, index in share.scored if epoch == record.epoch for i in index]
+            assert len(set(scored)) == len(scored) == record.scoring_passes
+            choice = held is None or (record.epoch - run.policy.first) % run.policy.period == 0
+            if record.full_data or not choice or run.policy.scoring == "trained":
+                assert not scored
+            else:
+                assert len(scored) == (run.n if run.policy.scoring == "all" else run.n - (held or run.n))
+            assert record.passes == pytest.approx(len(yielded) + len(scored) / 3)
+            if not record.full_data:
+                held = record.samples
+            trained = [i for i in yielded if i >= 0] if run.policy.scoring != "all" else []
+            last_observed[scored + trained] = record.epoch
+            bad = [i for i in scored + trained if not math.isfinite(loss_of(i, record.epoch))]
             assert record.nonfinite == (len(bad) if run.policy.signals else 0)
             noted = set(report.nonfinite_samples)
             assert len(noted) == 100 or not run.policy.signals or noted.issuperset(bad)
+        assert torch.equal(pruner.table["last_observed"], last_observed)
         assert report.totals["optimizer_steps"] == len(steps)
         last = report.epochs[-1]
         epochs = last.epoch + last.optimizer_steps / pruner.steps(last.samples)
         assert report.num_epochs == pytest.approx(epochs)
-        assert report.cost_ratio == pytest.approx(sum(len(index) for _, index in batches) / (run.n * epochs))
+        passes = sum(len(index) for _, index in batches) + report.totals["scoring_passes"] / 3
+        assert report.cost_ratio == pytest.approx(passes / (run.n * epochs))
         assert sum(report.selection["histogram"]) == run.n
-        seen_in = torch.full((run.n,), -1, dtype=torch.int32)
-        for epoch, index in batches:
-            seen_in[[i for i in index if i >= 0]] = epoch
-        assert torch.equal(pruner.table["last_observed"], seen_in)
 
 
 # ---- randomness -----------------------------------------------------------------------------------------------------
@@ -386,8 +418,8 @@ def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alo
 
 
 def test_no_two_choices_share_a_seed():
-    seeds = {choice_seed(seed, epoch) for seed, epoch in product(range(500), range(500))}
-    assert len(seeds) == 500 * 500
+    seeds = {choice_seed(*choice) for choice in product(range(400), range(400), ("plan", "scoring"))}
+    assert len(seeds) == 400 * 400 * 2
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert sum(seed >= 2**62 for seed in seeds) / len(seeds) == pytest.approx(0.5, abs=0.01)
 
@@ -415,7 +447,7 @@ def bits(column: torch.Tensor) -> torch.Tensor:
 @given(data=st.data(), epoch=st.integers(0, 3), value=st.sampled_from([0.0, 0.3, 7.0, 1e30, math.nan, math.inf]))
 def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch, value):
     tried()
-    run = data.draw(runs(case))
+    run = data.draw(runs(case, scoring=False))
     run = replace(run, ranks=1, batch=run.global_batch, epochs=4, max_steps=None)
     start = run.pruner()
     train(start, stop_after=len([batch for batch in train(run.pruner()) if batch.epoch < epoch]))
@@ -428,15 +460,14 @@ def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch,
         pruner.begin_epoch(epoch)
         trained = []
         for index in batches_of(pruner):
-            values = torch.tensor([losses(i) for i in index])
-            pruner.observe(torch.tensor(index), dict.fromkeys(pruner.policy.signals, values))
+            pruner.observe(torch.tensor(index), signals_of(pruner.signals, index, epoch, losses))
             trained += index
         pruner.end_epoch()
         return {name: bits(column) for name, column in pruner.table.state_dict().items()}, trained
 
-    plain, trained = table_after(lambda i: loss_of(i, epoch))
+    plain, trained = table_after(loss_of)
     odd = data.draw(st.sampled_from(trained) | st.integers(0, run.n - 1))
-    perturbed, same = table_after(lambda i: value if i == odd else loss_of(i, epoch))
+    perturbed, same = table_after(lambda i, epoch: value if i == odd else loss_of(i, epoch))
     assert trained == same
     others, unseen = torch.arange(run.n) != odd, torch.ones(run.n, dtype=torch.bool)
     unseen[trained] = False
@@ -478,11 +509,7 @@ def test_a_run_resumed_anywhere_is_the_uninterrupted_one(tried, case, data, plac
     if ranks == run.ranks:
         assert [a + b for a, b in zip(before, after, strict=True)] == list(shares)
         for one, two in zip(pruners, again, strict=True):
-            reports = outcome(one), outcome(two)
-            for report in reports:  # their order, and where 100 are exceeded the choice, follow from when the run was saved
-                noted = report.pop("nonfinite_samples")
-                report["noted"] = len(noted) if len(noted) == 100 else sorted(noted)
-            assert reports[0] == reports[1]
+            assert outcome(one) == outcome(two)
     parts = global_batches(run, before) + global_batches(other, after)
     whole_run = global_batches(run, shares)
     assert [(e, [i for i in index if i >= 0]) for e, index in parts] == [

@@ -25,7 +25,7 @@ CORE = {
 }
 ORDER = ["scores", "policies", "sampler", "pruner", "trainer"]
 TOOLS = {"plots", "cli"}  # imported by nothing
-HEAVY = ["transformers", "accelerate", "datasets", "timm", "evaluate", "matplotlib", "safetensors", "torchvision"]
+HEAVY = ["transformers", "accelerate", "datasets", "timm", "evaluate", "matplotlib", "safetensors", "pyarrow", "torchvision"]
 
 
 @cache
@@ -177,9 +177,9 @@ def test_only_one_module_talks_to_other_ranks():
             }, module
 
 
-def test_core_imports_no_more_than_torch_numpy_and_safetensors():
+def test_core_imports_no_more_than_torch_numpy_and_file_formats():
     files = [(module, source) for module, source in sources().items() if module.split(".")[0] in CORE]
     assert len(files) > len(CORE)  # a folder has several
     for module, source in files:
         _, others = imports_of(source, module)
-        assert others - set(sys.stdlib_module_names) <= {"torch", "numpy", "safetensors"}, module
+        assert others - set(sys.stdlib_module_names) <= {"torch", "numpy", "safetensors", "pyarrow"}, module

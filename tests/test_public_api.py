@@ -28,9 +28,12 @@ PUBLIC = [
     "PruningSampler",
     "RandomPruning",
     "SampleTable",
+    "Scores",
     "SeTa",
+    "StaticPruning",
     "UCB",
     "make_policy",
+    "score_dataset",
     "top_k",
 ]
 

@@ -124,6 +124,19 @@ def test_cifar_resumes(small_cifar, tmp_path):
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
 
 
+def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path):
+    data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE]
+    score = ["--score", "el2n", "--score_runs", "1", "--score_epochs", "1", "--output_dir", str(tmp_path / "el2n")]
+    out = run("recipes/cifar.py", *data, *score)
+    assert "el2n: 128 passes" in out  # 96 trained, and 96 forward
+    static = json.dumps({"scores": str(tmp_path / "el2n" / "scores.safetensors")})
+    pruning = ["--pruning", "static", "--keep_ratio", "0.5", "--pruning_kwargs", static]
+    run("recipes/cifar.py", *data, *pruning, "--output_dir", str(tmp_path / "static"))
+    report = json.loads((tmp_path / "static" / "report.json").read_text())
+    assert report["passes"] == 2 * 48 + 128
+    assert report["preparation"]["method"] == "el2n"
+
+
 def test_the_accuracy_metric():
     best = np.array([[3, 1, 0], [2, 0, 1], [1, 2, 3], [0, 1, 2]])
     prediction = EvalPrediction(predictions=best, label_ids=np.array([3, 0, 0, 2]))

@@ -50,6 +50,7 @@ def full() -> PruningReport:
         nonfinite_samples=[3, 7],
         resumed=[{"epoch": 1, "step": 5}],
         environment={"device": "cpu", "versions": {"torch": "x"}},
+        preparation={"method": "el2n", "passes": 30.0, "charged": False},
     )
 
 
@@ -81,6 +82,17 @@ def test_full_run_costs_1():
 def test_cost_of_a_part_of_an_epoch():
     made = report(num_epochs=1.5, epochs=[record(0, forward=40, backward=40), record(1, forward=20, backward=20)])
     assert made.cost_ratio == pytest.approx(60 / (100 * 1.5))
+
+
+@pytest.mark.parametrize(("charged", "expected"), [(True, 180.0), (False, 100.0)])
+def test_preparation_is_charged_or_not(charged, expected):
+    preparation = {"method": "el2n", "passes": 80.0, "charged": charged}
+    made = report(num_epochs=4.0, epochs=[record(0), record(1)], preparation=preparation)
+    assert made.passes == expected
+    assert made.cost_ratio == expected / (100 * 4)
+    assert made.totals["forward_passes"] == 100  # of the epochs alone
+    assert made.to_dict()["preparation"] == preparation
+    assert PruningReport.from_dict(made.to_dict()).passes == expected
 
 
 def test_nothing_trained_yet():
@@ -175,6 +187,12 @@ def test_round_trip_by_dict():
     assert again == made
     assert isinstance(again.epochs[0], EpochRecord)
     assert again.to_dict() == made.to_dict()
+
+
+def test_reports_from_before_static_pruning_are_read():
+    values = full().to_dict()
+    del values["preparation"]
+    assert PruningReport.from_dict(values).preparation == {}
 
 
 def test_round_trip_by_file(tmp_path):

@@ -6,13 +6,16 @@ import os
 import re
 import struct
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_dynprune.policies import UCB
-from hf_dynprune.scores import Column, SampleTable, load_tensors, save_tensors
+from hf_dynprune.scores import Column, SampleTable, Scores, load_tensors, save_tensors
 
 NAN, INF = math.nan, math.inf
 
@@ -329,3 +332,151 @@ def test_place_that_cannot_be_replaced_leaves_no_temporary_file(tmp_path):
 def test_missing_folder_is_an_error(tmp_path):
     with pytest.raises(Exception, match="none"):
         SampleTable(3).save(tmp_path / "none" / "table")
+
+
+# ---- Scores: one number a sample, made before the run ---------------------------------------------------------------
+
+SUFFIXES = pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
+
+
+def made(**settings):
+    return Scores(**{"values": torch.tensor([0.5, 2.0, INF]), "method": "el2n", "fingerprint": "3 samples, ab", **settings})
+
+
+@SUFFIXES
+def test_scores_come_back(tmp_path, suffix):
+    scores = made(provenance={"passes": 12.5, "seeds": [1, 2], "settings": {"learning_rate": 0.1}})
+    path = tmp_path / "new" / f"scores{suffix}"
+    assert scores.path is None
+    scores.save(path)
+    again = Scores.load(path)
+    assert scores.path == again.path == str(path)
+    assert torch.equal(again.values, scores.values)
+    assert again.values.dtype == torch.float32
+    assert (again.method, again.fingerprint, again.provenance) == ("el2n", "3 samples, ab", scores.provenance)
+    assert again.digest == scores.digest
+    assert len(again) == 3
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_scores_take_any_numbers():
+    for values in ([1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)):
+        scores = made(values=values)
+        assert scores.values.tolist() == [1.0, 2.0]
+        assert (scores.values.dtype, scores.values.requires_grad) == (torch.float32, False)
+
+
+def test_digest_is_of_the_content():
+    assert made().digest == made(provenance={"seconds": 3}).digest
+    others = [made(values=[0.5, 2.0, 1.0]), made(method="grand"), made(fingerprint="3 samples, cd")]
+    assert len({scores.digest for scores in (made(), *others)}) == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"values": [1.0, NAN, 2.0, NAN]}, ValueError, "2 of 4 scores are NaN, the first that of sample 1: give"),
+        ({"values": [[1.0]]}, ValueError, r"shape \(1, 1\): wanted is \(N,\)"),
+        ({"values": []}, ValueError, r"shape \(0,\)"),
+        ({"method": ""}, TypeError, "method='' is no name"),
+        ({"method": None}, TypeError, "method=None is no name"),
+        ({"provenance": {"model": object()}}, TypeError, "must be JSON"),
+        ({"provenance": {"passes": -1}}, ValueError, r"provenance\['passes'\]=-1"),
+        ({"provenance": {"passes": "many"}}, ValueError, r"provenance\['passes'\]='many'"),
+    ],
+)
+def test_wrong_scores(settings, error, message):
+    with pytest.raises(error, match=message):
+        made(**settings)
+
+
+def rewritten(path, change):
+    """The parquet file after another program changed its table."""
+    table = change(pq.read_table(path))
+    pq.write_table(table, path)
+
+
+def replaced(column, values):
+    def change(table):
+        place = table.column_names.index(column)
+        return table.set_column(place, table.schema.field(column), pa.array(values, table.schema.field(column).type))
+
+    return change
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    path = tmp_path / "scores.parquet"
+    made(values=[1.0, 2.0, 3.0, 4.0]).save(path)
+    return path
+
+
+def test_parquet_is_what_others_read(parquet):
+    table = pq.read_table(parquet)
+    assert table.to_pydict() == {"sample_index": [0, 1, 2, 3], "score": [1.0, 2.0, 3.0, 4.0]}
+    assert [str(field.type) for field in table.schema] == ["int64", "float"]
+    assert not any(field.nullable for field in table.schema)
+    assert json.loads(table.schema.metadata[b"hf_dynprune"])["method"] == "el2n"
+
+
+def test_rows_of_parquet_may_be_in_any_order(parquet):
+    rewritten(parquet, lambda table: table.take([2, 0, 3, 1]))
+    assert Scores.load(parquet).values.tolist() == [1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (replaced("sample_index", [0, 1, 1, 3]), r"4 rows, .* once. twice or more: 1; not at all: 2\."),
+        (replaced("sample_index", [0, 1, 2, 7]), r"outside \[0, 4\): 7; not at all: 3\."),
+        (lambda table: table.take([0, 1, 3]), r"3 rows, .* outside \[0, 3\): 3; not at all: 2\."),
+        (replaced("score", [1.0, 2.0, 3.0, 5.0]), "is damaged: its checksum does not match"),
+        (lambda table: table.slice(0, 3), "is damaged: its checksum does not match"),
+        (lambda table: table.rename_columns(["id", "score"]), r"its columns are \['id', 'score'\], wanted are"),
+        (lambda table: table.replace_schema_metadata(None), "is not a file of scores of hf_dynprune"),
+    ],
+)
+def test_parquet_that_was_changed(parquet, change, message):
+    rewritten(parquet, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        Scores.load(parquet)
+    assert str(parquet) in str(caught.value)
+
+
+def test_many_wrong_indices_are_not_all_named(tmp_path):
+    made(values=list(range(100))).save(tmp_path / "s.parquet")
+    rewritten(tmp_path / "s.parquet", replaced("sample_index", [0] * 100))
+    with pytest.raises(ValueError, match=r"twice or more: 0; not at all: 1, 2, 3, 4, 5 and 94 more\."):
+        Scores.load(tmp_path / "s.parquet")
+
+
+def test_files_that_are_no_scores(tmp_path):
+    SampleTable(3).save(tmp_path / "table.safetensors")
+    with pytest.raises(ValueError, match=r"holds \['last_observed', 'times_kept'\], not the scores"):
+        Scores.load(tmp_path / "table.safetensors")
+    for suffix in (".safetensors", ".parquet"):
+        with pytest.raises(FileNotFoundError, match="does not exist: make the scores"):
+            Scores.load(tmp_path / f"none{suffix}")
+        (tmp_path / f"x{suffix}").write_bytes(b"nothing of ours")
+        with pytest.raises(ValueError, match=f"x{suffix} is not a file of"):
+            Scores.load(tmp_path / f"x{suffix}")
+    for use in (lambda path: made().save(path), Scores.load):
+        with pytest.raises(ValueError, match=r"'\.csv': scores are kept as \.safetensors or \.parquet"):
+            use(tmp_path / "scores.csv")
+
+
+@SUFFIXES
+def test_scores_are_written_whole_or_not_at_all(tmp_path, suffix):
+    resource = pytest.importorskip("resource")
+    path = tmp_path / f"scores{suffix}"
+    made().save(path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(Exception, match="too large"):
+            made(values=torch.rand(10_000)).save(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]

@@ -6,8 +6,8 @@ samples the next epochs train on (`plan`). Everything else (when to choose, full
 several ranks, checkpoints) is done once, for all policies, by [`DynamicPruner`].
 
 `base` has the contract, `bandits` the rules of the central paper and the baselines, `rivals` those that later papers
-compare with. To add a rule: one class there, one line in `POLICIES`, one line in the conformance table of the tests, one
-row in the README.
+compare with, `static` the one that chooses once, by scores made before the run. To add a rule: one class there, one line in
+`POLICIES`, one line in the conformance table of the tests, one row in the README.
 """
 
 import difflib
@@ -17,6 +17,7 @@ from typing import Any
 from .bandits import UCB, EpsilonGreedy, FullData, RandomPruning
 from .base import POLICIES, EpochPlan, PruningPolicy, check_count, check_number, keep_count, top_k, with_class_floor
 from .rivals import IES, KAKURENBO, InfoBatch, LossProportional, OrderDP, SeTa
+from .static import StaticPruning
 
 __all__ = [
     "IES",
@@ -32,6 +33,7 @@ __all__ = [
     "PruningPolicy",
     "RandomPruning",
     "SeTa",
+    "StaticPruning",
     "check_count",
     "check_number",
     "keep_count",
@@ -52,6 +54,7 @@ POLICIES.update(
         "orderdp": OrderDP,
         "kakurenbo": KAKURENBO,
         "ies": IES,
+        "static": StaticPruning,
     }
 )
 

@@ -257,6 +257,8 @@ class PruningPolicy(ABC):
 
     # Columns of the SampleTable that `observe` reads and writes.
     columns: ClassVar[tuple[Column, ...]] = ()
+    # Whether the first choice holds for the whole run.
+    static: ClassVar[bool] = False
     # Where the authors' own runs differ from the defaults.
     paper_settings: ClassVar[Mapping[str, Any]] = {}
 
@@ -287,6 +289,13 @@ class PruningPolicy(ABC):
         for guard in ("max_age", "exclude_hardest"):
             if getattr(self, guard) and not has_scores:
                 raise ValueError(f"{guard}={getattr(self, guard)} acts on scores, and {type(self).__name__} has none.")
+
+    def check_dataset(self, n: int, fingerprint: str) -> None:  # noqa: B027  # most policies fit any dataset
+        """Raises ValueError where the policy does not fit the dataset; called when the pruner is made."""
+
+    def preparation(self) -> dict[str, Any]:
+        """What was spent before the run, for the report; empty where nothing was."""
+        return {}
 
     @property
     def signals(self) -> tuple[str, ...]:

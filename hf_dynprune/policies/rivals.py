@@ -477,7 +477,7 @@ class IES(PruningPolicy):
     Cost: 1 - (2/3) * the share mastered with scoring="dropped" (the default; the paper counts backward passes alone); six
     floats a sample; O(N) a choice. The history then mixes losses of training and of forward passes, as in the code. With
     scoring="trained" nothing is observed of a mastered sample, and only `max_age` brings it back. The guard
-    `exclude_hardest` takes the samples whose loss changes most, and those with fewer than six losses before them.
+    `exclude_hardest` takes the samples whose loss changes most.
 
     Args:
         threshold: below it a sample is mastered, at least 0; 0 keeps everything.

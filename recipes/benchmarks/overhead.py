@@ -1,7 +1,7 @@
 """What DynamicPruningTrainer adds to an optimizer step of the stock Trainer: its seconds, and the peak of its memory.
 
-Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). Pairs of runs,
-in turns, in one process; the figure is the ratio of a pair's median steps.
+Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). Pairs of
+runs, in turns, in one process; the figure is the ratio of a pair's median steps.
 
     python recipes/benchmarks/overhead.py --model causal_lm --output recipes/results/benchmarks/overhead_causal_lm.json
 
