@@ -50,7 +50,7 @@ class RecipeArguments:
         },
     )
     score_runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
-    score_epochs: float | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
+    score_epochs: int | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of SGD."})
     eval_every: float = field(
         default=0.0,
