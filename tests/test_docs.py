@@ -35,10 +35,11 @@ def test_every_command_is_run_by_a_test_or_by_ci():
         "make test": ROOT / ".ci" / "run",
         "python recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
         "accelerate launch recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
+        "hf-dynprune score": ROOT / "tests" / "test_cli.py",
     }
     assert commands() == sorted(run_by)
     for command, file in run_by.items():
-        wanted = "accelerate" if command.startswith("accelerate") else command.split("/")[-1]
+        wanted = "accelerate" if command.startswith("accelerate") else command.split("/")[-1].replace("hf-dynprune ", '"')
         assert wanted in file.read_text(), f"{file} does not run {command}"
 
 

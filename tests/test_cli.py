@@ -1,0 +1,120 @@
+"""The command line, as a person calls it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import bert, vit
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast, ViTImageProcessor
+
+from hf_dynprune import Scores, StaticPruning
+from hf_dynprune.cli import main
+
+
+def hf_dynprune(*arguments):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
+    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """(folder of a model, folder of a dataset)"""
+    folder = tmp_path_factory.mktemp("images")
+    vit().save_pretrained(folder / "model")
+    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    pixels = [Image.fromarray(a) for a in generator.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)]
+    features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])}
+    labels = generator.integers(0, 3, 24).tolist()
+    data = datasets.Dataset.from_dict({"img": pixels, "label": labels}, features=datasets.Features(features))
+    (folder / "data").mkdir()
+    data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder / "model", folder / "data"
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("texts")
+    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *(f"w{i}" for i in range(20))])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    fast.save_pretrained(folder / "model")
+    bert().save_pretrained(folder / "model")
+    generator = np.random.default_rng(0)
+    rows = [" ".join(f"w{i}" for i in generator.integers(0, 20, generator.integers(2, 7))) for _ in range(24)]
+    features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    labels = generator.integers(0, 2, 24).tolist()
+    data = datasets.Dataset.from_dict({"text": rows, "label": labels}, features=datasets.Features(features))
+    (folder / "data").mkdir()
+    data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    return folder / "model", folder / "data"
+
+
+LITTLE = ["--runs", 2, "--epochs", 1, "--num_train_epochs", 2, "--use_cpu", True, "--report_to", "none"]
+
+
+def test_score_images(images, tmp_path):
+    model, data = images
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path]
+    done = hf_dynprune("score", "--method", "el2n", "--from_scratch", True, *where, *LITTLE)
+    assert done.returncode == 0, done.stderr
+    scores = Scores.load(tmp_path / "scores.safetensors")
+    assert scores.method == "el2n"
+    assert len(scores) == 24
+    assert scores.provenance["passes"] == 2 * (24 + 24 / 3)
+    assert f'StaticPruning("{tmp_path / "scores.safetensors"}", keep_ratio=0.5)' in done.stdout
+    assert StaticPruning(str(tmp_path / "scores.safetensors"), keep_ratio=0.5).keep == "hardest"
+
+
+def test_score_texts(texts, tmp_path):
+    model, data = texts
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path]
+    done = hf_dynprune("score", "--method", "forgetting", *where, *LITTLE)
+    assert done.returncode == 0, done.stderr
+    assert Scores.load(tmp_path / "scores.safetensors").method == "forgetting"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--method", "el3n"], "el3n"),
+        (["--dataset", "/no/such/place"], "/no/such/place"),
+        (["--label_column", "colour"], "There is no column 'colour'"),
+        (["--data_column", "label2"], "There is no column 'label2'"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_path, capsys):
+    model, data = images
+    where = ["--method", "el2n", "--model", model, "--dataset", data, "--output_dir", tmp_path, *LITTLE]
+    assert main(["score", *map(str, [*where, *changes])]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_help_names_the_commands_and_their_arguments():
+    done = hf_dynprune("--help")
+    assert done.returncode == 0
+    assert "score" in done.stdout
+    assert "static pruning" in done.stdout
+    done = hf_dynprune("score", "--help")
+    assert done.returncode == 0
+    for option in ("--method", "--dataset", "--runs", "--num_train_epochs"):
+        assert option in done.stdout
+
+
+def test_an_unknown_command_is_an_error():
+    done = hf_dynprune("prune")
+    assert done.returncode == 2
+    assert "prune" in done.stderr
