@@ -81,15 +81,34 @@ def test_the_names_that_the_readme_uses_exist():
             assert hasattr(hf_dynprune, part.strip())
 
 
+# Of the full run with which the runs of a folder are compared.
+NOMINAL_EPOCHS = {"cifar10_resnet8": 20, "cifar10_methods": 10}
+
+
+def test_published_shares_are_those_of_the_reports():
+    rows = re.findall(r"^\| `(\w+)\(0\.3\)` \| (.*) % \| (.*) % \| (.*) % \| (.*) %, (.*) % \|$", README, re.MULTILINE)
+    assert len(rows) == 4
+    for name, *shown in rows:
+        file = {"RandomPruning": "random", "EpsilonGreedy": "epsilon_greedy", "UCB": "ucb"}.get(name, "loss_proportional")
+        selection = PruningReport.load(ROOT / "recipes" / "results" / "cifar10_methods" / f"{file}.json").selection
+        chance = selection["chance_shares"]
+        shares = [selection[k] for k in ("always", "sometimes", "never")] + [chance["always"], chance["never"]]
+        assert shown == [f"{100 * share:.2f}" for share in shares]
+
+
 def test_published_figures_are_those_of_the_reports():
     rows = re.findall(
         r"^\| .* \| ([\d.]+) % \| ([\d.]+) \| ([\d,]+) \| \[.*\]\((recipes/results/.*\.json)\) \|$", README, re.MULTILINE
     )
-    assert len(rows) >= 4
+    assert {Path(path) for _, _, _, path in rows} == {
+        path.relative_to(ROOT)
+        for folder in NOMINAL_EPOCHS
+        for path in (ROOT / "recipes" / "results" / folder).glob("*.json")
+    }
     for accuracy, cost, steps, path in rows:
         report = PruningReport.load(ROOT / path)
         assert accuracy == f"{100 * report.metrics['eval_accuracy']:.2f}"
-        assert cost == f"{report.passes / (20 * report.num_samples):.3f}"
+        assert cost == f"{report.passes / (NOMINAL_EPOCHS[Path(path).parent.name] * report.num_samples):.3f}"
         assert steps == f"{report.totals['optimizer_steps']:,}"
 
 

@@ -134,7 +134,8 @@ def test_round_trip_through_from_pretrained_and_pipeline(tmp_path, architecture)
     assert processor.data_config["std"] == CIFAR_STD
     with torch.no_grad():
         logits = model(pixels).logits
-        assert (again(pixels).logits - logits).abs().max() == 0
+        # Convolutions choose their algorithm by the place of the weights in memory: equal but for the last bit.
+        torch.testing.assert_close(again(pixels).logits, logits, rtol=1e-6, atol=1e-6)
     answer = {row["label"]: row["score"] for row in pipeline("image-classification", model=str(tmp_path))(image)}
     assert set(answer) == set(names)
     scores = torch.tensor([answer[name] for name in names])
