@@ -1,5 +1,6 @@
 """The README: its programs run, and each of its commands is run here, in test_recipes.py or by CI."""
 
+import json
 import os
 import re
 from pathlib import Path
@@ -110,6 +111,14 @@ def test_published_figures_are_those_of_the_reports():
         assert accuracy == f"{100 * report.metrics['eval_accuracy']:.2f}"
         assert cost == f"{report.passes / (NOMINAL_EPOCHS[Path(path).parent.name] * report.num_samples):.3f}"
         assert steps == f"{report.totals['optimizer_steps']:,}"
+
+
+def test_the_overhead_is_that_of_its_file():
+    result = json.loads((ROOT / "recipes/results/benchmarks/overhead_causal_lm.json").read_text())
+    low, high = result["step_ratio_95"]
+    shown = f"{result['step_ratio']:.3f} of the stock Trainer's seconds (95 %: {low:.3f} to {high:.3f})"
+    shown += f" and {result['memory_ratio']:.3f} of its peak memory"
+    assert shown in " ".join(README.split())
 
 
 def test_the_quickstarts_figures_are_those_of_its_reports():
