@@ -87,15 +87,17 @@ def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, ignored: in
     return train.view(shape), plain.detach().view(shape)
 
 
+_MIXED = (
+    "The batch has {} as mixup and cutmix make them: a mixture of samples has no loss of one sample. Leave the mixing out, "
+    "or pruning; for other soft labels pass `per_sample_loss_fn=`."
+)
+
+
 def _single_label(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
     """Cross-entropy. A label -100 has no loss, as in the models, but is counted as a sample of the optimizer step."""
     logits, labels = logits_of(outputs), _labels(inputs)
     if labels.is_floating_point():
-        raise ValueError(
-            f"The labels are {labels.dtype} of shape {tuple(labels.shape)}, as mixup and cutmix make them: a mixture of "
-            "samples has no loss of one sample. Leave the mixing out, or pruning; for other soft labels pass "
-            "`per_sample_loss_fn=`."
-        )
+        raise ValueError(_MIXED.format(f"{labels.dtype} labels of shape {tuple(labels.shape)},"))
     labels = labels.reshape(-1)
     train, plain = _cross_entropy(logits.reshape(len(labels), -1), labels, smoothing)
     return SampleLosses(train, plain, labels.ne(IGNORED).float())
@@ -231,6 +233,18 @@ def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
         return SampleLosses(loss, loss.detach(), torch.ones_like(loss))
 
     return LossRule("custom", losses, from_own_loss=True)
+
+
+def check_unmixed(rule: LossRule, inputs: Mapping[str, Any], config: Any) -> None:
+    """Raises ValueError for labels that mixup or cutmix made: transformers trains them as if they were multi-label, so that
+    no loss would tell. Looks at the values of a batch: for the first one."""
+    labels = inputs.get("labels")
+    if rule.name != "classification" or getattr(config, "problem_type", None) == "regression":
+        return
+    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
+        if bool(((labels == 0) | (labels == 1)).all()):
+            return
+        raise ValueError(_MIXED.format(f"labels between 0 and 1, of shape {tuple(labels.shape)},"))
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------

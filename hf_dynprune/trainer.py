@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 
 from . import distributed
-from .losses import LossRule, SampleLosses, check_signals, derive_rule, observe_signals
+from .losses import LossRule, SampleLosses, check_signals, check_unmixed, derive_rule, observe_signals
 from .policies import PruningPolicy
 from .pruner import STATE_FILE, DynamicPruner, choice_seed
 from .report import PruningReport
@@ -489,6 +489,7 @@ class DynamicPruningMixin(_Trainer):
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
         if not self._loss_checked:
+            check_unmixed(self._loss_rule, batch, getattr(_base_model(self.model), "config", None))
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
             self._loss_checked = True
         self.pruner.observe(index, observe_signals(self.pruner.signals, outputs, batch, losses))

@@ -790,6 +790,23 @@ def test_a_users_loss_function_with_its_per_sample_form(tmp_path):
     assert run.pruner.table.observed.all()
 
 
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_mixed_samples_are_refused_at_the_first_batch(share, tmp_path):
+    def mixup(features):
+        batch = default_data_collator(features)
+        hard = torch.nn.functional.one_hot(batch["labels"], 4).float()
+        batch["labels"] = share * hard + (1 - share) * hard.flip(0)
+        return batch
+
+    run = trainer(tmp_path, pruning=UCB(0.5), extra={"data_collator": mixup})
+    if share == 1.0:  # several labels may be right, and each is or is not: that is a task of its own
+        run.train()
+        return
+    with pytest.raises(ValueError, match="as mixup and cutmix make them"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 class OnlyABatchLoss(torch.nn.Module):
     """A contrastive loss: of a batch, of no sample."""
 
