@@ -485,9 +485,14 @@ class DynamicPruningMixin(_Trainer):
         if auxiliary is None and not self._loss_rule.from_own_loss:
             own_loss = own_loss.detach()  # its graph holds as much as the logits: it goes before ours is made
             if isinstance(outputs, MutableMapping):
-                outputs["loss"] = own_loss
+                outputs["loss"] = None
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
+        terms = losses.terms.sum().clamp(min=1)
+        extra = None if auxiliary is None else own_loss - (0.0 if left_out else losses.train.sum() / terms)
+        if isinstance(outputs, MutableMapping) and not self._loss_rule.from_own_loss:
+            # For a compute_loss above this one, which may look at it: the mean of the batch, as the model gives it.
+            outputs["loss"] = losses.train.detach().sum() / terms + (0.0 if extra is None else extra.detach())
         if not self._loss_checked:
             check_unmixed(self._loss_rule, batch, getattr(_base_model(self.model), "config", None))
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
@@ -499,9 +504,8 @@ class DynamicPruningMixin(_Trainer):
         if isinstance(denominator, torch.Tensor):
             denominator = denominator.clamp(min=1)
         loss = (losses.train * self.pruner.weights(index)).sum() * ranks / denominator
-        if auxiliary is not None:
-            plain = 0.0 if left_out else losses.train.sum() / losses.terms.sum().clamp(min=1)
-            loss = loss + (own_loss - plain) / self.current_gradient_accumulation_steps
+        if extra is not None:
+            loss = loss + extra / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
 
     def _model_with_loss(self) -> PreTrainedModel | None:

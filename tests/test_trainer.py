@@ -565,6 +565,24 @@ def test_a_models_own_loss_is_computed_on_the_first_batch_alone(tmp_path):
     assert len(calls) == 2
 
 
+def test_the_outputs_of_a_batch_have_its_mean_loss(tmp_path):
+    """For a compute_loss that is written above ours, on the first batch and later, where the model's own is left out."""
+    seen = []
+
+    class Looking(DynamicPruningTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            seen.append((outputs.loss.item(), loss.item(), outputs.loss.requires_grad))
+            return (loss, outputs) if return_outputs else loss
+
+    settings = {"pruning": UCB(0.5), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer(tmp_path, cls=Looking, model=language_model(64), data=sequences(64), max_steps=2, **settings).train()
+    assert len(seen) == 4
+    for mean, loss, requires_grad in seen:
+        assert mean == pytest.approx(2 * loss, rel=1e-5)
+        assert not requires_grad
+
+
 def test_a_fused_loss_is_refused_with_the_cure(tmp_path):
     """Liger's: the forward pass gives a loss and no logits in training."""
 
