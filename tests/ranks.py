@@ -6,6 +6,7 @@ Each scenario returns what its rank saw, or the text of an error; without torchr
 import os
 import sys
 import traceback
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -79,18 +80,21 @@ def gradients(folder):
 def resume_anywhere(folder):
     """Resumes from every checkpoint of a run on all ranks; their number."""
     data, resumed = images(26), 0
-    for accumulation in (1, 3):
+    workers = {"dataloader_num_workers": 2}
+    for number, (accumulation, loader) in enumerate(
+        product((1, 3), ({}, workers, {**workers, "dataloader_persistent_workers": True}))
+    ):
 
-        def make(name, accumulation=accumulation):
-            settings = {**GRID, "gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
-            settings["per_device_train_batch_size"] = 3
+        def make(name, accumulation=accumulation, loader=loader):
+            settings = {**GRID, **loader, "gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
+            settings["per_device_train_batch_size"] = 4 if loader else 3
             return trainer(folder / name, model=vit(dropout=0.1), data=data, pruning=CHANGING, **settings)
 
-        whole = make(f"whole{accumulation}")
+        whole = make(f"whole{number}")
         whole.train()
         for step in range(1, whole.state.global_step):
-            part = make(f"part{accumulation}")
-            part.train(resume_from_checkpoint=str(folder / f"whole{accumulation}" / f"checkpoint-{step}"))
+            part = make(f"part{number}")
+            part.train(resume_from_checkpoint=str(folder / f"whole{number}" / f"checkpoint-{step}"))
             assert_same_run(part, whole)
             resumed += 1
     return resumed

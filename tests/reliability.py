@@ -35,7 +35,7 @@ ROWS = {
     "resume": Row("resuming from each checkpoint of a run in turn", SAME_RUN),
     "resume policies": Row("the same, each policy with its options", SAME_RUN),
     "resume workers": Row("the same, with loader workers", SAME_RUN),
-    "resume ranks": Row("the same, on two processes", SAME_RUN),
+    "resume ranks": Row("the same, on two processes, without and with loader workers", SAME_RUN),
     "files": Row(
         "a file of a checkpoint truncated, bit-flipped, emptied, foreign or missing",
         "skipped with a warning, or refused where it was named; never trained from",

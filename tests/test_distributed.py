@@ -453,7 +453,7 @@ def test_gradients_of_two_ranks_are_those_of_one(launched, tmp_path, reliability
 
 def test_two_ranks_resume_from_every_checkpoint_bit_for_bit(launched, reliability):
     first, second = launched(2, "resume_anywhere")
-    assert first == second >= 15
+    assert first == second >= 45  # accumulation 1 and 3; no workers, workers, lasting ones
     reliability("resume ranks", first)
 
 
