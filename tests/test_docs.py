@@ -133,6 +133,7 @@ def test_the_quickstarts_figures_are_those_of_its_reports():
         assert steps == str(reports[0].totals["optimizer_steps"])
 
 
+@pytest.mark.skipif("RELIABILITY" in os.environ, reason="the record is being written")
 def test_the_table_of_reliability_is_that_of_the_record():
     record = reliability.read()  # an error for a key without a row
     table = reliability.render(record)
