@@ -6,6 +6,28 @@ from typing import Any
 
 from .policies import POLICIES, PruningPolicy, make_policy
 
+# Of the TrainingArguments, those that decide what a step trains, whatever the batch, the seed and the number of ranks.
+TRAINING_SETTINGS = (
+    "num_train_epochs",
+    "gradient_accumulation_steps",
+    "dataloader_drop_last",
+    "learning_rate",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "bf16",
+    "fp16",
+)
+
 
 @dataclass
 class PruningArguments:

@@ -24,6 +24,7 @@ from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
 from . import __all__ as public_names
+from .arguments import TRAINING_SETTINGS
 from .policies import POLICIES, FullData, PruningPolicy, StaticPruning, make_policy
 from .report import PruningReport
 
@@ -32,26 +33,9 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 # The arguments that decide what is trained: those that differ from their defaults are in "How to repeat". Evaluation is
 # among them, as it draws from the random numbers that dropout draws from.
 _ARGUMENTS = (
-    "num_train_epochs",
     "max_steps",
     "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "dataloader_drop_last",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "bf16",
-    "fp16",
+    *TRAINING_SETTINGS,
     "eval_strategy",
     "eval_steps",
     "seed",

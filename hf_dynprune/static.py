@@ -20,6 +20,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import IntervalStrategy
 
 from . import distributed
+from .arguments import TRAINING_SETTINGS
 from .policies import EpochPlan, FullData, PruningPolicy, check_count
 from .report import describe_environment
 from .scores import Column, Rows, SampleTable, Scores
@@ -227,15 +228,8 @@ def _policy(method: str, how: Method) -> PruningPolicy:
 # ---- policies that keep everything and watch ------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _KeepAll(PruningPolicy):
-    """Trains on all data; `signal` is what is observed in scoring passes."""
-
-    signal: str = "loss"
-
-    @property
-    def signals(self) -> tuple[str, ...]:
-        return (self.signal,)
+class _Watching(PruningPolicy):
+    """Trains on all data, and observes it. Abstract."""
 
     def planned_size(self, n: int, epoch: int, progress: float) -> int:
         return n
@@ -247,8 +241,19 @@ class _KeepAll(PruningPolicy):
 
 
 @dataclass(frozen=True)
-class _CountForgetting(PruningPolicy):
-    """Trains on all data and counts the forgetting events of each sample.
+class _KeepAll(_Watching):
+    """`signal` is what is observed in scoring passes."""
+
+    signal: str = "loss"
+
+    @property
+    def signals(self) -> tuple[str, ...]:
+        return (self.signal,)
+
+
+@dataclass(frozen=True)
+class _CountForgetting(_Watching):
+    """Counts the forgetting events of each sample.
 
     acc(t) in {0, 1} at the t-th presentation: an event is acc(t - 1) = 1, acc(t) = 0.
     """
@@ -272,14 +277,6 @@ class _CountForgetting(PruningPolicy):
             "forgotten": rows["forgotten"] + ((rows["correct"] == 1) & (correct == 0)),
             "presented": rows["presented"] + 1,
         }
-
-    def planned_size(self, n: int, epoch: int, progress: float) -> int:
-        return n
-
-    def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
-    ) -> EpochPlan:
-        return EpochPlan(torch.arange(len(table)))
 
     @staticmethod
     def count(table: SampleTable) -> Tensor:
@@ -334,7 +331,7 @@ class _ScoringTrainer(DynamicPruningTrainer):
             "loss": self._loss_rule.name,
             "global batch": self.pruner.global_batch,
         }
-        return json.loads(json.dumps({**about, **{name: values[name] for name in _SETTINGS if name in values}}))
+        return json.loads(json.dumps({**about, **{name: values[name] for name in TRAINING_SETTINGS if name in values}}))
 
     def scores(self, method: str, epochs: float, settings: Mapping[str, Any]) -> Scores:
         """Of this run. Collective."""
@@ -441,27 +438,6 @@ def _passes(spent: Mapping[str, int]) -> float:
 
 
 # ---- several runs ---------------------------------------------------------------------------------------------------
-
-# Of the TrainingArguments, what changes a score.
-_SETTINGS = (
-    "num_train_epochs",
-    "gradient_accumulation_steps",
-    "dataloader_drop_last",
-    "learning_rate",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "warmup_steps",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "bf16",
-    "fp16",
-)
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:

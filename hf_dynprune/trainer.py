@@ -487,14 +487,15 @@ class DynamicPruningMixin(_Trainer):
             if isinstance(outputs, MutableMapping):
                 outputs["loss"] = None
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
-        losses = self._loss_rule.losses(outputs, batch, smoothing, getattr(_base_model(self.model), "config", None))
+        config = getattr(_base_model(self.model), "config", None)
+        losses = self._loss_rule.losses(outputs, batch, smoothing, config)
         terms = losses.terms.sum().clamp(min=1)
         extra = None if auxiliary is None else own_loss - (0.0 if left_out else losses.train.sum() / terms)
         if isinstance(outputs, MutableMapping) and not self._loss_rule.from_own_loss:
             # For a compute_loss above this one, which may look at it: the mean of the batch, as the model gives it.
             outputs["loss"] = losses.train.detach().sum() / terms + (0.0 if extra is None else extra.detach())
         if not self._loss_checked:
-            check_unmixed(self._loss_rule, batch, getattr(_base_model(self.model), "config", None))
+            check_unmixed(self._loss_rule, batch, config)
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
             self._loss_checked = True
         self.pruner.observe(index, observe_signals(self.pruner.signals, outputs, batch, losses))

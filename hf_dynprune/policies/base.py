@@ -192,15 +192,13 @@ def with_class_floor(
     unknown = torch.nonzero(kept & ~labels.isfinite()).squeeze(1)
     removed = torch.cat([known[spare], unknown])[: len(added)]
     kept[removed] = False
-    weights = None
-    if plan.weights is not None:
-        weight = torch.ones(n)
-        weight[plan.indices] = plan.weights
     kept[added] = True
     indices = torch.nonzero(kept).squeeze(1)
-    if plan.weights is not None:
-        weights = weight[indices]
-    return EpochPlan(indices, weights, plan.lr_scale)
+    if plan.weights is None:
+        return EpochPlan(indices, None, plan.lr_scale)
+    weights = torch.ones(n)
+    weights[plan.indices] = plan.weights
+    return EpochPlan(indices, weights[indices], plan.lr_scale)
 
 
 def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
