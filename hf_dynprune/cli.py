@@ -17,12 +17,13 @@ class ScoreArguments:
     )
     model: str = field(metadata={"help": "Hub id or local path of a model for image or text classification."})
     dataset: str = field(metadata={"help": "Hub id or local path of a dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset that has several."})
     split: str = field(default="train", metadata={"help": "The split that is to be pruned."})
-    data_column: str | None = field(
-        default=None, metadata={"help": "Column of the images or texts; default: the only one of that kind."}
-    )
+    image_column: str | None = field(default=None, metadata={"help": "Column of the images; default: the only one."})
+    text_column: str | None = field(default=None, metadata={"help": "Column of the texts; default: the only one, or text."})
     label_column: str | None = field(
-        default=None, metadata={"help": "Column of the labels; default: the only ClassLabel column."}
+        default=None,
+        metadata={"help": "Column of the labels; default: the only ClassLabel column, or label, or fine_label."},
     )
     from_scratch: bool = field(default=False, metadata={"help": "Start from random weights, as the papers do."})
     runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
@@ -70,17 +71,14 @@ def _classification(options: ScoreArguments) -> tuple[Any, Any, Callable]:
     import datasets
     import transformers
 
-    data = datasets.load_dataset(options.dataset, split=options.split)
-    label = options.label_column or _only(data.features, datasets.ClassLabel, "label_column", "a ClassLabel")
-    for wanted in (options.data_column, label):
-        if wanted is not None and wanted not in data.features:
-            raise ValueError(f"There is no column {wanted!r} in {options.dataset}; it has {', '.join(data.features)}.")
-    images = [name for name, feature in data.features.items() if isinstance(feature, datasets.Image)]
-    feature = data.features[label]
-    names = getattr(feature, "names", None) or sorted({str(value) for value in data.unique(label)})
+    from .data import class_names, find_column, load_splits
+
+    data, _ = load_splits(options.dataset, options.dataset_config, train=options.split)
+    label = find_column(data.features, "label", options.label_column)
+    names = class_names(data, label)
     heads = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
-    if images:
-        column: str = options.data_column or _only(data.features, datasets.Image, "data_column", "an Image")
+    if any(isinstance(feature, datasets.Image) for feature in data.features.values()):
+        column = find_column(data.features, "image", options.image_column)
         processor = transformers.AutoImageProcessor.from_pretrained(options.model)
 
         def prepare(batch: dict[str, list]) -> dict[str, Any]:
@@ -91,7 +89,7 @@ def _classification(options: ScoreArguments) -> tuple[Any, Any, Callable]:
         prepared = data.with_transform(prepare)
         collator: Any = transformers.default_data_collator
     else:
-        column = options.data_column or _only(data.features, datasets.Value, "data_column", "a text", dtype="string")
+        column = find_column(data.features, "text", options.text_column)
         tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
         auto = transformers.AutoModelForSequenceClassification
         prepared = data.map(
@@ -108,17 +106,6 @@ def _classification(options: ScoreArguments) -> tuple[Any, Any, Callable]:
         return auto.from_pretrained(options.model, ignore_mismatched_sizes=True, **heads)
 
     return prepared, collator, model_init
-
-
-def _only(features: Any, kind: type, argument: str, what: str, dtype: str | None = None) -> str:
-    found = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, kind) and (dtype is None or getattr(feature, "dtype", None) == dtype)
-    ]
-    if len(found) != 1:
-        raise ValueError(f"The dataset has {len(found)} columns of {what} ({', '.join(features)}): name one, --{argument}.")
-    return found[0]
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {"score": score}

@@ -283,8 +283,8 @@ class ImageCache(torch.utils.data.Dataset):
         Cost: about 8,000 CIFAR images a second, on one core; large images, and all with `image_size`, on all cores.
 
         Args:
-            image_column, label_column: by default the only `Image` and the only `ClassLabel` column. A label column
-                that is named may hold any integers.
+            image_column, label_column: found where they are not named, see [`hf_dynprune.data.find_column`]. A label
+                column that is named may hold any integers.
             image_size: scale the short side to it (bicubic) and crop the centre square; by default images stay as they
                 are, and must be of one size.
             channels: 3 converts images to RGB, 1 to grey.
@@ -296,12 +296,14 @@ class ImageCache(torch.utils.data.Dataset):
         """
         import datasets
 
+        from .data import find_column
+
         if not isinstance(dataset, datasets.Dataset):
             raise TypeError(f"dataset must be one split, a datasets.Dataset, got a {type(dataset).__name__}.")
         if channels not in (1, 3):
             raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}.")
-        image_column = _find_column(dataset.features, datasets.Image, "image_column", image_column)
-        label_column = _find_column(dataset.features, datasets.ClassLabel, "label_column", label_column)
+        image_column = find_column(dataset.features, "image", image_column)
+        label_column = find_column(dataset.features, "label", label_column)
         # As bytes: `datasets` would decode them one by one.
         encoded = dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
         if len(encoded) == 0:
@@ -434,19 +436,6 @@ def _decoder(mode: str, image_size: int | None) -> Callable[[dict[str, Any]], np
         return np.atleast_3d(np.asarray(image))
 
     return decode
-
-
-def _find_column(features: Any, kind: type, argument: str, name: str | None) -> str:
-    """The column called `name`, or the only one of this kind. Images must be of the kind, labels may be integers."""
-    found = [column for column, feature in features.items() if isinstance(feature, kind)]
-    columns = {column: type(feature).__name__ for column, feature in features.items()}
-    if name is None:
-        if len(found) != 1:
-            raise ValueError(f"Found {len(found)} {kind.__name__} columns in {columns}; name the one with {argument}=.")
-        return found[0]
-    if name not in features or (argument == "image_column" and name not in found):
-        raise ValueError(f"{argument}={name!r} names no such column of {columns}; dataset.cast_column() can make one.")
-    return name
 
 
 def _check_size(image_size: int) -> None:

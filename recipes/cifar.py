@@ -9,32 +9,37 @@
 linear to zero. Writes report.json, the model and its card to `--output_dir`.
 """
 
-import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
+import common
 import timm.optim
 import torch
-from datasets import load_dataset
 from metrics import accuracy_of, best_classes
-from transformers import HfArgumentParser, SchedulerType, TrainingArguments, set_seed
+from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, score_dataset
+from hf_dynprune.data import load_splits
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
 
 @dataclass
-class RecipeArguments:
-    """Data and model."""
-
+class DataArguments(common.DataArguments):
     dataset: str = field(
         default="uoft-cs/cifar10",
         metadata={"help": "Hub id or local path of the dataset, such as uoft-cs/cifar10 or uoft-cs/cifar100."},
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Name of the label column; fine_label is taken where it exists (CIFAR-100)."}
+        default=None, metadata={"help": "Name of the label column; default: label, or fine_label (CIFAR-100)."}
     )
+
+
+@dataclass
+class RecipeArguments(common.RunArguments):
+    """Model and run."""
+
+    _argument_group_name = "model and run"
+
     model: str = field(
         default="resnet18_cifar",
         metadata={"help": "Any timm architecture; with a CIFAR stem: resnet8_cifar, 20, 56, 18, 34, 50."},
@@ -89,21 +94,20 @@ class CifarTrainingArguments(TrainingArguments):
 
 
 def main() -> None:
-    parser = HfArgumentParser((RecipeArguments, PruningArguments, CifarTrainingArguments))
-    if len(sys.argv) == 2 and sys.argv[1].endswith((".yaml", ".yml")):
-        recipe, pruning, args = parser.parse_yaml_file(sys.argv[1])
-    else:
-        recipe, pruning, args = parser.parse_args_into_dataclasses()
-    policy = pruning.policy() or FullData()
+    data, recipe, pruning, args = common.parse(
+        __doc__, DataArguments, RecipeArguments, PruningArguments, CifarTrainingArguments
+    )
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
-
-    data = load_dataset(recipe.dataset)
-    names = data["train"].column_names
-    label_column = recipe.label_column or ("fine_label" if "fine_label" in names else None)
-    options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": label_column}
-    with args.main_process_first(desc="decoding images"):
-        train = ImageCache.from_dataset(data["train"], augment=True, seed=args.seed, **options)
-        test = ImageCache.from_dataset(data["test"], **options)
+    with common.user_mistakes(), args.main_process_first(desc="decoding images"):
+        policy = pruning.policy() or FullData()
+        if not recipe.score:
+            common.check_output(args, recipe)
+        train_split, test_split = load_splits(
+            data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split
+        )
+        options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": data.label_column}
+        train = ImageCache.from_dataset(train_split, augment=True, seed=args.seed, **options)
+        test = ImageCache.from_dataset(test_split, **options)
     plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
 
     if recipe.eval_every:
@@ -154,21 +158,7 @@ def main() -> None:
         pruning=policy,
         scoring_dataset=None if recipe.augmented_scoring else plain,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    if not recipe.eval_every:
-        trainer.evaluate()
-    report = trainer.pruning_report
-    trainer.save_model()
-    trainer.create_model_card(dataset=recipe.dataset, tasks="image-classification")
-    if trainer.is_world_process_zero():
-        report.save(Path(args.output_dir) / "report.json")
-        seconds = report.totals["seconds"]
-        print(
-            f"{policy.name}: accuracy {100 * report.metrics['eval_accuracy']:.2f} % (last epoch), cost "
-            f"{report.cost_ratio:.4f} of the full run of {report.num_epochs:g} epochs, "
-            f"{report.totals['optimizer_steps']} steps, {seconds['training']:.1f} s training, "
-            f"{seconds['choosing']:.2f} s choosing. Written to {args.output_dir}."
-        )
+    common.train(trainer, dataset=data.dataset, task="image-classification", metric="accuracy")
 
 
 if __name__ == "__main__":

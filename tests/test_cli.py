@@ -91,7 +91,7 @@ def test_score_texts(texts, tmp_path):
         (["--method", "el3n"], "el3n"),
         (["--dataset", "/no/such/place"], "/no/such/place"),
         (["--label_column", "colour"], "There is no column 'colour'"),
-        (["--data_column", "label2"], "There is no column 'label2'"),
+        (["--image_column", "label2"], "There is no column 'label2'"),
     ],
 )
 def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_path, capsys):

@@ -1,0 +1,133 @@
+"""What the recipes share: their arguments, from the command line or a YAML file; mistakes told before anything is trained;
+and what follows the training."""
+
+import difflib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+from hf_dynprune import DynamicPruningTrainer, PruningArguments
+
+
+@dataclass
+class DataArguments:
+    """The data; a recipe gives `dataset` its default."""
+
+    _argument_group_name = "data"
+
+    dataset: str = field(default="", metadata={"help": "Hub id or local path of the dataset."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset that has several."})
+    train_split: str = field(default="train", metadata={"help": "Split to train on, such as train or train[:10%%]."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on; default: validation, else test, where there is one."}
+    )
+
+
+@dataclass
+class RunArguments:
+    """The run, beside what the Trainer's arguments say of it."""
+
+    _argument_group_name = "run"
+
+    overwrite: bool = field(default=False, metadata={"help": "Write into an output folder that holds a run already."})
+
+
+def parse(description: str, *groups: Any) -> tuple[Any, ...]:
+    """An object of each dataclass, from `script.py [config.yaml] [--option value ...]`; options override the file.
+
+    A mistake ends the program with status 2 and a message, before anything heavy happens.
+    """
+    groups = tuple(_in_group(group) for group in groups)
+    parser = HfArgumentParser(
+        groups,
+        usage="%(prog)s [config.yaml] [--option value ...]",
+        description=description.partition("\n\n")[0].replace("\n", " "),
+        epilog="Options override those of the YAML file, which is a mapping of the same names.",
+    )
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].endswith((".yaml", ".yml")):
+        parser.set_defaults(**_settings(parser, arguments.pop(0), groups))
+    with user_mistakes(parser):
+        return parser.parse_args_into_dataclasses(args=arguments)
+
+
+def _in_group(group: Any) -> Any:
+    names = {PruningArguments: "pruning"}
+    if not hasattr(group, "_argument_group_name"):
+        trainer = "all arguments of the Trainer"
+        group._argument_group_name = trainer if issubclass(group, TrainingArguments) else names.get(group, "model")
+    return group
+
+
+def _settings(parser: HfArgumentParser, file: str, groups: tuple[Any, ...]) -> dict[str, Any]:
+    known = [field.name for group in groups for field in fields(group) if field.init]
+    try:
+        settings = yaml.safe_load(Path(file).read_text())
+    except (OSError, yaml.YAMLError) as error:
+        parser.error(f"the configuration {file} cannot be read: {error}")
+    if not isinstance(settings, dict):
+        parser.error(f"the configuration {file} is no mapping of names to values, such as `keep_ratio: 0.3`.")
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            meant = f"did you mean {close[0]!r}?" if close else "--help lists them."
+            parser.error(f"{file} has the unknown field {name!r}; {meant}")
+    return settings
+
+
+@contextmanager
+def user_mistakes(parser: HfArgumentParser | None = None) -> Iterator[None]:
+    """What is wrong with arguments, paths or columns: a message and status 2, not a traceback. Never around the training."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        _fail(f"{Path(sys.argv[0]).name}: error: {error}") if parser is None else parser.error(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check_output(args: TrainingArguments, run: RunArguments) -> None:
+    """An output folder that holds a run is written to only if that is continued, or if the user says so."""
+    folder = Path(args.output_dir)
+    found = [path.name for pattern in ("report.json", "checkpoint-*") for path in sorted(folder.glob(pattern))]
+    if args.resume_from_checkpoint in ("True", "true"):  # the Trainer's way to say: the newest
+        args.resume_from_checkpoint = True
+    if found and not run.overwrite and not args.resume_from_checkpoint:
+        raise FileExistsError(
+            f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, continue it with "
+            "--resume_from_checkpoint True, or write over it with --overwrite True."
+        )
+
+
+def train(trainer: DynamicPruningTrainer, *, dataset: str, task: str, metric: str) -> None:
+    """Trains, evaluates at the end if the last epoch was not, and writes model, card and report.json; pushes if told to."""
+    args = trainer.args
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    report = trainer.pruning_report
+    if trainer.eval_dataset is not None and not report.epochs[-1].metrics:
+        trainer.evaluate()
+    trainer.save_model()
+    words = {"dataset": dataset, "tasks": task}
+    trainer.create_model_card(**words)
+    if trainer.is_world_process_zero():
+        report.save(Path(args.output_dir) / "report.json")
+        seconds = report.totals["seconds"]
+        value = report.metrics.get(f"eval_{metric}")
+        share = metric.endswith("accuracy")
+        reached = "" if value is None else f"{metric} {f'{100 * value:.2f} %' if share else f'{value:.4f}'} (last epoch), "
+        print(
+            f"{report.policy['name']}: {reached}cost {report.cost_ratio:.4f} of the full run of {report.num_epochs:g} "
+            f"epochs, {report.totals['optimizer_steps']} steps, {seconds['training']:.1f} s training, "
+            f"{seconds['choosing']:.2f} s choosing. Written to {args.output_dir}."
+        )
+    if args.push_to_hub:
+        trainer.push_to_hub(**words)
