@@ -7,7 +7,6 @@ else.
 
 import hashlib
 import json
-import logging
 import os
 import re
 import warnings
@@ -24,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import logging
 
 from . import distributed
 from .losses import LossRule, SampleLosses, check_signals, check_unmixed, derive_rule, observe_signals
@@ -34,7 +34,8 @@ from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
 from .scores import load_tensors, save_tensors
 from .scoring import loss_left_out, score_samples
 
-logger = logging.getLogger(__name__)
+# Below transformers' own: `set_verbosity`, and `log_level` of the TrainingArguments, hold for us as well.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # The seams: the parameters (self left out) that each is called with. Reasons:
 #   _get_dataloader                      builds the loader with all of the user's dataloader settings

@@ -3,6 +3,7 @@
 And the record of reliability: with RELIABILITY=FILE the session notes there what its tests tried (see reliability.py).
 """
 
+import logging
 import os
 from pathlib import Path
 
@@ -19,6 +20,13 @@ from reliability import check_key, merge
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+
+@pytest.fixture
+def caplog(caplog, monkeypatch):
+    """pytest's, which listens at the root: transformers' logger, and ours below it, tell the root nothing by themselves."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    return caplog
 
 
 @pytest.fixture

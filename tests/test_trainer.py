@@ -39,6 +39,7 @@ from transformers import (
     get_scheduler,
 )
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import logging
 
 from hf_dynprune import (
     UCB,
@@ -48,7 +49,7 @@ from hf_dynprune import (
     FullData,
     RandomPruning,
 )
-from hf_dynprune.trainer import SEAMS
+from hf_dynprune.trainer import SEAMS, logger
 
 
 class Spy(TrainerCallback):
@@ -683,6 +684,55 @@ def test_each_epochs_logs_reach_the_loggers(tmp_path):
     last = epochs[-1]
     assert last["pruning/score_q05"] <= last["pruning/score_q50"] <= last["pruning/score_q95"]
     assert last["pruning/score_q05"] <= last["pruning/score_mean"] <= last["pruning/score_q95"] + 1
+
+
+class Events(TrainerCallback):
+    """Notes which events it sees, in which order, and at which step."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __getattribute__(self, name):
+        if name.startswith("on_"):
+            return lambda args, state, control, **kwargs: self.seen.append((name, state.global_step))
+        return super().__getattribute__(name)
+
+
+def test_callbacks_see_the_events_of_the_stock_trainer_in_its_order(tmp_path):
+    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "logging_steps": 3}
+    settings["per_device_train_batch_size"] = 10
+    seen = {}
+    for name, options in {
+        "stock": {"cls": Trainer, "num_train_epochs": 2},
+        "pruned": {"pruning": RandomPruning(0.5), "num_train_epochs": 4},  # as many steps, in twice as many epochs
+        "full": {"pruning": FullData(), "num_train_epochs": 2},
+    }.items():
+        events = Events()
+        options["extra"] = {"eval_dataset": images(8), "callbacks": [events]}
+        trainer(tmp_path / name, **settings, **options).train()
+        # Each epoch logs once more, at its start: kept share, scores.
+        own = [
+            i for i, (event, _) in enumerate(events.seen) if event == "on_log" and events.seen[i - 1][0] == "on_epoch_begin"
+        ]
+        assert len(own) == (0 if name == "stock" else options["num_train_epochs"])
+        seen[name] = [event for i, event in enumerate(events.seen) if i not in own]
+    assert seen["full"] == seen["stock"]
+
+    def within_epochs(events):
+        return [event for event in events if not event[0].startswith("on_epoch")]
+
+    assert within_epochs(seen["pruned"]) == within_epochs(seen["stock"])
+    assert {name for name, _ in seen["pruned"]} == {name for name, _ in seen["stock"]}
+
+
+def test_our_messages_follow_the_verbosity_of_transformers():
+    before = logging.get_verbosity()
+    try:
+        for verbosity, shown in ((logging.WARNING, True), (logging.ERROR, False)):
+            logging.set_verbosity(verbosity)
+            assert logger.isEnabledFor(logging.WARNING) is shown
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_the_report_tells_of_the_run(tmp_path):
