@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,11 @@ from hf_dynprune.report import PruningReport
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def program(word):
+    (found,) = [text for text in PROGRAMS if word in text]
+    return found
 
 
 def commands():
@@ -47,21 +53,55 @@ def test_every_command_is_run_by_a_test_or_by_ci():
 def test_the_smallest_program_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     scope = {"model": vit(), "args": arguments(tmp_path), "train": images(), "test": images(8)}
-    exec(PROGRAMS[0], scope)
+    exec(program("trainer.train()  # progress bar"), scope)
     assert isinstance(scope["trainer"], DynamicPruningTrainer)
     assert PruningReport.load("report.json").cost_ratio == pytest.approx(0.3)
 
 
 def test_write_your_own_policy_runs_and_is_short(tmp_path):
-    assert len(PROGRAMS[1].strip().splitlines()) <= 20
+    assert len(program("LeastProgress").strip().splitlines()) <= 20
     scope = {"__name__": "readme"}
-    exec(PROGRAMS[1], scope)
+    exec(program("LeastProgress"), scope)
     policy = scope["LeastProgress"](keep_ratio=0.5, first=2)
     assert isinstance(policy, PruningPolicy)
     run = trainer(tmp_path, pruning=policy, num_train_epochs=5)
     run.train()
     assert run.pruning_report.cost_ratio == pytest.approx((2 + 3 * 0.5) / 5)
     assert torch.isfinite(run.pruner.table["progress"]).all()
+
+
+def test_the_loop_for_those_who_come_from_infobatch_runs():
+    torch.manual_seed(0)
+    train = [{"image": torch.randn(4), "label": i % 2} for i in range(256)]
+    model = torch.nn.Linear(4, 2)
+    scope = {"train": train, "model": model, "num_epochs": 8, "criterion": torch.nn.CrossEntropyLoss(reduction="none")}
+    scope["optimizer"] = torch.optim.SGD(model.parameters(), lr=0.1)
+    exec(program("pruner.dataloader(train)"), scope)
+    epochs = scope["pruner"].report.epochs
+    assert [epoch.full_data for epoch in epochs] == [False] * 7 + [True]  # the last eighth
+    assert [epoch.samples for epoch in epochs][::7] == [256, 256]
+    assert all(128 < epoch.samples < 256 for epoch in epochs[1:7])
+
+
+def test_the_diff_for_those_who_come_from_the_trainer_is_what_the_program_has():
+    (diff,) = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
+    scope = {"model": vit(), "train": images(), "test": images(8)}
+    with tempfile.TemporaryDirectory() as folder:
+        for sign in "-+":  # the program before, the program after
+            lines = [line[1:] for line in diff.splitlines() if line[:1] in (sign, " ")]
+            exec("\n".join(lines), {**scope, "args": arguments(folder)})
+
+
+def test_every_method_has_its_paper():
+    section = README.split("## Papers")[1].split("\n## ")[0]
+    for name, cls in POLICIES.items():
+        if name not in ("full", "loss-proportional"):  # no method; ours
+            assert f"`{cls.__name__}" in section, name
+    cited = " ".join((cls.__doc__ or "").partition("    Paper")[2] for cls in POLICIES.values())
+    for identifier in re.findall(r"\d{4}\.\d{5}", cited):
+        assert identifier in section, identifier
+    for name, cls in re.findall(r"`((\w+)\.paper_like\(.*?\))`", section):
+        assert eval(name, vars(hf_dynprune) | {cls: getattr(hf_dynprune, cls)})
 
 
 def test_every_policy_has_its_row():
