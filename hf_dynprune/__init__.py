@@ -4,7 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with the table below
+    from .advice import Advice, advise
     from .arguments import PruningArguments
+    from .hub import kept_dataset, load_scores_from_hub, push_scores_to_hub, push_timm_to_hub
     from .policies import (
         IES,
         KAKURENBO,
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 
 # The table of contents. Nothing is imported until it is used (PEP 562), so `import hf_dynprune` costs nothing.
 _MODULE_OF = {
+    "Advice": "advice",
     "Column": "scores",
     "DynamicPruner": "pruner",
     "DynamicPruningMixin": "trainer",
@@ -55,7 +58,12 @@ _MODULE_OF = {
     "SeTa": "policies",
     "StaticPruning": "policies",
     "UCB": "policies",
+    "advise": "advice",
+    "kept_dataset": "hub",
+    "load_scores_from_hub": "hub",
     "make_policy": "policies",
+    "push_scores_to_hub": "hub",
+    "push_timm_to_hub": "hub",
     "score_dataset": "static",
     "top_k": "policies",
 }

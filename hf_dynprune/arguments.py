@@ -36,6 +36,8 @@ class PruningArguments:
     `policy()` makes the policy, or None for `pruning="none"`, and raises ValueError for what does not fit together.
     """
 
+    _argument_group_name = "pruning"  # under which HfArgumentParser lists them
+
     pruning: str | None = field(
         default="none",
         metadata={"help": f"The pruning policy: none (the stock Trainer), {', '.join(POLICIES)}."},

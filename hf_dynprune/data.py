@@ -39,14 +39,15 @@ def load_splits(
 
     Raises:
         FileNotFoundError: no such path or dataset, or the Hub cannot be reached.
-        ValueError: no such split or configuration.
+        NotADirectoryError: a file.
+        ValueError: no such split or configuration; files that cannot be read.
     """
     local = Path(name).expanduser()
     # A Hub id is `name` or `owner/name`; what else looks like a path is one.
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
-        raise FileNotFoundError(
-            f"The dataset {name!r} is no folder or file here, and no Hub id (owner/name): mend the path."
-        )
+        raise FileNotFoundError(f"The dataset {name!r} is no folder here, and no Hub id (owner/name): mend the path.")
+    if local.is_file():
+        raise NotADirectoryError(f"The dataset {name!r} is a file: give the folder that it lies in, {str(local.parent)!r}.")
     source = str(local) if local.exists() else name
     try:
         known = datasets.get_dataset_split_names(source, config)
@@ -64,19 +65,22 @@ def load_splits(
         ) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(f"The dataset {name!r} was not found, here or on the Hub: {error}") from error
+    except datasets.inspect.SplitsNotFoundError as error:  # which does not say why
+        raise ValueError(f"The files of the dataset {name!r} cannot be read: {error.__cause__}") from error
     except ValueError as error:
-        if "config" in str(error).lower():
+        if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise ValueError(f"{error} Name it: --dataset_config.") from error
         raise
 
 
-def find_column(features: Any, kind: Kind, name: str | None = None) -> str:
+def find_column(features: Any, kind: Kind, name: str | None = None, *, argument: str | None = None) -> str:
     """The column of the images, labels or texts.
 
     Args:
         features: of the dataset.
         kind: `"image"` (Image), `"label"` (ClassLabel, or integers in a column called label or labels), `"text"` (strings).
         name: the column, if it is known; a label may then be any column.
+        argument: what the caller calls `name`, for the messages; *optional*, defaults to `image_column` and so on.
 
     Returns:
         `name`; else the only column of the kind, or of several that with the usual name.
@@ -84,16 +88,17 @@ def find_column(features: Any, kind: Kind, name: str | None = None) -> str:
     Raises:
         ValueError: there is no such column, or several; the message lists all of them with their kinds.
     """
+    argument = argument or f"{kind}_column"
     found = [column for column, feature in features.items() if _is(kind, feature)]
     columns = ", ".join(f"{column} ({_kind_of(feature)})" for column, feature in features.items())
     if name is not None:
         if name not in features:
             close = difflib.get_close_matches(name, list(features), n=1, cutoff=0.3)
             meant = f"; did you mean {close[0]!r}?" if close else "."
-            raise ValueError(f"There is no column {name!r} among {columns}: {kind}_column= must name one{meant}")
+            raise ValueError(f"There is no column {name!r} among {columns}: {argument}= must name one{meant}")
         if kind != "label" and name not in found:
             raise ValueError(
-                f"The column {name!r} among {columns} holds no {kind}s: name another {kind}_column=, or make it one by "
+                f"The column {name!r} among {columns} holds no {kind}s: name another {argument}=, or make it one by "
                 "dataset.cast_column()."
             )
         return name
@@ -105,7 +110,7 @@ def find_column(features: Any, kind: Kind, name: str | None = None) -> str:
     if len(found) == 1 or preferred:
         return preferred[0] if preferred else found[0]
     raise ValueError(
-        f"Found {len(found)} {kind} columns among {columns}: say which, {kind}_column= (--{kind}_column on a command line)."
+        f"Found {len(found)} {kind} columns among {columns}: say which, {argument}= (--{argument} on a command line)."
     )
 
 

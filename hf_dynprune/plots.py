@@ -1,15 +1,20 @@
-"""Pictures of runs, drawn from their reports. A tool: nothing in the package imports it.
+"""Pictures of runs, drawn from their reports and from how often each sample was kept.
 
 ```python
 reports = {"full run": PruningReport.load("full.json"), "UCB 30 %": PruningReport.load("report.json")}
 plot_runs(reports).savefig("comparison.png", dpi=150)
 ```
+
+Each function returns a figure that belongs to no window and no global state, and raises ImportError without matplotlib.
+`hf-dynprune plot` draws the same from files.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
 
 from .report import PruningReport
 
@@ -17,164 +22,428 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Against = Literal["passes", "seconds"]
+Reports = Mapping[str, PruningReport | Sequence[PruningReport]]
+
+_AXES: dict[str, str] = {
+    "passes": "passes over the data (passes / N)",
+    "seconds": "seconds of training, choosing and scoring\n(not of evaluation)",
+}
 # Okabe and Ito's colours, which the colour-blind can tell apart, without the yellow, which is pale on white; each with a
-# marker, for print without colour.
-_STYLES = (
-    ("#0072B2", "o"),
-    ("#E69F00", "s"),
-    ("#009E73", "^"),
-    ("#CC79A7", "D"),
-    ("#D55E00", "v"),
-    ("#56B4E9", "P"),
-    ("#000000", "X"),
-)
-_HEIGHT = 4  # of the figure, in inches
-_AXES_HEIGHT = 0.75 * 72 * _HEIGHT  # in points, about
-_LABEL_HEIGHT = 14
+# marker, for print without colour. Beyond seven runs the colours come again with other markers.
+_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
+_MARKERS = "os^DvPX"
+_GREY = "#555555"
+_HISTOGRAMS = ("histogram", "chance")  # of a report's selection
+_NAMED = 40  # classes that have room for their names
+_EXTREMES = 12  # classes that are named at either end, where there are more
+_THUMBNAIL = 160  # pixels
 
 
-def plot_runs(reports: Mapping[str, PruningReport], metric: str = "eval_accuracy") -> "Figure":
-    """Draws what runs reached against what they cost, and how often each run kept its samples.
+class _Curve(NamedTuple):
+    """What runs of one name, R seeds, reached at E evaluations: x (E,), the mean of the seeds, and y (R, E)."""
 
-    Left: the metric against the passes made until then, in passes over the data (passes / N), one line a run, the last
-    value at its end; the axis spans the second halves of the runs. Right, where a run makes choices: how many samples were
-    kept how often, beside what choices by chance would give (dashed).
+    x: np.ndarray
+    y: np.ndarray
+
+    @property
+    def mean(self) -> np.ndarray:
+        return self.y.mean(axis=0)
+
+
+# ---- runs -----------------------------------------------------------------------------------------------------------
+
+
+def plot_runs(
+    reports: Reports, metric: str = "eval_accuracy", against: Against | Sequence[Against] = ("passes", "seconds")
+) -> "Figure":
+    """Draws what runs reached against what they had cost until then: a line for each, or a point where it was evaluated
+    only once; the legend has their last values.
+
+    What was spent before a run for the scores of [`StaticPruning`] counts where its report charges it. The vertical axis
+    spans the second halves of the runs.
 
     Args:
-        reports: the runs by their names in the legend.
+        reports: the runs by their names; several reports of a name are runs that differ in their seed: the line is their
+            mean, the band about it reaches from the lowest to the highest.
         metric: a name in the `metrics` of the reports' epochs; epochs without it are left out, an accuracy is in per cent.
-
-    Returns:
-        A figure that belongs to no window and no global state: call its `savefig`.
+            It stands at the end of the epoch in which it was evaluated.
+        against: `"passes"`, in passes over the data (passes / N); `"seconds"`, wall-clock without evaluation; or both, a
+            panel for each.
 
     Raises:
-        ImportError: without matplotlib.
-        ValueError: without reports, or if a report has no finite value of the metric.
+        ValueError: without reports, where a report has no finite value of the metric, and where the reports of a name
+            differ in policy, number of samples or number of epochs.
     """
+    panels = [against] if isinstance(against, str) else list(against)
+    unknown = [panel for panel in panels if panel not in _AXES]
+    if unknown or not panels:
+        raise ValueError(f"against={against!r}: wanted are 'passes' and 'seconds', one of them or both.")
+    runs = _seeds(reports)
+    curves = {panel: {name: _curve(name, seeds, metric, panel) for name, seeds in runs.items()} for panel in panels}
+    values = np.concatenate([curve.y.ravel() for curve in curves[panels[0]].values()])
+    percent = metric.endswith("accuracy") and values.min() >= 0 and values.max() <= 1
+    if percent:
+        curves = {p: {n: curve._replace(y=100 * curve.y) for n, curve in of.items()} for p, of in curves.items()}
+    figure = _new_figure((3 + 3.7 * len(panels), max(4, 0.8 + 0.2 * len(runs))))
+    axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    for ax, panel in zip(axes, panels, strict=True):
+        lines = _draw_metric(_plain(ax), curves[panel])
+        ax.set_xlabel(_AXES[panel])
+    axes[0].set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
+    labels = {name: f"{name}: {_ends(curve, percent)}" for name, curve in curves[panels[0]].items()}
+    names = sorted(runs, key=lambda name: -curves[panels[0]][name].mean[-1])  # as the lines end, from top to bottom
+    several = "\nmean of the seeds (lowest to highest)" if any(len(seeds) > 1 for seeds in runs.values()) else ""
+    figure.legend(
+        [lines[name] for name in names],
+        [labels[name] for name in names],
+        title=f"last value{several}",
+        loc="outside right upper",
+        alignment="left",
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def spent(report: PruningReport, against: Against) -> list[float]:
+    """What a run had cost at the end of each of its epochs: passes / N, or seconds without those of evaluation; with what
+    was spent before it, where that is charged (and known: scores of one's own may not tell their seconds)."""
+    before = report.preparation.get(against, 0.0) if report.preparation.get("charged") else 0.0
+    if against == "passes":
+        costs = [record.passes / report.num_samples for record in report.epochs]
+        before /= report.num_samples
+    else:
+        costs = [sum(s for phase, s in record.seconds.items() if phase != "evaluation") for record in report.epochs]
+    return list(accumulate(costs, initial=before))[1:]
+
+
+def plot_selection(reports: Reports) -> "Figure":
+    """Draws how many samples were kept how often, beside what choices by chance would give (dashed): a panel for each run.
+
+    Args:
+        reports: the runs by their names; several reports of a name, runs that differ in their seed, are averaged. Runs
+            that keep everything in each choice are left out.
+
+    Raises:
+        ValueError: where no choice of any run left samples out, or the reports of a name differ in more than the seed.
+    """
+    runs = _seeds(reports)
+    choosing = {
+        name: [100 * np.mean([run.selection[kind] for run in seeds], axis=0) / seeds[0].num_samples for kind in _HISTOGRAMS]
+        for name, seeds in runs.items()
+        if seeds[0].selection.get("choices", 0) > 0 and seeds[0].selection["always"] < 1
+    }
+    if not choosing:
+        raise ValueError(f"No choice of the runs {', '.join(runs)} left samples out: there is no selection to plot.")
+    columns = min(3, len(choosing))
+    rows = -(-len(choosing) // columns)
+    figure = _new_figure((max(5.0, 3.3 * columns), 0.5 + max(2.8 * rows, 3.2)))
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+    for ax in axes[len(choosing) :]:
+        ax.remove()
+    for ax, (name, (histogram, chance)) in zip(axes, choosing.items(), strict=False):
+        borders = np.arange(len(histogram) + 1) - 0.5  # a bar about each whole number from 0
+        _plain(ax).stairs(histogram, borders, fill=True, color=_COLORS[0], alpha=0.35)
+        ax.stairs(histogram, borders, color=_COLORS[0], linewidth=1.5, label="this run")
+        ax.stairs(chance, borders, color=_GREY, linewidth=1.5, linestyle="--", label="by chance")
+        ax.set_title(name, fontsize=10)
+        ax.set_xlabel("times kept (choices)")
+        ax.locator_params(axis="x", integer=True)
+    for ax in axes[::columns]:
+        ax.set_ylabel("samples (%)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False)
+    return figure
+
+
+def plot_scores(report: PruningReport) -> "Figure":
+    """Draws how the scores of the observed samples were spread at each choice: median, mean, and bands between quantiles.
+
+    Raises:
+        ValueError: for a run without scores: its policy has none, or no choice was made after an observation.
+    """
+    records = [record for record in report.epochs if record.scores]
+    if not records:
+        raise ValueError(
+            f"The report of {report.policy['name']!r} holds no scores: wanted is a run of a policy that scores samples, "
+            "such as ucb, with a choice after its first epoch."
+        )
+    figure = _new_figure((6.5, 4))
+    ax = _plain(figure.subplots())
+    epochs = [record.epoch for record in records]
+    of = {name: [record.scores[name] for record in records] for name in records[0].scores}
+    blue, orange = _COLORS[:2]
+    ax.fill_between(epochs, of["q05"], of["q95"], color=blue, alpha=0.15, linewidth=0, label="90 % of the samples")
+    ax.fill_between(epochs, of["q25"], of["q75"], color=blue, alpha=0.3, linewidth=0, label="50 % of the samples")
+    ax.plot(epochs, of["q50"], color=blue, marker="o", markersize=4.5, label="median")
+    ax.plot(epochs, of["mean"], color=orange, marker="s", markersize=4.5, linestyle="--", label="mean")
+    ax.set_xlabel("epoch whose samples are chosen (the first is 0)")
+    ax.set_ylabel(f"score by {report.policy['name']}")
+    ax.locator_params(axis="x", integer=True)
+    ax.legend(frameon=False)
+    return figure
+
+
+# ---- samples --------------------------------------------------------------------------------------------------------
+
+
+def plot_classes(times_kept: Any, choices: int, labels: Any, names: Sequence[str] | None = None) -> "Figure":
+    """Draws the kept share of each class, in order, and the share of all samples as a line.
+
+        share of class c = mean over its samples of times_kept / choices
+
+    Of more than 40 classes the ten highest and the ten lowest are named.
+
+    Args:
+        times_kept: (N,) number of choices that kept the sample: `trainer.pruner.table["times_kept"]`.
+        choices: number of choices of the run: `report.selection["choices"]`.
+        labels: (N,) integers, the class of each sample.
+        names: of the classes 0, 1, ..., *optional*, defaults to the numbers.
+
+    Raises:
+        ValueError: for shapes and ranges that do not fit.
+    """
+    times, labels = _checked(times_kept, choices), np.asarray(labels)
+    _check_length(times, labels, "labels")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(f"The labels are {labels.dtype}, such as {labels[:3].tolist()}: wanted are classes 0, 1, ...")
+    if names is not None and labels.max() >= len(names):
+        raise ValueError(f"There are {len(names)} names, and a label {labels.max()}: wanted is a name for each class.")
+    sizes = np.bincount(labels)
+    present = np.flatnonzero(sizes)
+    shares = 100 * np.bincount(labels, weights=times)[present] / (sizes[present] * choices)
+    overall = 100 * times.mean() / choices
+    order = np.argsort(shares, kind="stable")
+    shares = shares[order]
+    shown = [_short(str(c) if names is None else names[c], 24) for c in present[order]]
+    few, rows = len(shares) <= _NAMED, np.arange(len(shares))
+    figure = _new_figure((6.5, 1.2 + 0.2 * max(8, len(shares)) if few else 5))
+    ax = _plain(figure.subplots())
+    above = shares > overall
+    for chosen, color, marker in ((above, _COLORS[0], "o"), (~above, _COLORS[4], "v")):
+        ax.hlines(rows[chosen], overall, shares[chosen], color=color, linewidth=1.5 if few else 0.6)
+        ax.plot(shares[chosen], rows[chosen], color=color, marker=marker, markersize=5 if few else 2.5, linestyle="none")
+    ax.axvline(overall, color=_GREY, linestyle="--", label=f"all samples: {overall:.1f} %")
+    ax.set_xlabel(f"kept share of the class (%), mean of {choices} choice{'s' if choices > 1 else ''}")
+    ax.legend(frameon=False, loc="upper left")
+    if few:
+        ax.set_yticks(rows, shown)
+    else:
+        ax.set_ylabel(f"{len(shares)} classes, by kept share")
+        ax.set_yticks([])
+        lines = [f"{name}  {share:.1f} %" for name, share in zip(shown, shares, strict=True)][::-1]
+        text = ["kept most", *lines[:_EXTREMES], "", "kept least", *lines[-_EXTREMES:]]
+        ax.text(1.03, 1, "\n".join(text), transform=ax.transAxes, va="top", fontsize=8)
+    return figure
+
+
+def plot_samples(
+    times_kept: Any,
+    choices: int,
+    data: Any,
+    *,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    columns: int = 8,
+) -> "Figure":
+    """Draws a contact sheet: images that were kept always, sometimes and never, a row each, with index, class, times kept.
+
+    Where no sample was always (or never) kept, the row shows those that were kept most (or least) often. Of more samples
+    than fit, some are shown: of those sometimes kept the quantiles, else a random draw, the same each time.
+
+    Args:
+        times_kept: (N,) number of choices that kept the sample: `trainer.pruner.table["times_kept"]`.
+        choices: number of choices of the run: `report.selection["choices"]`.
+        data: what the run was trained on, in its order: a `datasets.Dataset` with a column of images, or an
+            [`hf_dynprune.vision.ImageCache`].
+        image_column, label_column: of a `datasets.Dataset`; found where they are not named, see
+            [`hf_dynprune.data.find_column`].
+        columns: images in a row.
+
+    Raises:
+        TypeError: for data of another kind.
+        ValueError: for columns that are missing or ambiguous, and for shapes and ranges that do not fit.
+    """
+    times = _checked(times_kept, choices)
+    _check_length(times, data, "in the dataset")
+    rows = _sheet(times, choices, columns)
+    wanted = np.concatenate([index for _, index in rows])
+    images, labels = _images(data, wanted, image_column, label_column)
+    pictures = dict(zip(wanted.tolist(), zip(images, labels, strict=True), strict=True))
+    figure = _new_figure((0.6 + 1.05 * columns, 1.45 * len(rows)))
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes, (title, index) in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(title, fontsize=9)
+        for ax in axes:
+            ax.set_xticks([])
+            ax.set_yticks([])
+            ax.spines[:].set_visible(False)
+        for ax, i in zip(axes, index.tolist(), strict=False):
+            image, label = pictures[i]
+            ax.imshow(image, cmap="gray", vmin=0, vmax=255)
+            ax.set_title(f"{_short(label, 16)}\n#{i}: {times[i]} of {choices}", fontsize=7)
+    return figure
+
+
+def _sheet(times: np.ndarray, choices: int, count: int) -> list[tuple[str, np.ndarray]]:
+    """The rows of a contact sheet: title, and the indices of at most `count` samples, from often to seldom."""
+    drawn = np.random.default_rng(0).permutation(len(times))  # breaks ties
+    often = drawn[np.argsort(-times[drawn], kind="stable")]
+    always, never = often[times[often] == choices], often[times[often] == 0]
+    between = often[len(always) : len(often) - len(never)]
+    quantiles = ((np.arange(count) + 0.5) / count * len(between)).astype(int)
+
+    def title(kind: str, group: np.ndarray) -> str:
+        return f"{kind} kept\n({100 * len(group) / len(times):.1f} %)"
+
+    rows = [
+        (title("always", always), always[:count]) if len(always) else ("most often kept\n(none always)", often[:count]),
+        (title("sometimes", between), between[np.unique(quantiles)] if len(between) else between),
+        (title("never", never), never[:count]) if len(never) else ("least often kept\n(none never)", often[-count:]),
+    ]
+    return [(name, index) for name, index in rows if len(index)]
+
+
+def _images(data: Any, index: np.ndarray, image_column: str | None, label_column: str | None) -> tuple[list[Any], list[str]]:
+    """The images, small, and the names of their classes."""
+    import datasets
+
+    from .data import class_names, find_column
+
+    if isinstance(data, datasets.Dataset):
+        image_column = find_column(data.features, "image", image_column)
+        label_column = find_column(data.features, "label", label_column)
+        names = class_names(data, label_column)
+        rows = data.with_format(None).select_columns([image_column, label_column])[index.tolist()]
+        images, labels = [image.convert("RGB") for image in rows[image_column]], rows[label_column]
+        for image in images:
+            image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    elif hasattr(data, "images") and hasattr(data, "labels"):
+        names = data.label_names
+        pixels, labels = data.images.numpy()[index], data.labels.numpy()[index]
+        images = [np.squeeze(image.transpose(1, 2, 0)) for image in pixels]
+    else:
+        raise TypeError(f"data is a {type(data).__name__}: wanted is a datasets.Dataset with images, or an ImageCache.")
+    return images, [str(label) if names is None else names[label] for label in labels]
+
+
+def _checked(times_kept: Any, choices: int) -> np.ndarray:
+    times = np.asarray(times_kept)
+    if times.ndim != 1 or len(times) == 0 or not np.issubdtype(times.dtype, np.integer):
+        raise ValueError(f"times_kept is {times.dtype} {times.shape}: wanted is a count for each sample, integers (N,).")
+    if choices < 1 or times.min() < 0 or times.max() > choices:
+        raise ValueError(
+            f"times_kept is from {times.min()} to {times.max()}, with {choices} choices: wanted are counts from 0 to the "
+            "number of choices, of a run that made at least one."
+        )
+    return times
+
+
+def _check_length(times: np.ndarray, other: Any, what: str) -> None:
+    if len(other) != len(times):
+        raise ValueError(
+            f"The run trained on {len(times):,} samples, and there are {len(other):,} {what}: wanted is the split, or the "
+            "part of it, that was trained on, in its order."
+        )
+
+
+# ---- drawing --------------------------------------------------------------------------------------------------------
+
+
+def _new_figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("hf_dynprune.plots needs matplotlib: pip install hf-dynprune[recipes]") from error
+    return Figure(figsize=size, layout="constrained")
 
+
+def _plain(ax: "Axes") -> "Axes":
+    """No frame above and to the right, and a pale grid behind what is drawn."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="#E5E5E5", linewidth=0.8)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def _seeds(reports: Reports) -> dict[str, list[PruningReport]]:
+    """The reports of each name, of which all but the seed must be alike."""
     if not reports:
         raise ValueError("There is nothing to plot: reports is empty; wanted is a report for each run, by name.")
-    choosing = {name: report for name, report in reports.items() if _has_choices(report)}
-    styles = {name: _STYLES[i % len(_STYLES)] for i, name in enumerate(reports)}
-    figure = Figure(figsize=(10 if choosing else 5.5, _HEIGHT), layout="tight")
-    axes = figure.subplots(1, 2 if choosing else 1, squeeze=False)[0]
-    _draw_metric(axes[0], {name: _curve(name, report, metric) for name, report in reports.items()}, metric, styles)
-    if choosing:
-        _draw_selection(axes[1], choosing, styles)
-    for ax in axes:
-        ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.grid(color="#E5E5E5", linewidth=0.8)
-        ax.set_axisbelow(True)
-    return figure
+    runs = {name: [given] if isinstance(given, PruningReport) else list(given) for name, given in reports.items()}
+    for name, seeds in runs.items():
+        if not seeds:
+            raise ValueError(f"There is no report of the run {name!r}: wanted is at least one.")
+        kinds = [_kind(report) for report in seeds]
+        for kind in kinds:
+            if differing := [f"{key}: {kinds[0][key]} and {kind[key]}" for key in kind if kind[key] != kinds[0][key]]:
+                raise ValueError(
+                    f"The runs called {name!r} differ in more than the seed ({'; '.join(differing)}): give them names of "
+                    "their own."
+                )
+    return runs
 
 
-def _has_choices(report: PruningReport) -> bool:
-    """Whether a choice of the run left samples out."""
-    return report.selection.get("choices", 0) > 0 and report.selection["always"] < 1
+def _kind(report: PruningReport) -> dict[str, Any]:
+    policy = {key: value for key, value in report.policy.items() if key not in ("scores", "digest")}  # a file for each seed
+    counts = {"epochs": len(report.epochs), "choices": report.selection.get("choices")}
+    return {"policy": policy, "samples": report.num_samples, **counts}
 
 
-def _curve(name: str, report: PruningReport, metric: str) -> tuple[list[float], list[float]]:
-    """Passes / N at the end of each epoch that has a finite value of the metric, and the values."""
-    passes = accumulate(epoch.passes for epoch in report.epochs)
-    points = [
-        (done / report.num_samples, epoch.metrics[metric])
-        for done, epoch in zip(passes, report.epochs, strict=True)
-        if math.isfinite(epoch.metrics.get(metric, math.nan))
+def _curve(name: str, seeds: Sequence[PruningReport], metric: str, against: Against) -> _Curve:
+    """At the epochs in which every seed has a finite value of the metric."""
+    reached = [
+        {
+            record.epoch: (cost, record.metrics[metric])
+            for cost, record in zip(spent(report, against), report.epochs, strict=True)
+            if math.isfinite(record.metrics.get(metric, math.nan))
+        }
+        for report in seeds
     ]
-    if not points:
-        known = sorted({key for epoch in report.epochs for key in epoch.metrics})
+    epochs = sorted(set.intersection(*map(set, reached)))
+    if not epochs:
+        known = sorted({key for report in seeds for record in report.epochs for key in record.metrics})
         raise ValueError(
             f"The report of {name!r} has no finite {metric!r}: wanted is a metric of its epochs, one of {known}."
         )
-    return [x for x, _ in points], [y for _, y in points]
+    points = np.array([[of[epoch] for epoch in epochs] for of in reached])  # (R, E, 2)
+    return _Curve(points[..., 0].mean(axis=0), points[..., 1])
 
 
-def _draw_metric(
-    ax: "Axes", curves: Mapping[str, tuple[list[float], list[float]]], metric: str, styles: Mapping[str, tuple[str, str]]
-) -> None:
-    from matplotlib.patheffects import withStroke
-
-    percent = metric.endswith("accuracy") and all(0 <= value <= 1 for _, y in curves.values() for value in y)
-    if percent:
-        curves = {name: (x, [100 * value for value in y]) for name, (x, y) in curves.items()}
-    for name, (x, y) in curves.items():
-        color, marker = styles[name]
-        ax.plot(x, y, color=color, marker=marker, markersize=4.5, linewidth=1.5, label=name)
-    ax.set_xlabel("passes over the data (passes / N)")
-    ax.set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
-    longest = max(x[-1] for x, _ in curves.values())
-    ax.set_xlim(0, 1.15 * longest)  # room for the label of the longest run
+def _draw_metric(ax: "Axes", curves: Mapping[str, _Curve]) -> dict[str, Any]:
+    """The lines, by name."""
+    lines = {}
+    for i, (name, curve) in enumerate(curves.items()):
+        color, marker = _COLORS[i % 7], _MARKERS[(i + i // 7) % 7]
+        low, high = curve.y.min(axis=0), curve.y.max(axis=0)
+        if len(curve.x) == 1:
+            ax.vlines(curve.x, low, high, color=color, linewidth=1.5)
+        elif len(curve.y) > 1:
+            ax.fill_between(curve.x, low, high, color=color, alpha=0.2, linewidth=0)
+        line = {"markersize": 7, "linestyle": "none"} if len(curve.x) == 1 else {"markersize": 4.5}
+        (lines[name],) = ax.plot(curve.x, curve.mean, color=color, marker=marker, label=name, **line)
+    ax.set_xlim(0, 1.05 * max(curve.x[-1] for curve in curves.values()))
     # The first epochs are far from the others, and would press these into a line: the second halves fill the axis.
-    late = [value for _, y in curves.values() for value in y[len(y) // 2 :]]
-    low, high = min(late), max(late)
-    margin = 0.4 * (high - low) or 0.05 * abs(high) or 1.0
-    bottom = low - margin if low < 0 else max(0, low - margin)
-    top = min(100.5, high + margin) if percent else high + margin
-    ax.set_ylim(bottom, top)
-    ax.legend(frameon=False)
-    # Labels of runs that end nearby in x share a column, and must not cover each other.
-    unit = _AXES_HEIGHT / (top - bottom)
-    for names in _columns({name: x[-1] for name, (x, _) in curves.items()}, 0.15 * longest):
-        names.sort(key=lambda name: curves[name][1][-1])
-        ends = [curves[name][1][-1] for name in names]
-        for name, end, place in zip(names, ends, _spread([unit * end for end in ends], _LABEL_HEIGHT), strict=True):
-            ax.annotate(
-                f"{end:.1f} %" if percent else f"{end:.4g}",
-                (max(curves[name][0][-1] for name in names), end),
-                xytext=(7, place - unit * end),
-                textcoords="offset points",
-                color=styles[name][0],
-                va="center",
-                path_effects=[withStroke(linewidth=3, foreground="white")],  # legible on another run's line
-            )
+    late = np.concatenate([curve.y[:, len(curve.x) // 2 :].ravel() for curve in curves.values()])
+    low, high = late.min(), late.max()
+    margin = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
+    ax.set_ylim(low - margin if low < 0 else max(0, low - margin), high + margin)
+    return lines
 
 
-def _columns(ends: Mapping[str, float], width: float) -> list[list[str]]:
-    """Groups the runs whose ends (in x) lie within `width` of the first one's."""
-    columns: list[list[str]] = []
-    for name in sorted(ends, key=ends.__getitem__):
-        if columns and ends[name] - ends[columns[-1][0]] <= width:
-            columns[-1].append(name)
-        else:
-            columns.append([name])
-    return columns
+def _ends(curve: _Curve, percent: bool) -> str:
+    """The last value: of several seeds the mean, the lowest and the highest."""
+
+    def show(value: float) -> str:
+        return f"{value:.2f}" if percent else f"{value:.4g}"
+
+    last, unit = curve.y[:, -1], " %" if percent else ""
+    seeds = f" ({show(last.min())} to {show(last.max())})" if len(last) > 1 else ""
+    return f"{show(last.mean())}{unit}{seeds}"
 
 
-def _spread(places: list[float], gap: float) -> list[float]:
-    """The nearest places (least squares) to these ascending ones that are at least `gap` apart."""
-    # What is too close becomes a block, evenly spaced about its mean: isotonic regression, by pooling neighbours.
-    blocks: list[tuple[float, int]] = []  # mean of place - index * gap, and length
-    for i, place in enumerate(places):
-        mean, length = place - i * gap, 1
-        while blocks and blocks[-1][0] > mean:
-            other, n = blocks.pop()
-            mean, length = (mean * length + other * n) / (length + n), length + n
-        blocks.append((mean, length))
-    levels = [mean for mean, length in blocks for _ in range(length)]
-    return [level + i * gap for i, level in enumerate(levels)]
-
-
-def _draw_selection(ax: "Axes", reports: Mapping[str, PruningReport], styles: Mapping[str, tuple[str, str]]) -> None:
-    first: dict[tuple[float, ...], str] = {}  # runs whose choices are of the same sizes expect the same by chance
-    for name, report in reports.items():
-        color, histogram = styles[name][0], report.selection["histogram"]
-        if len(reports) == 1:
-            ax.stairs(histogram, _edges(histogram), fill=True, color=color, alpha=0.25)
-        ax.stairs(histogram, _edges(histogram), color=color, linewidth=1.5, label=name)
-        first.setdefault(tuple(report.selection["chance"]), name)
-    for chance, name in first.items():
-        color, label = ("#555555", "by chance") if len(first) == 1 else (styles[name][0], f"{name}, by chance")
-        ax.stairs(chance, _edges(chance), color=color, linewidth=1.2, linestyle="--", label=label)
-    ax.set_xlabel("times kept (choices)")
-    ax.set_ylabel("number of samples")
-    ax.legend(frameon=False)
-
-
-def _edges(counts: Sequence[float]) -> list[float]:
-    """The borders of a bar about each whole number from 0."""
-    return [k - 0.5 for k in range(len(counts) + 1)]
+def _short(name: str, width: int) -> str:
+    """The first of a class's several names, cut where it is long."""
+    name = name.partition(",")[0]
+    return name if len(name) <= width else name[: width - 1] + "…"

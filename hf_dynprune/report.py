@@ -140,7 +140,12 @@ class PruningReport:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
-        return cls.from_dict(json.loads(Path(path).read_text()))
+        """Reads what `save` wrote; ValueError, which names the file, for another format, another file or a damaged one."""
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} is no report of hf_dynprune, or is damaged ({reason}).") from error
 
 
 def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:

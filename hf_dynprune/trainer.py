@@ -6,12 +6,16 @@ else.
 """
 
 import hashlib
+import inspect
 import json
+import math
 import os
 import re
+import shlex
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -139,18 +143,27 @@ class DynamicPruningMixin(_Trainer):
                 f"pruning={pruning!r} is no policy: wanted is one such as UCB(keep_ratio=0.3), make_policy('ucb', "
                 "keep_ratio=0.3), or None."
             )
-        self._check_settings(per_sample_loss_fn)
-        self._loss_rule: LossRule = derive_rule(_base_model(self.model), per_sample_loss_fn)
+        self._check_settings()
+        self._loss_rule: LossRule = self._derive_rule(per_sample_loss_fn)
         self._check_dataset()
         self.pruner = self._make_pruner()  # raises for what does not fit together; each train() makes its own
         check_signals(self.pruner.scored_signals, self._loss_rule)
+        if looks_once(pruning, self.pruner.num_epochs):
+            logger.warning(
+                "%d epochs with %r: never observed samples come first, so that none is trained twice before nearly all "
+                "were trained once. Scores decide next to nothing then, and the choice is as random as RandomPruning's. To "
+                'let them decide, score before each choice (scoring="all"), begin with full-data epochs (first=1), keep '
+                "more or train longer.",
+                self.pruner.num_epochs,
+                pruning,
+            )
         # Our loss is normalised over the optimizer step: the Trainer must not divide it by the accumulation steps.
         self.loss_is_scaled_for_ga = True
         self.add_callback(_Recorder(self))
 
     # ---- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_settings(self, per_sample_loss_fn: Any) -> None:
+    def _check_settings(self) -> None:
         args = self.args
         if args.train_sampling_strategy != "random":
             raise ValueError(
@@ -164,13 +177,6 @@ class DynamicPruningMixin(_Trainer):
                     f"{owner.__name__}.{method} chooses the training data itself, and pruning would override it: remove "
                     "it, or mix with another class."
                 )
-        owner = _owner(type(self), "compute_loss")
-        if per_sample_loss_fn is None and (self.compute_loss_func is not None or owner is not Trainer):
-            what = "compute_loss_func" if self.compute_loss_func is not None else f"{owner.__name__}.compute_loss"
-            raise ValueError(
-                f"{what} computes a loss of its own, of which pruning needs the part of each sample: pass "
-                "`per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch size,)."
-            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot tell whose loss is whose: start one process a "
@@ -421,7 +427,7 @@ class DynamicPruningMixin(_Trainer):
         def forward(batch: dict[str, Any]) -> Any:
             batch = self._prepare_inputs(batch)
             with self.compute_loss_context_manager(), loss_left_out(self._model_with_loss()):
-                return super(DynamicPruningMixin, self).compute_loss(model, batch, return_outputs=True)[1]
+                return self._scoring_outputs(model, batch)
 
         return score_samples(
             model,
@@ -466,6 +472,29 @@ class DynamicPruningMixin(_Trainer):
         terms = sum((self._loss_rule.terms(batch) * (batch[SAMPLE_INDEX] >= 0)).sum().to(device) for batch in batch_samples)
         return distributed.sum_over_ranks(terms)
 
+    # The next three are overridden for a Trainer whose own compute_loss does not give the outputs of its pass (`sft`).
+
+    def _derive_rule(self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None) -> LossRule:
+        """How the loss of one sample follows from the outputs; ValueError, at construction, where that is not known."""
+        owner = _owner(type(self), "compute_loss")
+        if per_sample_loss_fn is None and (self.compute_loss_func is not None or owner is not Trainer):
+            what = "compute_loss_func" if self.compute_loss_func is not None else f"{owner.__name__}.compute_loss"
+            way_out = "pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch size,)"
+            if owner.__name__ == "SFTTrainer":
+                way_out = "use hf_dynprune.sft.DynamicPruningSFTTrainer, which knows the loss of trl's SFTTrainer"
+            raise ValueError(
+                f"{what} computes a loss of its own, of which pruning needs the part of each sample: {way_out}."
+            )
+        return derive_rule(_base_model(self.model), per_sample_loss_fn)
+
+    def _own_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        """The loss of a batch by the Trainer that is mixed with, and the outputs of its forward pass."""
+        return cast(tuple[torch.Tensor, Any], super().compute_loss(model, inputs, return_outputs=True))
+
+    def _scoring_outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        """The outputs of a pass that only scores; not collective, as ranks make different numbers of these."""
+        return self._own_loss(model, inputs)[1]
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -480,7 +509,7 @@ class DynamicPruningMixin(_Trainer):
         batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
         # The model's own loss is looked at on the first batch; later it would be computed for nothing.
         with loss_left_out(self._model_with_loss() if self._loss_checked else None) as left_out:
-            own_loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+            own_loss, outputs = self._own_loss(model, inputs)
         # A router's loss and the like, which the model added to its own: kept, unweighted.
         auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
         if auxiliary is None and not self._loss_rule.from_own_loss:
@@ -577,13 +606,36 @@ class DynamicPruningMixin(_Trainer):
     # ---- card -------------------------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the card: the Trainer's facts, and what was pruned, what it cost, how to repeat it."""
+        """Writes the card: the Trainer's facts, and what was pruned, what it cost, how to repeat it. Beside it `report.json`
+        and, where matplotlib is installed, a picture.
+
+        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.card_of_trainer`]: `full=` and `short=`, reports
+        to compare with, and `other_seeds=`.
+        """
         if self.pruning is None or self.pruner is None or not self.pruner.report.epochs:
             return super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            from .model_card import card_of_trainer
+            from .model_card import write_card
 
-            card_of_trainer(self, *args, **kwargs).save(Path(self.args.output_dir or ".") / "README.md")
+            write_card(self, Path(self.args.output_dir or "."), *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Uploads the model, its card, `report.json` and the picture; the arguments are the Trainer's, and those of
+        `create_model_card`.
+
+        Raises:
+            RuntimeError: if the upload fails. Everything was written to `output_dir` before; the message says how to go on.
+        """
+        if self.pruning is None or self.pruner is None or not self.pruner.report.epochs:
+            return super().push_to_hub(*args, **kwargs)
+        # The Trainer asks the Hub for the repository first, and saves then. Writing twice is little beside an upload.
+        folder = self.args.output_dir or "."
+        self.save_model(folder, _internal_call=True)
+        of_upload = inspect.signature(Trainer.push_to_hub).parameters
+        self.create_model_card(**{name: value for name, value in kwargs.items() if name not in of_upload})
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
+        with uploading(folder, repo_id, "trainer.push_to_hub()", "--exclude", "checkpoint-*", "--exclude", "_*"):
+            return super().push_to_hub(*args, **kwargs)
 
 
 class DynamicPruningTrainer(DynamicPruningMixin, Trainer):
@@ -614,6 +666,34 @@ class _Recorder(TrainerCallback):
 
 
 # ---- helpers --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def uploading(folder: str | os.PathLike[str], repo_id: str, again: str, *options: str) -> Iterator[None]:
+    """Says of an upload that fails what happened, that nothing is lost, and how to go on: by the call `again`, or by
+    `hf upload` with these options."""
+    try:
+        yield
+    except Exception as error:  # of the connection, the login or the Hub: they have no class in common
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        raise RuntimeError(
+            f"The upload to {repo_id} failed ({type(error).__name__}: {str(error).strip()}). Nothing is lost: all that was "
+            f"to be uploaded lies in {folder}. Check the network, log in with a token that may write there (`hf auth "
+            f"login`), and call {again} again; or, when this process has ended, `{command}`."
+        ) from error
+
+
+def looks_once(policy: PruningPolicy, epochs: int) -> bool:
+    """Whether a policy that goes by scores has none to go by in a run of so many epochs: each choice is a first look.
+
+        choices * keep_ratio <= 1,    choices = ceil(epochs / period)
+
+    Never observed samples come first, so it chooses as [`RandomPruning`] without replacement does. Not so where forward
+    passes score what was not trained, nor behind full-data epochs.
+    """
+    keep_ratio = getattr(policy, "keep_ratio", None)
+    by_scores = type(policy).score is not PruningPolicy.score and policy.scoring == "trained" and policy.first == 0
+    return by_scores and keep_ratio is not None and math.ceil(epochs / policy.period) * keep_ratio <= 1
 
 
 def _owner(cls: type, method: str) -> type:

@@ -1,7 +1,7 @@
 """Image classification from scratch, with an input path fast enough not to eat up what pruning saves.
 
 * ResNets with the stem for 32x32 images, registered with timm when this module is imported, and `create_timm_model`,
-  a `transformers` model of any timm architecture with timm's own initial weights.
+  a `transformers` model of any timm architecture with timm's own initial weights; `save_timm` writes it in timm's format.
 * `ImageCache`, images decoded once, of which augmented batches are cut whole; `batch_collator` goes with it.
 """
 
@@ -37,6 +37,7 @@ __all__ = [  # timm appends the architectures as they are registered
     "ImageCache",
     "batch_collator",
     "create_timm_model",
+    "save_timm",
 ]
 
 CIFAR_MEAN = (0.4914, 0.4822, 0.4465)
@@ -139,6 +140,7 @@ def create_timm_model(
     image_size: int,
     mean: Sequence[float],
     std: Sequence[float],
+    crop_pct: float = 1.0,
     in_chans: int = 3,
     **model_args: Any,
 ) -> TimmWrapperForImageClassification:
@@ -155,14 +157,16 @@ def create_timm_model(
     Args:
         architecture: a name from `timm.list_models()`.
         num_labels, label_names: give one of them; the names become `id2label` and `label2id`.
-        image_size: the image processor scales the short side to it (bicubic) and crops the centre square, exactly as
-            `ImageCache.from_dataset(image_size=...)`.
+        image_size: the image processor scales the short side to image_size / crop_pct (bicubic) and crops the centre
+            square of image_size; with a crop_pct of 1 exactly as `ImageCache.from_dataset(image_size=...)`.
         mean, std: a number for each channel, of pixels in [0, 1].
+        crop_pct: in (0, 1], above. Common on ImageNet: 0.875.
         in_chans: 3, or 1 for grey images.
         **model_args: timm's, as JSON values: `drop_path_rate=0.1`; `img_size=32, patch_size=4` for a ViT.
 
     Raises:
-        ValueError: an architecture unknown to timm; both or none of `num_labels` and `label_names`; bad mean or std.
+        ValueError: an architecture unknown to timm; both or none of `num_labels` and `label_names`; bad mean, std or
+            crop_pct.
         TypeError: model arguments that JSON cannot hold.
     """
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
@@ -176,6 +180,8 @@ def create_timm_model(
         raise ValueError(f"Give one of num_labels and label_names, got {num_labels} and {label_names}.")
     mean, std = _checked_statistics(mean, std, in_chans)
     _check_size(image_size)
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct must be the share of a side that the centre crop keeps, in (0, 1], got {crop_pct}.")
     model_args = {"in_chans": in_chans, **model_args}
     try:
         json.dumps(model_args)
@@ -194,12 +200,37 @@ def create_timm_model(
         "input_size": [in_chans, image_size, image_size],
         "mean": list(mean),
         "std": list(std),
-        "crop_pct": 1.0,
+        "crop_pct": crop_pct,
         "crop_mode": "center",
         "interpolation": "bicubic",
         **{key: registered[key] for key in ("first_conv", "classifier") if key in registered},
     }
     return model
+
+
+def save_timm(model: TimmWrapperForImageClassification, folder: str | os.PathLike[str]) -> None:
+    """Writes a model in timm's own format: `config.json` and `model.safetensors`, the folder is made if need be.
+
+    ``timm.create_model("local-dir:folder", pretrained=True)`` loads it, from the Hub ``"hf-hub:user/name"``; so do
+    `AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline`, as from `save_pretrained`. Either way a
+    `*_cifar` architecture needs this module to be imported first. (What `save_pretrained` writes timm cannot load: its
+    configuration is the same, the names of its weights have a prefix.)
+
+    Raises:
+        TypeError: a model of another class.
+    """
+    from safetensors.torch import save_file
+    from transformers import TimmWrapperForImageClassification
+
+    if not isinstance(model, TimmWrapperForImageClassification):
+        raise TypeError(
+            f"{type(model).__name__} is no model of timm: wanted is a TimmWrapperForImageClassification, such as "
+            "create_timm_model makes and AutoModelForImageClassification loads from a repository of timm."
+        )
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    weights = {name: weight.contiguous() for name, weight in model.timm_model.state_dict().items()}
+    save_file(weights, os.path.join(folder, "model.safetensors"), metadata={"format": "pt"})
 
 
 class ImageCache(torch.utils.data.Dataset):

@@ -18,7 +18,7 @@ from metrics import accuracy_of, best_classes
 from transformers import SchedulerType, TrainingArguments, set_seed
 from transformers.trainer_utils import SaveStrategy
 
-from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, score_dataset
+from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, PruningPolicy, score_dataset
 from hf_dynprune.data import load_splits
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
@@ -93,6 +93,56 @@ class CifarTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False here."})
 
 
+@dataclass
+class Images:
+    """Training images as training sees them, the same ones unchanged, and those to evaluate on."""
+
+    train: ImageCache
+    plain: ImageCache
+    test: ImageCache
+
+
+def load_images(data: DataArguments, seed: int) -> Images:
+    train_split, test_split = load_splits(
+        data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split
+    )
+    options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": data.label_column}
+    train = ImageCache.from_dataset(train_split, augment=True, seed=seed, **options)
+    plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
+    return Images(train, plain, ImageCache.from_dataset(test_split, **options))
+
+
+def make_model(recipe: RecipeArguments, images: Images) -> torch.nn.Module:
+    size, names = images.train.images.shape[-1], images.train.label_names
+    return create_timm_model(recipe.model, label_names=names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD)
+
+
+def make_trainer(
+    recipe: RecipeArguments, policy: PruningPolicy, args: CifarTrainingArguments, images: Images
+) -> DynamicPruningTrainer:
+    set_seed(args.seed)
+    model = make_model(recipe, images)
+    model.to(memory_format=torch.channels_last)  # a quarter faster in bf16 on a CPU, and on tensor cores
+    optimizer = torch.optim.SGD(
+        timm.optim.param_groups_weight_decay(model, args.weight_decay),
+        lr=args.learning_rate,
+        momentum=recipe.momentum,
+        nesterov=True,
+    )
+    return DynamicPruningTrainer(
+        model=model,
+        args=args,
+        train_dataset=images.train,
+        eval_dataset=images.test,
+        data_collator=batch_collator,
+        compute_metrics=accuracy_of(1, 5),
+        preprocess_logits_for_metrics=best_classes,
+        optimizers=(optimizer, None),
+        pruning=policy,
+        scoring_dataset=None if recipe.augmented_scoring else images.plain,
+    )
+
+
 def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, CifarTrainingArguments
@@ -102,63 +152,31 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         if not recipe.score:
             common.check_output(args, recipe)
-        train_split, test_split = load_splits(
-            data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split
-        )
-        options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": data.label_column}
-        train = ImageCache.from_dataset(train_split, augment=True, seed=args.seed, **options)
-        test = ImageCache.from_dataset(test_split, **options)
-    plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
+        images = load_images(data, args.seed)
 
     if recipe.eval_every:
-        full_epoch = len(train) / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+        full_epoch = len(images.train) / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
         args.eval_strategy, args.eval_steps = "steps", max(1, round(recipe.eval_every * full_epoch))
-
-    def make_model() -> torch.nn.Module:
-        size = train.images.shape[-1]
-        return create_timm_model(
-            recipe.model, label_names=train.label_names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD
-        )
 
     if recipe.score:
         momentum = {"momentum": recipe.momentum, "nesterov": True}
         scores = score_dataset(
             recipe.score,
-            make_model,
+            lambda: make_model(recipe, images),
             args,
-            train,
+            images.train,
             runs=recipe.score_runs,
             epochs=recipe.score_epochs,
             output_dir=args.output_dir,
             data_collator=batch_collator,
-            scoring_dataset=plain,
+            scoring_dataset=images.plain,
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.learning_rate, **momentum}),
         )
         print(f"{recipe.score}: {scores.provenance['passes']:,.0f} passes. Written to {args.output_dir}/scores.safetensors.")
         return
 
-    set_seed(args.seed)
-    model = make_model()
-    model.to(memory_format=torch.channels_last)  # a quarter faster in bf16 on a CPU, and on tensor cores
-    optimizer = torch.optim.SGD(
-        timm.optim.param_groups_weight_decay(model, args.weight_decay),
-        lr=args.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=True,
-    )
-    trainer = DynamicPruningTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        data_collator=batch_collator,
-        compute_metrics=accuracy_of(1, 5),
-        preprocess_logits_for_metrics=best_classes,
-        optimizers=(optimizer, None),
-        pruning=policy,
-        scoring_dataset=None if recipe.augmented_scoring else plain,
-    )
-    common.train(trainer, dataset=data.dataset, task="image-classification", metric="accuracy")
+    trainer = make_trainer(recipe, policy, args, images)
+    common.train(trainer, dataset=data.dataset, task="image-classification", metric="accuracy", advise=recipe.advise)
 
 
 if __name__ == "__main__":

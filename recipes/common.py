@@ -2,8 +2,9 @@
 and what follows the training."""
 
 import difflib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_dynprune import DynamicPruningTrainer, PruningArguments
+import hf_dynprune
+from hf_dynprune import DynamicPruningTrainer
 
 
 @dataclass
@@ -36,6 +38,59 @@ class RunArguments:
     _argument_group_name = "run"
 
     overwrite: bool = field(default=False, metadata={"help": "Write into an output folder that holds a run already."})
+    advise: bool = field(
+        default=False,
+        metadata={
+            "help": "Do not train: print what the run would take, on all data and pruned, by a dry run of some batches."
+        },
+    )
+
+
+@dataclass
+class ModelArguments(RunArguments):
+    """A model of text, pretrained or from scratch, and the run; a recipe gives `model` its default."""
+
+    _argument_group_name = "model and run"
+
+    model: str = field(
+        default="", metadata={"help": "Hub id or local path of a model: of its weights, configuration and tokenizer."}
+    )
+    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights."})
+    model_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "A model from scratch with this configuration in place of that of --model, as JSON, such as "
+            '\'{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}\'.'
+        },
+    )
+    tokenizer_vocabulary: int | None = field(
+        default=None,
+        metadata={
+            "help": "Train a tokenizer (byte-level BPE) of so many tokens on the training texts, in place of that of "
+            "--model; for a model from scratch."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if isinstance(self.model_config, str):
+            try:
+                self.model_config = json.loads(self.model_config)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"model_config={self.model_config!r} is not JSON ({error}).") from error
+        if self.model_config is not None:
+            if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
+                raise ValueError(
+                    f"model_config={self.model_config!r} is no mapping with a model_type, such as "
+                    '{"model_type": "llama", "hidden_size": 128}.'
+                )
+            self.from_scratch = True
+        if self.tokenizer_vocabulary is not None and self.tokenizer_vocabulary < 1:
+            raise ValueError(f"tokenizer_vocabulary={self.tokenizer_vocabulary} is no number of tokens, such as 8000.")
+        if self.tokenizer_vocabulary is not None and not self.from_scratch:
+            raise ValueError(
+                f"tokenizer_vocabulary={self.tokenizer_vocabulary} trains a tokenizer that the pretrained weights of "
+                f"{self.model} do not know: start with --from_scratch True or --model_config, or leave it out."
+            )
 
 
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:
@@ -43,7 +98,9 @@ def parse(description: str, *groups: Any) -> tuple[Any, ...]:
 
     A mistake ends the program with status 2 and a message, before anything heavy happens.
     """
-    groups = tuple(_in_group(group) for group in groups)
+    for group in groups:
+        if issubclass(group, TrainingArguments):
+            group._argument_group_name = "all arguments of the Trainer"
     parser = HfArgumentParser(
         groups,
         usage="%(prog)s [config.yaml] [--option value ...]",
@@ -55,14 +112,6 @@ def parse(description: str, *groups: Any) -> tuple[Any, ...]:
         parser.set_defaults(**_settings(parser, arguments.pop(0), groups))
     with user_mistakes(parser):
         return parser.parse_args_into_dataclasses(args=arguments)
-
-
-def _in_group(group: Any) -> Any:
-    names = {PruningArguments: "pruning"}
-    if not hasattr(group, "_argument_group_name"):
-        trainer = "all arguments of the Trainer"
-        group._argument_group_name = trainer if issubclass(group, TrainingArguments) else names.get(group, "model")
-    return group
 
 
 def _settings(parser: HfArgumentParser, file: str, groups: tuple[Any, ...]) -> dict[str, Any]:
@@ -95,31 +144,60 @@ def _fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
-def check_output(args: TrainingArguments, run: RunArguments) -> None:
-    """An output folder that holds a run is written to only if that is continued, or if the user says so."""
-    folder = Path(args.output_dir)
+def check_output(args: Any, run: RunArguments) -> None:
+    """An output folder that holds a run is written to only if that is continued, or if the user says so.
+
+    `args` have `output_dir`, and `resume_from_checkpoint` where a run can be continued.
+    """
+    if run.advise and not isinstance(args, TrainingArguments):
+        raise ValueError("--advise True lets a Trainer train some batches, and this recipe has none: leave it out.")
+    folder, can_resume = Path(args.output_dir), hasattr(args, "resume_from_checkpoint")
     found = [path.name for pattern in ("report.json", "checkpoint-*") for path in sorted(folder.glob(pattern))]
-    if args.resume_from_checkpoint in ("True", "true"):  # the Trainer's way to say: the newest
+    if can_resume and args.resume_from_checkpoint in ("True", "true"):  # the Trainer's way to say: the newest
         args.resume_from_checkpoint = True
-    if found and not run.overwrite and not args.resume_from_checkpoint:
+    if found and not run.overwrite and not run.advise and not (can_resume and args.resume_from_checkpoint):
+        way_on = "continue it with --resume_from_checkpoint True, " if can_resume else ""
         raise FileExistsError(
-            f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, continue it with "
-            "--resume_from_checkpoint True, or write over it with --overwrite True."
+            f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, {way_on}"
+            "or write over it with --overwrite True."
         )
 
 
-def train(trainer: DynamicPruningTrainer, *, dataset: str, task: str, metric: str) -> None:
-    """Trains, evaluates at the end if the last epoch was not, and writes model, card and report.json; pushes if told to."""
+def train(
+    trainer: DynamicPruningTrainer,
+    *,
+    dataset: str,
+    task: str,
+    metric: str,
+    evaluate_also: Callable[[], None] | None = None,
+    advise: bool = False,
+) -> None:
+    """Trains, evaluates at the end if the last epoch was not, and writes model, card, report.json and
+    table.safetensors (what is known of each sample); pushes if told to.
+
+    `evaluate_also` is called after that evaluation: what it adds to the report is in all that is written. With `advise`
+    nothing is trained or written, but what the run would take is printed.
+    """
     args = trainer.args
+    if advise:
+        advice = hf_dynprune.advise(trainer)
+        if trainer.is_world_process_zero():
+            print(advice)
+        return
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     report = trainer.pruning_report
     if trainer.eval_dataset is not None and not report.epochs[-1].metrics:
         trainer.evaluate()
-    trainer.save_model()
-    words = {"dataset": dataset, "tasks": task}
-    trainer.create_model_card(**words)
+    if evaluate_also is not None:
+        evaluate_also()
     if trainer.is_world_process_zero():
         report.save(Path(args.output_dir) / "report.json")
+        trainer.pruner.table.save(Path(args.output_dir) / "table.safetensors")
+    trainer.save_model()
+    # On the card a path of this machine would be of no use to others.
+    words = {"dataset": Path(dataset).resolve().name if Path(dataset).exists() else dataset, "tasks": task}
+    trainer.create_model_card(**words)
+    if trainer.is_world_process_zero():
         seconds = report.totals["seconds"]
         value = report.metrics.get(f"eval_{metric}")
         share = metric.endswith("accuracy")

@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 import numpy as np
+from sklearn.metrics import f1_score
 
 # What the Trainer hands to `compute_metrics` by way of `best_classes`: the classes in the order of their logits.
 KEPT_CLASSES = 5
@@ -26,6 +27,21 @@ class Accuracy(evaluate.Metric):
         return {"accuracy" if n == 1 else f"top{n}_accuracy": float(hits[:, :n].any(1).mean()) for n in k}
 
 
+class MacroF1(evaluate.Metric):
+    """Mean of the F1 scores of the classes that are predicted or present: each counts the same, however rare it is."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: the class predicted for a sample; references: its label",
+            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        return {"macro_f1": float(f1_score(references, predictions, average="macro"))}
+
+
 def best_classes(logits, labels):
     """For `preprocess_logits_for_metrics`: keeps (B, 5) classes of the (B, C) logits, on the device."""
     logits = logits[0] if isinstance(logits, tuple) else logits
@@ -38,5 +54,19 @@ def accuracy_of(*k: int):
 
     def compute(prediction) -> dict[str, float]:
         return metric.compute(predictions=prediction.predictions, references=prediction.label_ids, k=k)
+
+    return compute
+
+
+def accuracy_and_f1():
+    """For `compute_metrics`: accuracy and macro-F1."""
+    accuracy, macro_f1 = Accuracy(keep_in_memory=True), MacroF1(keep_in_memory=True)
+
+    def compute(prediction) -> dict[str, float]:
+        best, labels = prediction.predictions, prediction.label_ids
+        return {
+            **accuracy.compute(predictions=best, references=labels),
+            **macro_f1.compute(predictions=best[:, 0], references=labels),
+        }
 
     return compute

@@ -58,8 +58,8 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def train(policy: PruningPolicy, epochs: float, seed: int, output_dir: Path) -> DynamicPruningTrainer:
-    """Trains the same model from the same initial weights; only the policy and the number of epochs differ."""
+def make_trainer(policy: PruningPolicy, epochs: float, seed: int, output_dir: Path) -> DynamicPruningTrainer:
+    """Of the same model with the same initial weights; only the policy and the number of epochs differ."""
     train_images, test_images = load_data()
     set_seed(seed)
     model = create_timm_model(
@@ -95,7 +95,6 @@ def train(policy: PruningPolicy, epochs: float, seed: int, output_dir: Path) -> 
         pruning=policy,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
     return trainer
 
 
@@ -118,7 +117,8 @@ def main() -> None:
         ("short run", FullData(), options.keep_ratio * options.epochs),
         ("pruned run", UCB(keep_ratio=options.keep_ratio), options.epochs),
     ):
-        trainer = train(policy, epochs, options.seed, options.output_dir)
+        trainer = make_trainer(policy, epochs, options.seed, options.output_dir)
+        trainer.train()
         report = reports[name] = trainer.pruning_report
         seconds = sum(report.totals["seconds"].values()) - report.totals["seconds"]["evaluation"]
         print(
@@ -130,7 +130,8 @@ def main() -> None:
 
     # The last trainer is the pruned run's.
     trainer.save_model()
-    trainer.create_model_card(model_name="digits-resnet8", dataset="handwritten digits of scikit-learn")
+    compared = {"full": reports["full run"], "short": reports["short run"]}
+    trainer.create_model_card(model_name="digits-resnet8", dataset="handwritten digits of scikit-learn", **compared)
     for name, file in (("full run", "full.json"), ("short run", "short.json"), ("pruned run", "report.json")):
         reports[name].save(options.output_dir / file)
     plot_runs(reports).savefig(options.output_dir / "comparison.png", dpi=150)

@@ -10,16 +10,19 @@ import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
+from urllib.request import Request, urlopen
 
 
 class Hub:
-    """`hub.files["user/name"]`: path -> bytes of each repository; `hub.refuse`: a status that every upload gets."""
+    """`hub.files["user/name"]`: path -> bytes of each repository; `hub.refuse`: a status that every upload gets, or with
+    `hub.refuse_path`, a regular expression, what else is sent there. Child processes set both by `refuse`."""
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
         self.blobs: dict[str, bytes] = {}
         self.commits: list[tuple[str, str]] = []  # (repository, message)
         self.refuse: int | None = None
+        self.refuse_path = r"/preupload/|/info/lfs/|/commit/"
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
@@ -51,6 +54,12 @@ class Hub:
         return hashlib.sha1(repr(content).encode()).hexdigest()
 
 
+def refuse(status, path=""):
+    """What a child process calls: from now on its Hub answers so to what is sent to a path that matches; None: no more."""
+    wanted = json.dumps({"refuse": status, "refuse_path": path}).encode()
+    urlopen(Request(f"{os.environ['HF_ENDPOINT']}/refuse", data=wanted)).close()
+
+
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -80,6 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         path, body = unquote(urlsplit(self.path).path), self.body()
+        if path == "/refuse":
+            vars(self.hub).update(json.loads(body))
+            return self.reply()
+        if self.refused(path):
+            return None
         if path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
@@ -87,8 +101,6 @@ class _Handler(BaseHTTPRequestHandler):
             return self.reply({"url": f"{self.hub.url}/{name}", "name": name}, 409 if known else 200)
         if path == "/api/validate-yaml":
             return self.reply({"errors": [], "warnings": []})
-        if self.hub.refuse:
-            return self.reply({"error": "refused"}, self.hub.refuse)
         if match := re.fullmatch(r"/api/(?:models|datasets)/(.+)/preupload/.+", path):
             files = json.loads(body)["files"]
             modes = [{"path": f["path"], "uploadMode": _mode(f), "shouldIgnore": False} for f in files]
@@ -119,8 +131,17 @@ class _Handler(BaseHTTPRequestHandler):
         url = f"{self.hub.url}/{name}/commit/{oid}"
         return self.reply({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
 
+    def refused(self, path):
+        if self.hub.refuse and re.search(self.hub.refuse_path, path):
+            self.reply({"error": "refused"}, self.hub.refuse)
+            return True
+        return False
+
     def do_PUT(self):
-        self.hub.blobs[self.path.rsplit("/", 1)[1]] = self.body()
+        body = self.body()
+        if self.refused(self.path):
+            return None
+        self.hub.blobs[self.path.rsplit("/", 1)[1]] = body
         return self.reply()
 
     def do_HEAD(self):
@@ -134,7 +155,8 @@ class _Handler(BaseHTTPRequestHandler):
             name, file = match.groups()
             data = self.hub.files.get(name, {}).get(file)
             if data is None:
-                return self.reply({"error": "not found"}, 404, head, X_Error_Code="EntryNotFound")
+                code = "EntryNotFound" if name in self.hub.files else "RepoNotFound"
+                return self.reply({"error": "not found"}, 404, head, X_Error_Code=code)
             etag = f'"{hashlib.sha1(data).hexdigest()}"'
             return self.reply(data, 200, head, ETag=etag, X_Repo_Commit=self.hub.revision(name))
         if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/tree/.+|/revision/.+)?", path):

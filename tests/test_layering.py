@@ -24,7 +24,7 @@ CORE = {
     "pruner": {"distributed", "policies", "report", "sampler", "scores"},
 }
 ORDER = ["scores", "policies", "sampler", "pruner", "trainer"]
-TOOLS = {"plots", "cli"}  # imported by nothing
+TOOLS = {"cli"}  # imported by nothing
 HEAVY = ["transformers", "accelerate", "datasets", "timm", "evaluate", "matplotlib", "safetensors", "pyarrow", "torchvision"]
 
 
@@ -162,8 +162,8 @@ def test_tools_are_imported_by_nothing():
             assert not ours & TOOLS, module
 
 
-def test_losses_join_at_scoring_and_trainer():
-    assert {module for module, ours in GRAPH.items() if "losses" in ours} <= {"trainer", "scoring"}
+def test_losses_join_at_scoring_and_the_trainers():
+    assert {module for module, ours in GRAPH.items() if "losses" in ours} <= {"trainer", "scoring", "sft"}
 
 
 def test_only_one_module_talks_to_other_ranks():

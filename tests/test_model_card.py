@@ -1,7 +1,9 @@
 """The card says what was done, with the report's numbers, and its snippets work as they stand."""
 
 import inspect
+import json
 import re
+import shlex
 from dataclasses import dataclass, replace
 
 import pytest
@@ -18,8 +20,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningReport, RandomPruning
-from hf_dynprune.model_card import card_of_report, card_of_trainer, results_of
+from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningReport, RandomPruning, StaticPruning
+from hf_dynprune.model_card import card_of_report, card_of_trainer, command_of, facts_of, picture_of, results_of
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
 N = 40
@@ -122,8 +124,8 @@ def test_no_results_in_the_metadata_unless_it_is_known_of_which_data(trainer, ar
 
 def test_signature_is_that_of_the_trainer():
     ours, stock = (inspect.signature(f).parameters for f in (card_of_trainer, Trainer.create_model_card))
-    assert list(ours)[1:] == list(stock)[1:]
-    assert all(parameter.default is None for parameter in list(ours.values())[1:])
+    assert [name for name, p in ours.items() if p.kind is not p.KEYWORD_ONLY][1:] == list(stock)[1:]
+    assert all(parameter.default is not parameter.empty for parameter in list(ours.values())[1:])
 
 
 def test_trainer_writes_the_card_and_it_reads_back(trainer, tmp_path, monkeypatch):
@@ -133,6 +135,36 @@ def test_trainer_writes_the_card_and_it_reads_back(trainer, tmp_path, monkeypatc
     assert card.data.tags == ["generated_from_trainer", "mine", "dynamic-data-pruning", "ucb"]
     assert card.content.endswith("takes.\n")
     assert "\n# written\n" in card.content
+    report = PruningReport.load(tmp_path / "report.json")
+    assert report.to_dict() == trainer.pruning_report.to_dict()
+    assert "](pruning.png)" in card.content
+    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_picture_without_matplotlib_and_in_mid_run(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.util.find_spec", lambda name: None)
+        trainer.create_model_card()
+    monkeypatch.setattr(trainer, "is_in_train", True)
+    trainer.create_model_card()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["README.md", "report.json"]
+    assert "](" not in ModelCard.load(tmp_path / "README.md").content
+
+
+def test_trainer_compares_with_reports_it_is_given(trainer, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    report = trainer.pruning_report
+    other = replace(report, seed=6, epochs=[replace(e, metrics={"eval_accuracy": 0.25}) for e in report.epochs])
+    full = replace(report, policy=FullData().to_dict())
+    trainer.create_model_card(dataset="numbers", other_seeds=other, full=full)
+    card = ModelCard.load(tmp_path / "README.md")
+    mean = (report.metrics["eval_accuracy"] + 0.25) / 2
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("accuracy", mean)]
+    assert "means of 2 runs that differ in their seed alone (5, 6)" in card.content
+    assert "| seeds | 5, 6 | 5 |" in section(card, "Against the full run")
+    assert "| seed | 5, 6 |" in section(card, "Training")
+    assert "](pruning.png)" in card.content
 
 
 def test_a_card_that_is_there_keeps_its_library_and_tags_but_not_another_policy(trainer, tmp_path, monkeypatch):
@@ -305,6 +337,96 @@ def test_weights_of_the_best_checkpoint_and_a_resumed_run_are_told(data, tmp_pat
     assert "resumed at optimizer step 3." in cost
 
 
+# ---- several runs ----------------------------------------------------------------------------------------------------
+
+
+def seeds(policy=None, last=(0.7, 0.8, 0.6), **changes):
+    return [a_report(policy, accuracies=(0.5, 0.9, value), seed=seed, **changes) for seed, value in enumerate(last)]
+
+
+def test_facts_are_means_and_each_value():
+    runs = seeds()
+    runs[0].epochs[0].backward_passes += 30  # 20 passes more
+    facts = facts_of([runs[2], runs[0], runs[1]])
+    assert facts["seeds"] == [0, 1, 2]
+    assert facts["results"]["accuracy"]["values"] == [0.7, 0.8, 0.6]
+    assert facts["results"]["accuracy"]["mean"] == pytest.approx(0.7)
+    assert facts["results"]["accuracy"]["std"] == pytest.approx(0.1)  # sqrt((0 + 0.01 + 0.01) / 2)
+    assert facts["passes"] == pytest.approx(90 + 20 / 3)
+    assert facts["cost_ratio"] == pytest.approx((90 + 20 / 3) / 300)
+    assert facts["optimizer_steps"] == 9
+    assert facts_of(runs[0])["results"]["accuracy"] == {"mean": 0.7, "std": None, "values": [0.7]}
+    assert json.loads(json.dumps(facts)) == facts
+
+
+def test_spread_of_several_seeds():
+    card = card_of_report(seeds(), ModelCardData())
+    assert "| accuracy | 0.7 ± 0.1 | 0.7, 0.8, 0.6 |" in section(card, "Results")
+    assert "means of 3 runs that differ in their seed alone (0, 1, 2)" in card.content
+    assert "| seed | 0, 1, 2 |" in section(card, "Training")
+    assert "One run, one seed" not in section(card, "Limits")
+    assert card.data["hf_dynprune"]["seeds"] == [0, 1, 2]
+
+
+def test_comparison_with_full_and_short_run():
+    full = seeds(FullData(), (0.9, 0.95, 0.97))
+    for run in full:
+        run.epochs = [replace(record, backward_passes=100, forward_passes=100, optimizer_steps=10) for record in run.epochs]
+    short = replace(full[0], num_epochs=1.0, epochs=full[0].epochs[-1:])
+    card = card_of_report(seeds(), ModelCardData(), full=full, short=short)
+    table = section(card, "Against the full run and the short run")
+    for row in (
+        "| | this run | full run | short run |",
+        "| epochs | 3 | 3 | 1 |",
+        "| seeds | 0, 1, 2 | 0, 1, 2 | 0 |",
+        "| cost | 0.300 | 1.000 | 0.333 |",
+        "| optimizer steps | 9 | 30 | 10 |",
+        "| accuracy | 0.7 ± 0.1 | 0.94 ± 0.036 | 0.9 |",
+    ):
+        assert row in table
+    assert "| optimizer steps | 9 | 30 |" in section(card, "What it cost")
+    assert "compare it with a short run" not in section(card, "Limits")
+    only = card_of_report(seeds(), ModelCardData(), short=short)
+    assert "full run" not in section(only, "Against the short run").partition("Cost is")[0]
+    assert "| seconds, training | 0.00 | not measured |" in section(only, "What it cost")
+    assert "Against" not in card_of_report(seeds(), ModelCardData()).content
+
+
+@pytest.mark.parametrize(
+    ("runs", "compared", "message"),
+    [
+        ([], {}, "There is no report"),
+        ([0, 0], {}, "Two reports of the run have the seed 0"),
+        ([0, UCB(keep_ratio=0.5)], {}, r"differ in more than the seed \(keep_ratio: 0.3 and 0.5\)"),
+        ([0], {"full": UCB(keep_ratio=0.3)}, "The full run is one of 'ucb' and 3 epochs: wanted is 'full'"),
+        ([0], {"short": FullData()}, "The short run is one of 'full' and 3 epochs: .* fewer than 3 epochs"),
+        ([0], {"full": 99}, "The full run has 99 samples, the run 100"),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_refused(runs, compared, message):
+    def report(of, seed):
+        if isinstance(of, int):
+            return a_report(FullData(), num_samples=of) if of else a_report()
+        return a_report(of, seed=seed)
+
+    with pytest.raises(ValueError, match=message):
+        facts_of(
+            [report(of, seed) for seed, of in enumerate(runs)], **{name: report(of, 0) for name, of in compared.items()}
+        )
+
+
+def test_picture():
+    full = a_report(FullData())
+    comparison = picture_of(seeds(), full=full)
+    assert comparison.axes[0].get_ylabel().startswith("eval accuracy")
+    selection = picture_of(seeds())
+    assert selection.axes[0].get_xlabel() == "times kept (choices)"
+    assert picture_of(replace(full, selection={})) is None
+    for record in full.epochs:
+        record.metrics = {"test_accuracy": 0.5}
+    assert picture_of(seeds(), full=full) is None
+
+
 # ---- snippets -------------------------------------------------------------------------------------------------------
 
 
@@ -338,6 +460,38 @@ def test_repeating_snippet_repeats_the_run(trainer, data, tmp_path, monkeypatch)
     again = names["trainer"]
     assert torch.equal(again.pruner.table["times_kept"], trainer.pruner.table["times_kept"])
     torch.testing.assert_close(again.pruner.table["mean"], trainer.pruner.table["mean"], equal_nan=True)
+
+
+def test_command_line_of_a_recipe():
+    arguments = ["--pruning_kwargs", '{"scores": "/home/me/s.parquet", "c": 2}', "--hub_token", "secret", "--dataset", "a/b"]
+    argv = ["/home/me/recipes/cifar.py", *arguments, "--hub-tok=secret", "--model=../m/resnet", "--push_to_hub", "True"]
+    command = command_of(argv, ranks=1)
+    assert command.startswith("python recipes/cifar.py --pruning_kwargs ")
+    assert shlex.split(command)[3:] == [
+        '{"scores": "path/to/s.parquet", "c": 2}',
+        *("--dataset", "a/b", "--model=path/to/resnet", "--push_to_hub", "True"),
+    ]
+    assert command_of(argv, ranks=2).startswith("torchrun --nproc_per_node 2 recipes/cifar.py")
+    assert command_of(["/home/me/train.py", "--lr", "1"]) == ""
+    assert command_of(["recipes/x.py", "~/data", "https://example.org/a/b", "runs/x", "1/3"]) == (
+        "python recipes/x.py path/to/data https://example.org/a/b runs/x 1/3"
+    )
+
+
+def test_a_recipe_is_repeated_by_its_command_line(trainer, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["recipes/mine.py", "--seed", "5"])
+    repeat = section(card_of_trainer(trainer), "How to repeat")
+    assert "```bash\npython recipes/mine.py --seed 5\n```" in repeat
+    assert "TrainingArguments" not in repeat
+
+
+def test_paths_of_this_machine_are_not_told():
+    report = a_report()
+    report.policy = {**StaticPruning(None, keep_ratio=0.3, keep="random").to_dict(), "scores": "/home/me/scores.parquet"}
+    report.policy.update(keep="hardest", digest="0123")
+    card = card_of_report(report, ModelCardData())
+    assert "/home" not in str(card)
+    assert '`scores="path/to/scores.parquet"`' in card.content
 
 
 def test_architecture_of_ours_asks_for_its_import(tmp_path):

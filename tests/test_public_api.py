@@ -10,6 +10,7 @@ import pytest
 import hf_dynprune
 
 PUBLIC = [
+    "Advice",
     "Column",
     "DynamicPruner",
     "DynamicPruningMixin",
@@ -32,7 +33,12 @@ PUBLIC = [
     "SeTa",
     "StaticPruning",
     "UCB",
+    "advise",
+    "kept_dataset",
+    "load_scores_from_hub",
     "make_policy",
+    "push_scores_to_hub",
+    "push_timm_to_hub",
     "score_dataset",
     "top_k",
 ]
@@ -70,7 +76,7 @@ def test_dir_and_version():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(AttributeError, match=r"module 'hf_dynprune' has no attribute 'Ucb'; it offers Column, .*UCB"):
+    with pytest.raises(AttributeError, match=r"module 'hf_dynprune' has no attribute 'Ucb'; it offers Advice, .*UCB"):
         _ = hf_dynprune.Ucb
     with pytest.raises(ImportError, match="Ucb"):
         exec("from hf_dynprune import Ucb")

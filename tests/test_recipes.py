@@ -44,7 +44,9 @@ def test_quickstart(tmp_path):
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
 
     card = (tmp_path / "README.md").read_text()
-    assert "UCB(keep_ratio=0.4)" in card
+    assert "`keep_ratio=0.4`" in card
+    assert "python recipes/quickstart.py --output_dir" in card
+    assert "| short run" in card
     # The card's own words load the model; then it classifies an image.
     load = re.search(r"```python\n(import hf_dynprune.vision.*?)```", card, flags=re.DOTALL)[1]
     assert "AutoModelForImageClassification" in load

@@ -1,0 +1,127 @@
+"""DynamicPruningSFTTrainer: trl's SFTTrainer with `pruning=`. Every private seam of trl that we lean on is in this file.
+
+In training the SFTTrainer builds no logits: its fused head gives the log-probability of each label. Its loss is a sum over
+these, and so is ours of one sample: they are read from the outputs of its one forward pass.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .losses import RULES, LossRule, SampleLosses
+from .trainer import DynamicPruningMixin
+
+try:
+    import trl
+    from trl import SFTTrainer
+except ImportError as error:
+    raise ImportError("hf_dynprune.sft needs trl: pip install hf-dynprune[llm]") from error
+
+# loss_type -> the loss of a token from its log-probability l: -l, and the -l exp(l) of DFT (Wu et al. 2025, arXiv
+# 2508.05629), in which exp(l) has no gradient. Both are 0 where l is, and that it is at labels that are ignored.
+TOKEN_LOSSES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "nll": lambda log_probs: -log_probs,
+    "dft": lambda log_probs: -log_probs * log_probs.detach().exp(),
+}
+
+_WAY_OUT = "hf_dynprune.sft was made for trl >= 1.16, < 2: install that, and report what you have."
+
+
+class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
+    """trl's SFTTrainer with one new argument, `pruning=`; see [`DynamicPruningMixin`].
+
+    ```python
+    from hf_dynprune.sft import DynamicPruningSFTTrainer
+
+    trainer = DynamicPruningSFTTrainer(model, args, train_dataset=train, pruning=UCB(keep_ratio=0.3))
+    ```
+
+    What is observed of a sample, the signal `"loss"`, is its mean negative log-likelihood over the tokens that are trained
+    on (the completion, the assistant's turns), also with `loss_type="dft"`. A sample is a row of `trainer.train_dataset` as
+    the SFTTrainer prepared it: with `packing=True, packing_strategy="wrapped"` a packed row.
+
+    Raises:
+        ValueError: at construction, for `padding_free` (so also for the packing strategies that imply it),
+            `compute_loss_func`, `per_sample_loss_fn`, `label_smoothing_factor` and `scoring_dataset`.
+
+    Cost: no forward pass and no collective beyond the SFTTrainer's.
+    """
+
+    def _derive_rule(self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None) -> LossRule:
+        args: Any = self.args  # an SFTConfig
+        if self.padding_free:
+            raise ValueError(
+                "padding_free joins all samples of a batch in one row, in which pruning cannot tell them apart: set "
+                "padding_free=False, and packing=False or packing_strategy='wrapped' (the others imply padding_free)."
+            )
+        if per_sample_loss_fn is not None or self.compute_loss_func is not None:
+            name = "compute_loss_func" if per_sample_loss_fn is None else "per_sample_loss_fn"
+            raise ValueError(
+                f"{name}= needs logits, and the SFTTrainer builds none in training: leave it out, or use "
+                "DynamicPruningTrainer on tokenized data."
+            )
+        if args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} needs logits, and the SFTTrainer builds none in "
+                "training: set it to 0, or use DynamicPruningTrainer on tokenized data."
+            )
+        if self.scoring_dataset is not None:
+            raise ValueError(
+                "scoring_dataset= would not be prepared as the SFTTrainer prepares the train_dataset: leave it out, and "
+                "scoring passes see the training samples."
+            )
+        if args.loss_type not in TOKEN_LOSSES:
+            raise ValueError(
+                f"No loss of one sample is known for loss_type={args.loss_type!r}: use one of {', '.join(TOKEN_LOSSES)}."
+            )
+        # How many terms a sample has follows from its labels, as ever; its losses from log-probabilities, not logits.
+        return replace(RULES["shifted_tokens"], losses=_losses(TOKEN_LOSSES[args.loss_type]))
+
+    def _own_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
+        # With return_outputs=True the SFTTrainer would go forward once more, for the logits.
+        passes: list[Any] = []
+        hook = model.register_forward_hook(lambda module, given, outputs: passes.append(outputs))
+        try:
+            loss = super(DynamicPruningMixin, self).compute_loss(model, inputs)
+        finally:
+            hook.remove()
+        if len(passes) != 1:
+            raise RuntimeError(
+                f"trl {trl.__version__} made {len(passes)} forward passes of a batch, not 1, so that it is not known which "
+                f"one its loss is of. {_WAY_OUT}"
+            )
+        return loss, passes[0]
+
+    def _scoring_outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
+        # Not by SFTTrainer.compute_loss: its metrics are of the training, and are gathered from all ranks at each batch.
+        return model(**inputs, fused_lm_head=True)
+
+    def create_model_card(  # type: ignore[override]  # trl's has other arguments
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        **words: Any,
+    ) -> None:
+        """Takes trl's arguments, and for a pruned run all those of `Trainer.create_model_card` by name."""
+        if self.pruner is None or not self.pruner.report.epochs:
+            return SFTTrainer.create_model_card(self, model_name, dataset_name, tags, **words)
+        self.pruner.update_record(step=self.state.global_step)  # before each checkpoint the SFTTrainer writes a card
+        given = [tags] if isinstance(tags, str) else tags or []
+        words = {"dataset": dataset_name, **words, "tags": [*given, *self._tag_names]}
+        super().create_model_card(model_name=model_name, **words)
+
+
+def _losses(token_loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., SampleLosses]:
+    def losses(outputs: Any, inputs: Any, smoothing: float, config: Any) -> SampleLosses:
+        log_probs, mask = getattr(outputs, "log_probs", None), getattr(outputs, "label_mask", None)
+        if log_probs is None or mask is None:
+            raise RuntimeError(
+                f"The outputs in trl {trl.__version__} do not have the log-probabilities of the fused head. {_WAY_OUT}"
+            )
+        log_probs = log_probs.float()
+        return SampleLosses(token_loss(log_probs).sum(1), -log_probs.detach().sum(1), mask.sum(1).float())
+
+    return losses

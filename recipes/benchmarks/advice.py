@@ -1,0 +1,144 @@
+"""How near the predictions of `advise` are to the seconds that runs take.
+
+    python recipes/benchmarks/advice.py --dataset path/to/cifar10 --output recipes/results/benchmarks/advice.json
+
+The runs of recipes/quickstart.py (full, short, pruned), and of recipes/cifar.py a small ResNet on a part of the data (full,
+pruned, pruned with scoring passes). Each run is predicted by a dry run just before it, and by one just after it; what the
+two differ by is the unrest of the machine. The error is (predicted - measured) / measured, of the whole `train()`.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PrinterCallback
+from transformers.utils.logging import disable_progress_bar
+
+from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningPolicy, advise
+from hf_dynprune.advice import Advice, Prediction
+from hf_dynprune.report import describe_environment
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cifar  # of the recipes
+import quickstart
+
+Run = tuple[str, str, Callable[[], DynamicPruningTrainer]]  # (recipe, run, what makes its trainer)
+
+
+def quickstart_runs(epochs: int, folder: Path) -> Iterator[Run]:
+    torch.set_num_threads(1)  # as the recipe does
+    for name, policy, trained in (
+        ("full", FullData(), epochs),
+        ("short", FullData(), 0.3 * epochs),
+        ("ucb 0.3", UCB(keep_ratio=0.3), epochs),
+    ):
+        yield "quickstart", name, lambda p=policy, e=trained: quickstart.make_trainer(p, e, 0, folder)
+
+
+def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[Run]:
+    torch.set_num_threads(THREADS)
+    data = cifar.DataArguments(dataset=dataset, train_split=split, eval_split="test[:2000]")
+    images = cifar.load_images(data, seed=0)
+
+    def make(policy: PruningPolicy) -> DynamicPruningTrainer:
+        args = cifar.CifarTrainingArguments(
+            str(folder),
+            num_train_epochs=epochs,
+            eval_strategy="epoch",
+            seed=0,
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = cifar.make_trainer(cifar.RecipeArguments(model="resnet8_cifar"), policy, args, images)
+        trainer.remove_callback(PrinterCallback)
+        return trainer
+
+    for name, policy in (
+        ("full", FullData()),
+        ("ucb 0.3", UCB(keep_ratio=0.3)),
+        ("ucb 0.5, dropped are scored", UCB(keep_ratio=0.5, scoring="dropped")),
+    ):
+        yield "cifar", name, lambda p=policy: make(p)
+
+
+THREADS = torch.get_num_threads()
+
+
+def predicted(trainer: DynamicPruningTrainer) -> tuple[Prediction, Advice]:
+    """Of the trainer's own run, by one dry run."""
+    advice = advise(trainer, policies=[trainer.pruning])
+    return advice.predictions[0], advice
+
+
+def compare(make: Callable[[], DynamicPruningTrainer]) -> dict[str, Any]:
+    before, advice = predicted(make())
+    trainer = make()
+    begun = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - begun
+    after, _ = predicted(make())
+    return {
+        "policy": before.label,
+        "measured": seconds,
+        "predicted": before.total,
+        "error": before.total / seconds - 1,
+        "predicted_after": after.total,
+        "error_after": after.total / seconds - 1,
+        "phases": {
+            phase: {"measured": measured, "predicted": before.seconds[phase]}
+            for phase, measured in trainer.pruning_report.totals["seconds"].items()
+        },
+        "settings": asdict(advice.settings),
+        "dry_run": asdict(advice.measured),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; without it the quickstart alone")
+    parser.add_argument("--train_split", default="train[:10000]", help="of it")
+    parser.add_argument("--epochs", type=int, default=3, help="of the runs on CIFAR-10")
+    parser.add_argument("--quickstart_epochs", type=int, default=20, help="of the full run of the quickstart")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    disable_progress_bar()
+    results = []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+
+        def runs() -> Iterator[Run]:
+            yield from quickstart_runs(options.quickstart_epochs, folder)
+            if options.dataset:
+                yield from cifar_runs(options.dataset, options.train_split, options.epochs, folder)
+
+        for recipe, run, make in tqdm(runs(), desc="runs", total=6 if options.dataset else 3):
+            results.append({"recipe": recipe, "run": run, **compare(make)})
+    worst = max(results, key=lambda result: abs(result["error"]))
+    if options.output:
+        content = {
+            "worst": {name: worst[name] for name in ("recipe", "run", "error")},
+            "runs": results,
+            "environment": describe_environment(ranks=1),
+        }
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(content, indent=2) + "\n")
+    print(f"{'recipe':11}{'run':29}{'measured':>10}{'predicted':>11}{'error':>8}{'by the dry run after it':>26}")
+    for result in results:
+        print(
+            f"{result['recipe']:11}{result['run']:29}{result['measured']:8.1f} s{result['predicted']:9.1f} s"
+            f"{100 * result['error']:+6.1f} %{result['predicted_after']:16.1f} s{100 * result['error_after']:+6.1f} %"
+        )
+    print(f"worst: {worst['recipe']}, {worst['run']}: {100 * worst['error']:+.1f} %")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Supervised fine-tuning by trl's SFTTrainer, on all data or on a part that changes.
+
+    python recipes/sft.py --pruning infobatch --output_dir runs/sft
+    accelerate launch recipes/sft.py --dataset path/to/conversations --pruning ucb --keep_ratio 0.3 --use_peft True \\
+        --lora_target_modules all-linear --learning_rate 2e-4
+
+`--dataset` is a Hub id or a local path, of conversations, prompts with completions, or texts, as the SFTTrainer takes them;
+questions with answers become prompts with completions. All arguments of SFTConfig and of trl's ModelConfig hold. Writes
+report.json, model, tokenizer and card to `--output_dir`.
+"""
+
+from dataclasses import dataclass, field
+
+import common
+import datasets
+import torch
+from transformers.trainer_utils import SaveStrategy
+from trl import ModelConfig, SFTConfig, get_peft_config
+
+from hf_dynprune import FullData, PruningArguments
+from hf_dynprune.data import load_splits
+from hf_dynprune.sft import DynamicPruningSFTTrainer
+
+GSM8K = "openai/gsm8k"
+
+
+@dataclass
+class DataArguments(common.DataArguments):
+    dataset: str = field(default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."})
+
+    def __post_init__(self) -> None:
+        if self.dataset == GSM8K:
+            self.dataset_config = self.dataset_config or "main"
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    _argument_group_name = "model"
+
+    model_name_or_path: str | None = field(
+        default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Hub id or local path of the model."}
+    )
+
+
+@dataclass
+class SFTArguments(SFTConfig):
+    """SFTConfig, where it runs on a CPU too."""
+
+    output_dir: str | None = field(default="runs/sft", metadata={"help": "Where to write."})
+    # transformers wants to be told before it lets a CPU have bf16.
+    use_cpu: bool = field(
+        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
+    )
+
+
+def prompts(split: datasets.Dataset) -> datasets.Dataset:
+    """Questions with answers as prompts with completions; all else as it is."""
+    if not {"question", "answer"} <= set(split.column_names):
+        return split
+    return split.map(
+        lambda row: {"prompt": f"{row['question']}\n", "completion": row["answer"]}, remove_columns=split.column_names
+    )
+
+
+def main() -> None:
+    data, run, model, pruning, args = common.parse(
+        __doc__, DataArguments, common.RunArguments, ModelArguments, PruningArguments, SFTArguments
+    )
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
+    with common.user_mistakes():
+        policy = pruning.policy() or FullData()
+        common.check_output(args, run)
+        with args.main_process_first(desc="reading the data"):
+            train, test = load_splits(data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split)
+            train, test = prompts(train), None if test is None else prompts(test)
+    trainer = DynamicPruningSFTTrainer(
+        model.model_name_or_path,
+        args,
+        train_dataset=train,
+        eval_dataset=test,
+        peft_config=get_peft_config(model),
+        pruning=policy,
+    )
+    common.train(trainer, dataset=data.dataset, task="text-generation", metric="mean_token_accuracy", advise=run.advise)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""`hf-dynprune advise`, as a person calls it; and `--advise True` of a recipe."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_cli
+from test_cli import hf_dynprune
+
+from hf_dynprune.cli import main
+
+images, texts = test_cli.images, test_cli.texts  # the fixtures
+RUN = ["--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--use_cpu", True, "--report_to", "none", "--batches", 4]
+
+
+def test_advice_on_images(images, tmp_path):
+    model, data = images
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path / "new"]
+    done = hf_dynprune("advise", *where, *RUN, "--from_scratch", True)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("policy ")
+    assert lines[1].startswith("FullData() ")
+    assert any(line.startswith("Answer: ") for line in lines)
+    assert "Cannot act: UCB(keep_ratio=0.1)" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_advice_on_texts_as_json(texts, tmp_path, capsys):
+    model, data = texts
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path]
+    evaluation = ["--eval_strategy", "epoch", "--eval_split", "train[:8]"]
+    assert main(["advise", *map(str, [*where, *RUN, *evaluation]), "--json"]) == 0
+    advice = json.loads(capsys.readouterr().out)
+    assert advice["settings"]["num_samples"] == 24
+    assert advice["measured"]["evaluation"] > 0
+    full, *others = advice["predictions"]
+    assert full["steps"] == 6
+    assert full["seconds"]["evaluation"] == pytest.approx(2 * advice["measured"]["evaluation"])
+    assert {row["keep_ratio"] for row in others} == {0.1, 0.3, 0.5, 0.7, None}
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["--dataset", "/no/such/place"], "/no/such/place"),
+        (["--batches", 1], "batches=1 is out of range"),
+        (["--eval_strategy", "epoch"], "has no split to evaluate on: name one (--eval_split)"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_path, capsys):
+    model, data = images
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path]
+    assert main(["advise", *map(str, [*where, *RUN, *changes])]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+def test_help():
+    done = hf_dynprune("advise", "--help")
+    assert done.returncode == 0
+    for part in ("model, data and advice:", "--batches", "--num_train_epochs", "examples:", "exit status: 0; 2"):
+        assert part in done.stdout
+    assert "advise" in hf_dynprune("--help").stdout
+
+
+def test_a_recipe_advises(images, tmp_path):
+    """Nothing is trained or written, also where a run is already."""
+    (tmp_path / "report.json").write_text("{}")
+    root = Path(__file__).parents[1]
+    data = ["--dataset", images[1], "--eval_split", "train[:8]", "--model", "resnet8_cifar", "--output_dir", tmp_path]
+    command = [sys.executable, root / "recipes/cifar.py", *data, "--num_train_epochs", 2, "--advise", "True"]
+    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Answer: " in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

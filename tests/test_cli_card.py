@@ -1,0 +1,99 @@
+"""`hf-dynprune card`, as a person calls it, and the published cards, which it wrote."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_dynprune import PruningReport
+from hf_dynprune.cli import main
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "recipes" / "results"
+UCB, FULL, SHORT = (RESULTS / "cifar10_resnet8" / f"{name}.json" for name in ("ucb", "full", "short"))
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "model_cards" / "README.md").read_text(), flags=re.DOTALL)
+    return [shlex.split(block.replace("\\\n", " ")) for block in blocks]
+
+
+@pytest.mark.parametrize("command", commands(), ids=lambda command: Path(command[command.index("--output") + 1]).stem)
+def test_published_cards_are_what_the_command_writes_now(command, tmp_path, monkeypatch):
+    assert command[:2] == ["hf-dynprune", "card"]
+    monkeypatch.chdir(ROOT)
+    arguments = []
+    for argument in command[1:]:  # as the shell does
+        found = sorted(map(str, Path().glob(argument))) if "*" in argument else []
+        arguments += [str(tmp_path / Path(argument).name)] if argument.startswith("model_cards/") else found or [argument]
+    assert main(arguments) == 0
+    written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    (card,) = (name for name in written if name.endswith(".md"))
+    assert written[card].decode() == (ROOT / "model_cards" / card).read_text()
+    (picture,) = (name for name in written if name.endswith(".png"))
+    assert f"]({picture})" in written[card].decode()
+    assert (ROOT / "model_cards" / picture).read_bytes().startswith(b"\x89PNG")
+    assert (ROOT / "model_cards" / picture).stat().st_size < 150_000
+
+
+def test_published_cards_are_all_made_so():
+    made = {Path(command[command.index(option) + 1]).name for command in commands() for option in ("--output", "--picture")}
+    assert made == {path.name for path in (ROOT / "model_cards").iterdir()} - {"README.md"}
+
+
+def test_without_output_the_card_is_printed(capsys):
+    assert main(["card", str(UCB)]) == 0
+    card = ModelCard(capsys.readouterr().out)
+    assert card.data.tags == ["dynamic-data-pruning", "ucb"]
+    assert "\n# ucb\n" in card.content
+    assert "model-index" not in card.data.to_dict()
+
+
+def test_results_are_in_the_metadata_if_it_is_known_of_what(capsys):
+    assert main(["card", str(UCB), "--dataset", "uoft-cs/cifar10", "--task", "image-classification"]) == 0
+    data = ModelCard(capsys.readouterr().out).data
+    assert data.datasets == ["uoft-cs/cifar10"]
+    found = {result.metric_type: result.metric_value for result in data.eval_results}
+    assert found["accuracy"] == PruningReport.load(UCB).metrics["eval_accuracy"]
+
+
+def test_json(capsys):
+    assert main(["card", str(UCB), "--full", str(FULL), "--short", str(SHORT), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["policy"]["name"] == "ucb"
+    assert facts["full"]["results"]["accuracy"]["mean"] == PruningReport.load(FULL).metrics["eval_accuracy"]
+    assert facts["short"]["cost_ratio"] == pytest.approx(PruningReport.load(SHORT).passes / (50_000 * 20))
+
+
+def test_card_in_another_folder_than_its_picture(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    where = ["--output", str(tmp_path / "README.md"), "--picture", str(tmp_path / "pictures" / "a.png")]
+    assert main(["card", str(UCB), *where]) == 0
+    assert "](pictures/a.png)" in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere.json"], "nowhere.json"),
+        ([str(ROOT / "pyproject.toml")], r"pyproject.toml is no report of hf_dynprune"),
+        ([str(UCB), str(UCB)], "Two reports of the run have the seed 0"),
+        ([str(UCB), "--full", str(SHORT)], "The full run is one of 'full' and 6 epochs: wanted is 'full'"),
+        ([str(UCB), "--short", str(RESULTS / "quickstart" / "seed_0" / "short.json")], "898 samples, the run 50,000"),
+        ([str(FULL), "--picture", "x.png"], "nothing to draw for --picture"),
+    ],
+)
+def test_mistakes_are_told(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["card", *arguments]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not any(tmp_path.iterdir())
+
+
+def test_unknown_arguments(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["card", str(UCB), "--shrot", "x"])
+    assert "--shrot" in capsys.readouterr().err

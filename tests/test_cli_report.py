@@ -1,0 +1,296 @@
+"""`hf-dynprune report` and `plot`, and the exit status of all commands."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+
+from hf_dynprune import UCB, DynamicPruner, PruningReport
+from hf_dynprune.cli import COMMANDS, main
+
+N, CHOICES = 12, 3
+ROOT = Path(__file__).parents[1]
+
+
+def train(folder, seed=0, keep_ratio=0.5, epochs=CHOICES):
+    """A run of a loop without a model: writes what a recipe writes, and a checkpoint."""
+    pruner = DynamicPruner(UCB(keep_ratio=keep_ratio), N, batch_size=4, num_epochs=epochs, seed=seed)
+    for epoch in range(epochs):
+        pruner.begin_epoch(epoch)
+        for index in torch.tensor(list(pruner.sampler)).split(4):
+            pruner.observe(index, {"loss": index.float() + 1})
+        pruner.add_evaluation({"eval_accuracy": 0.5 + (epoch + seed) / 10, "eval_loss": 1.5, "eval_runtime": 3.0})
+    pruner.end_epoch()
+    pruner.report.save(folder / "report.json")
+    pruner.table.save(folder / "table.safetensors")
+    pruner.save(folder / "checkpoint-6")
+    return pruner
+
+
+@pytest.fixture
+def runs(tmp_path):
+    train(tmp_path / "a")
+    train(tmp_path / "b", keep_ratio=0.25)
+    return tmp_path / "a", tmp_path / "b"
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    images = [Image.new("RGB", (4, 4), (i, i, i)) for i in range(N)]
+    data = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * (N // 2)}, features)
+    for name, columns in (("images", data), ("texts", data.remove_columns("img"))):
+        (folder / name).mkdir()
+        columns.to_parquet(folder / name / "train-00000-of-00001.parquet")
+    return folder
+
+
+def call(capsys, *arguments, status=0):
+    """What the command prints; on the standard error, without a traceback, where it fails."""
+    assert main([*map(str, arguments)]) == status
+    out, err = capsys.readouterr()
+    if status:
+        assert out == ""
+        assert f"hf-dynprune {arguments[0]}: " in err
+        assert "Traceback" not in err
+        return err
+    return out
+
+
+# ---- report ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_full(runs, capsys):
+    run = PruningReport.load(runs[0] / "report.json")
+    out = call(capsys, "report", runs[0])
+    lines = dict(line.strip().split("  ", 1) for line in out.splitlines()[1:])
+    lines = {label: text.strip() for label, text in lines.items()}
+    assert out.splitlines()[0] == str(runs[0] / "report.json")
+    assert lines["policy"] == "ucb(keep_ratio=0.5)"
+    assert lines["cost"] == "0.5000 of the full run of 3 epochs"
+    assert lines["passes"] == "18, 1.50 over 12 samples (18 forward, 18 backward, 0 scoring)"
+    assert lines["optimizer steps"] == "6"
+    assert lines["seconds"].endswith("evaluation 9.0")
+    assert lines["last metrics"] == "eval_accuracy 70.00 %, eval_loss 1.5"  # not eval_runtime
+    shares = [f"{kind} {100 * run.selection[kind]:.2f} %" for kind in ("always", "sometimes", "never")]
+    assert lines["kept"] == ", ".join(shares) + " (choices: 3)"
+    assert lines["kept by chance"].startswith("always 12.50 %")
+    assert not {"resumed", "non-finite", "preparation"} & set(lines)
+    assert call(capsys, "report", runs[0], "--metric", "eval_loss").count("eval_") == 1
+
+
+def test_what_not_every_run_has(runs, capsys):
+    file = runs[0] / "report.json"
+    run = PruningReport.load(file)
+    run.resumed = [{"epoch": 1, "step": 1200}, {"epoch": 2, "step": 1300, "stock_checkpoint": True}]
+    run.nonfinite_samples, run.epochs[0].nonfinite = [3, 7], 5
+    run.preparation = {"method": "el2n", "passes": 36.0, "seconds": 7.0, "charged": True}
+    run.save(file)
+    out = call(capsys, "report", file)
+    assert "in epoch 1 at step 1,200; in epoch 2 at step 1,300, without scores" in out
+    assert "5 losses were NaN or infinite, of the samples 3, 7" in out
+    assert "el2n: 36 passes, 7.0 seconds, charged above" in out
+    assert "1.5000 of the full run" in out
+
+
+def test_runs_side_by_side(runs, capsys):
+    out = call(capsys, "report", runs[0], runs[1] / "report.json").splitlines()
+    assert out[0].split()[:5] == ["run", "eval_accuracy", "cost", "passes/N", "epochs"]
+    assert [line.split()[:6] for line in out[1:3]] == [
+        ["a", "70.00", "%", "0.500", "1.50", "3"],
+        ["b", "70.00", "%", "0.250", "0.75", "3"],
+    ]
+    assert out[2].endswith("ucb(keep_ratio=0.25)")
+    assert "1.5 " in call(capsys, "report", *runs, "--metric", "eval_loss").splitlines()[1]
+
+
+def test_committed_reports_side_by_side(capsys):
+    files = sorted((ROOT / "recipes" / "results" / "quickstart").glob("*/full.json"))
+    out = call(capsys, "report", *files).splitlines()
+    assert [line.split()[0] for line in out[1:-1]] == [str(file) for file in files]  # names that differ
+
+
+def test_json(runs, capsys):
+    first, second = json.loads(call(capsys, "report", *runs, "--json"))
+    assert first["file"] == str(runs[0] / "report.json")
+    assert second["policy"]["keep_ratio"] == second["cost_ratio"] == 0.25
+    assert first["totals"]["optimizer_steps"] == 6
+    assert "epochs" not in first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "does not exist"),
+        ("", "is no report of hf_dynprune, or is damaged"),
+        ('{"format_version": 1, "policy":', "or is damaged (Expecting value"),
+        ("[1, 2]", "is no report"),
+        ('{"loss": 1}', "format_version None"),
+        ('{"format_version": 2}', "format_version 2; this hf_dynprune reads 1"),
+        ('{"format_version": 1}', "it has no 'policy'"),
+        ("\udcff", "is no report"),
+    ],
+)
+def test_a_file_that_is_no_report(text, message, tmp_path, capsys):
+    file = tmp_path / "report.json"
+    if text is not None:
+        file.write_text(text, errors="surrogateescape")
+    for command in (["report"], ["plot", "runs"], ["plot", "scores"]):
+        for path in (file, tmp_path):
+            error = call(capsys, *command, path, status=2)
+            assert message in error
+            assert str(file) in error
+
+
+def test_a_truncated_report(runs, capsys):
+    text = (runs[0] / "report.json").read_text()
+    (runs[0] / "report.json").write_text(text[: len(text) // 2])
+    assert "or is damaged" in call(capsys, "report", *runs, status=2)
+
+
+def test_an_unknown_metric_names_the_known_ones(runs, capsys):
+    for command in (["report"], ["plot", "runs"]):
+        error = call(capsys, *command, runs[0], "--metric", "eval_f1", status=2)
+        assert "'eval_f1'" in error
+        assert "eval_accuracy" in error
+
+
+# ---- plot -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "start"),
+    [
+        ("runs", ["--output", "a.png"], b"\x89PNG"),
+        ("runs", ["--against", "seconds", "--metric", "eval_loss", "--output", "new/a.svg"], b"<?xml"),
+        ("selection", ["--name", "one", "two", "--output", "a.pdf"], b"%PDF"),
+    ],
+)
+def test_plot_runs(kind, options, start, runs, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(runs[0].parent)
+    assert call(capsys, "plot", kind, *runs, *options) == f"Written to {options[-1]}.\n"
+    assert Path(options[-1]).read_bytes().startswith(start)
+
+
+def test_runs_of_one_name_are_seeds(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        train(Path(f"seed_{seed}"), seed)
+    call(capsys, "plot", "runs", "seed_0", "seed_1", "--name", "UCB", "UCB", "--output", "runs.svg")
+    call(capsys, "plot", "runs", "seed_0", "seed_1")
+    assert Path("runs.png").exists()
+    assert "UCB: 75.00 % (70.00 to 80.00)" in Path("runs.svg").read_text()
+    train(Path("other"), keep_ratio=0.25)
+    assert "more than the seed" in call(capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", "UCB", status=2)
+    assert "1 names for 2 files" in call(capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", status=2)
+
+
+def test_plot_scores(runs, capsys):
+    pytest.importorskip("matplotlib")
+    call(capsys, "plot", "scores", runs[0], "--output", runs[0] / "scores.png")
+    assert (runs[0] / "scores.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("source", ["", "table.safetensors", "checkpoint-6", "checkpoint-6/pruning_state.safetensors"])
+def test_plot_classes_from_a_run_or_a_checkpoint(source, runs, dataset, capsys):
+    pytest.importorskip("matplotlib")
+    times = DynamicPruner(UCB(keep_ratio=0.5), N, batch_size=4, num_epochs=CHOICES)
+    times.load(runs[0] / "checkpoint-6")
+    share = times.table["times_kept"].reshape(-1, 2).double().mean(0) / CHOICES
+    file = runs[0] / "classes.svg"
+    call(capsys, "plot", "classes", runs[0] / source, "--dataset", dataset / "images", "--output", file)
+    text = file.read_text()
+    assert f"all samples: {50:.1f} %" in text
+    assert text.index("<!-- cat -->") != text.index("<!-- dog -->")
+    assert (text.index("<!-- cat -->") < text.index("<!-- dog -->")) == bool(share[0] <= share[1])  # from the lowest
+
+
+def test_plot_samples(runs, dataset, capsys):
+    pytest.importorskip("matplotlib")
+    file = runs[0] / "samples.svg"
+    call(capsys, "plot", "samples", runs[0], "--dataset", dataset / "images", "--output", file)
+    assert "kept" in file.read_text()
+
+
+def test_mistakes_about_the_samples(runs, dataset, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    data = ["--dataset", dataset / "images", "--output", tmp_path / "x.png"]
+    assert "12 samples, and there are 6" in call(
+        capsys, "plot", "classes", runs[0], *data, "--split", "train[:50%]", status=2
+    )
+    assert "holds neither" in call(capsys, "plot", "classes", tmp_path, *data, status=2)
+    assert "does not exist" in call(capsys, "plot", "classes", tmp_path / "none", *data, status=2)
+    assert "no column 'colour'" in call(capsys, "plot", "classes", runs[0], *data, "--label_column", "colour", status=2)
+    texts = ["--dataset", dataset / "texts", "--output", tmp_path / "x.png"]
+    assert "Found 0 image columns" in call(capsys, "plot", "samples", runs[0], *texts, status=2)
+    (runs[1] / "table.safetensors").replace(runs[0] / "table.safetensors")
+    assert "not of the same run" in call(capsys, "plot", "classes", runs[0], *data, status=2)
+    (runs[0] / "report.json").unlink()
+    assert "report.json does not exist" in call(capsys, "plot", "classes", runs[0], *data, status=2)
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_an_output_that_cannot_be(runs, capsys):
+    assert ".png, .pdf or .svg" in call(capsys, "plot", "runs", runs[0], "--output", "runs.jpeg2000", status=2)
+
+
+def test_without_matplotlib_the_extra_is_named(runs, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install hf-dynprune[recipes]" in call(capsys, "plot", "runs", runs[0], status=1)
+
+
+# ---- the exit status of all commands --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [["report"], ["plot"], *(["plot", k] for k in ("runs", "classes", "samples"))])
+def test_help_has_an_example_and_the_exit_status(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([*arguments, "--help"])
+    out = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"\n  hf-dynprune {' '.join(arguments)} " in out
+    assert "exit status: 0; 2 for a mistake" in out
+
+
+@pytest.mark.parametrize("arguments", [[], ["plot"], ["plot", "pie"], ["report"], ["plot", "runs", "x", "--against", "y"]])
+def test_wrong_arguments_are_status_2(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_interrupted(monkeypatch, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "report", interrupt)
+    assert call(capsys, "report", status=130) == "hf-dynprune report: interrupted\n"
+
+
+def test_a_failure_of_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(COMMANDS, "report", lambda argv: {}["lost"])
+    with pytest.raises(KeyError):
+        main(["report"])
+
+
+def test_a_reader_that_goes_away():
+    program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
+    files = sorted((ROOT / "recipes" / "results" / "cifar10_methods").glob("*.json"))
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", program, "report", *map(str, files)]
+    done = subprocess.run(
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")

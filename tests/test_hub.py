@@ -1,0 +1,389 @@
+"""What a run hands on, end to end against a Hub on this machine: cards, models, scores, and uploads that fail."""
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hub import Hub, refuse
+from huggingface_hub import DatasetCard, ModelCard
+from tiny import KnownLoss, arguments, images, known_losses, trainer, values
+
+from hf_dynprune import (
+    UCB,
+    DynamicPruner,
+    DynamicPruningTrainer,
+    PruningReport,
+    RandomPruning,
+    Scores,
+    StaticPruning,
+    kept_dataset,
+    load_scores_from_hub,
+    push_scores_to_hub,
+    push_timm_to_hub,
+)
+from hf_dynprune.hub import SCORES_FILE, _load, _save_table
+
+N, SIZE, NAMES = 24, 8, ["cat", "dog", "owl"]
+
+
+# ---- in one child process, as huggingface_hub reads its settings when it is imported ---------------------------------
+
+
+def timm_trainer(folder):
+    from hf_dynprune.vision import ImageCache, batch_collator, create_timm_model
+
+    torch.manual_seed(0)
+    pixels = torch.randint(0, 256, (N, 3, SIZE, SIZE), dtype=torch.uint8)
+    cache = ImageCache(pixels, torch.arange(N) % 3, mean=[0.5] * 3, std=[0.25] * 3)
+    return DynamicPruningTrainer(
+        model=create_timm_model("resnet8_cifar", label_names=NAMES, image_size=SIZE, mean=cache.mean, std=cache.std),
+        args=arguments(folder, num_train_epochs=2, eval_strategy="epoch", remove_unused_columns=False),
+        train_dataset=cache,
+        eval_dataset=cache,
+        data_collator=batch_collator,
+        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        pruning=UCB(keep_ratio=0.5),
+    )
+
+
+REFUSALS = {  # name -> (status, what is refused)
+    "not logged in": (401, "/repos/create"),
+    "not allowed": (403, "/preupload/"),
+    "in mid-upload": (403, "/blob/"),
+    "at the commit": (500, "/commit/"),
+}
+
+
+def fails(call, folder):
+    """What the call raises, and what lies in the folder then."""
+    try:
+        call()
+    except RuntimeError as error:
+        return {"message": str(error), "cause": type(error.__cause__).__name__, "files": sorted(os.listdir(folder))}
+    return {"message": "nothing was raised"}
+
+
+def program(folder):
+    import datasets
+    import timm
+    from PIL import Image
+    from transformers import AutoModelForImageClassification, pipeline
+
+    found, errors = {}, {}
+    run = timm_trainer(folder / "runs" / "model")
+    run.train()
+    calls = {
+        "model": (lambda: run.push_to_hub(dataset="noise", tasks="image-classification"), run.args.output_dir),
+        "timm": (lambda: push_timm_to_hub(run, "user/timm"), f"{run.args.output_dir}/_timm"),
+        "table": (lambda: push_scores_to_hub(run, "user/table"), f"{run.args.output_dir}/_scores"),
+    }
+    for why, (status, path) in REFUSALS.items():
+        refuse(status, path)
+        for what, call in calls.items():
+            errors[f"{what}, {why}"] = fails(*call)
+    refuse(None)
+    with socket.socket() as nobody:  # bound, but nobody listens
+        nobody.bind(("127.0.0.1", 0))
+        with mock.patch("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"):
+            errors["table, no connection"] = fails(*calls["table"])
+    for call, _ in calls.values():
+        call()
+    scores = Scores(torch.arange(24.0), "el2n", provenance={"passes": 3, "model": "/home/someone/model"})
+    push_scores_to_hub(scores, "user/el2n", folder=folder / "el2n")
+
+    pixels = run.eval_dataset[0]["pixel_values"][None]
+    models = {
+        "trained": run.model.timm_model,
+        "timm": timm.create_model("hf-hub:user/timm", pretrained=True),
+        "transformers": AutoModelForImageClassification.from_pretrained("user/model").timm_model,
+        "transformers, of timm's format": AutoModelForImageClassification.from_pretrained("user/timm").timm_model,
+    }
+    found["logits"] = {name: model.eval()(pixels).tolist() for name, model in models.items()}
+    image = Image.fromarray(np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
+    for name in ("user/model", "user/timm"):
+        found[f"pipeline {name}"] = pipeline("image-classification", model=name)(image)
+    table = load_scores_from_hub("user/table", dataset=run.train_dataset)
+    found["table"] = {name: [table[name].tolist(), run.pruner.table[name].tolist()] for name in table.columns}
+    read = load_scores_from_hub("user/el2n")
+    found["scores"] = [read.values.tolist(), read.method, StaticPruning(read, keep_ratio=0.5).digest == read.digest]
+    found["rows"] = {name: datasets.load_dataset(name, split="train")[1] for name in ("user/table", "user/el2n")}
+    for name in ("user/model", "user/nothing"):
+        try:
+            load_scores_from_hub(name)
+        except FileNotFoundError as error:
+            errors[f"load {name}"] = str(error)
+        except Exception as error:
+            errors[f"load {name}"] = type(error).__name__
+    found["errors"] = errors
+    (folder / "found.json").write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """(files by repository, what the child found, its folder)"""
+    pytest.importorskip("timm")
+    folder, tests = tmp_path_factory.mktemp("hub"), Path(__file__).parent
+    with Hub() as hub:
+        environment = {**hub.environment(folder / "home"), "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", __file__, str(folder)], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        found = json.loads((folder / "found.json").read_text())
+        # What the message of a failed upload says is to be done when the process has ended.
+        command = shlex.split(found["errors"]["model, not allowed"]["message"].split("`")[-2])
+        assert command[:3] == ["hf", "upload", "model"]
+        hf = [sys.executable, "-W", "ignore", "-m", "huggingface_hub.cli.hf", "upload", "user/again", *command[3:]]
+        done = subprocess.run(hf, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return hub.files, found, folder
+
+
+CARD = {"README.md", "report.json", "pruning.png"}
+
+
+def test_model(pushed):
+    files, found, _ = pushed
+    assert files["user/model"].keys() == {*CARD, "config.json", "model.safetensors", "training_args.bin"}
+    card = ModelCard(files["user/model"]["README.md"].decode())
+    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert {"dynamic-data-pruning", "ucb"} <= set(card.data.tags)
+    (result,) = card.data.eval_results
+    report = PruningReport.from_dict(json.loads(files["user/model"]["report.json"]))
+    assert (result.metric_type, result.metric_value) == ("accuracy", report.metrics["eval_accuracy"])
+    assert "trained from scratch" in card.content
+    assert "](pruning.png)" in card.content
+    assert 'name = "user/model"' in card.content
+    assert files["user/model"]["pruning.png"].startswith(b"\x89PNG")
+    assert found["logits"]["transformers"] == found["logits"]["trained"]
+    assert {guess["label"] for guess in found["pipeline user/model"]} == set(NAMES)
+
+
+def test_model_in_the_format_of_timm_loads_with_both(pushed):
+    files, found, _ = pushed
+    assert files["user/timm"].keys() == {*CARD, "config.json", "model.safetensors"}
+    config = json.loads(files["user/timm"]["config.json"])
+    assert (config["architecture"], config["num_classes"], config["label_names"]) == ("resnet8_cifar", 3, NAMES)
+    assert config["pretrained_cfg"]["input_size"] == [3, SIZE, SIZE]
+    card = ModelCard(files["user/timm"]["README.md"].decode())
+    assert card.data.library_name == "timm"
+    load = card.content.partition("## How to load")[2].partition("\n## ")[0]
+    assert load.index("import hf_dynprune.vision") < load.index('timm.create_model("hf-hub:user/timm", pretrained=True)')
+    assert found["logits"]["timm"] == found["logits"]["trained"]
+    assert found["logits"]["transformers, of timm's format"] == found["logits"]["trained"]
+    assert found["pipeline user/timm"] == found["pipeline user/model"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "settings"),
+    [
+        ("resnet8_cifar", {"in_chans": 1, "width": 0.5}),
+        ("vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 4, "depth": 1, "embed_dim": 12, "drop_path_rate": 0.1}),
+    ],
+)
+def test_format_of_timm_keeps_what_the_model_was_made_with(architecture, settings, tmp_path):
+    timm = pytest.importorskip("timm")
+    from transformers import AutoModelForImageClassification
+
+    from hf_dynprune.vision import create_timm_model, save_timm
+
+    channels = settings.get("in_chans", 3)
+    statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
+    model = create_timm_model(architecture, num_labels=5, image_size=SIZE, crop_pct=0.8, **statistics, **settings).eval()
+    save_timm(model, tmp_path)
+    other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    pixels = torch.randn(2, channels, SIZE, SIZE)
+    assert torch.equal(other(pixels), model(pixels).logits)
+    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(pixels).logits, other(pixels))
+    expected = {"input_size": (channels, SIZE, SIZE), "crop_pct": 0.8, **{k: tuple(v) for k, v in statistics.items()}}
+    found = timm.data.resolve_model_data_config(other)
+    assert {name: tuple(v) if isinstance(v := found[name], list) else v for name in expected} == expected
+
+
+def test_table_of_a_run(pushed):
+    files, found, _ = pushed
+    assert files["user/table"].keys() == {"README.md", "report.json", SCORES_FILE}
+    for name, (read, written) in found["table"].items():
+        np.testing.assert_array_equal(read, written, err_msg=name)
+    assert list(found["rows"]["user/table"]) == ["sample_index", "mean", "variance", "times_kept", "last_observed"]
+    assert found["rows"]["user/table"]["sample_index"] == 1
+    card = DatasetCard(files["user/table"]["README.md"].decode())
+    assert card.data.tags == ["dynamic-data-pruning", "ucb"]
+    assert card.data["hf_dynprune"]["fingerprint"] == f"{N} samples"
+    assert card.data["hf_dynprune"]["policy"] == UCB(keep_ratio=0.5).to_dict()
+    selection = json.loads(files["user/table"]["report.json"])["selection"]
+    for name in ("always", "sometimes", "never"):
+        assert f"| {name} | {100 * selection[name]:.1f} % |" in card.content
+
+
+def test_scores_made_before_a_run(pushed):
+    files, found, _ = pushed
+    assert found["scores"] == [list(range(24)), "el2n", True]
+    assert found["rows"]["user/el2n"] == {"sample_index": 1, "score": 1.0}
+    card = DatasetCard(files["user/el2n"]["README.md"].decode())
+    assert card.data.tags == ["static-data-pruning", "el2n"]
+    assert "They cost 3 passes" in card.content
+    assert "someone" not in card.content
+
+
+def test_what_is_not_there(pushed):
+    _, found, _ = pushed
+    assert "The dataset user/model on the Hub has no scores.parquet" in found["errors"]["load user/model"]
+    assert found["errors"]["load user/nothing"] == "RepositoryNotFoundError"
+
+
+@pytest.mark.parametrize(
+    ("what", "why"), [*product(("model", "timm", "table"), REFUSALS), ("table", "no connection")], ids=", ".join
+)
+def test_failed_upload_loses_nothing(pushed, what, why):
+    _, found, folder = pushed
+    error = found["errors"][f"{what}, {why}"]
+    where = {"model": "runs/model", "timm": "runs/model/_timm", "table": "runs/model/_scores"}[what]
+    files = {"README.md", "report.json", SCORES_FILE} if what == "table" else {*CARD, "config.json", "model.safetensors"}
+    assert files <= set(error["files"])
+    assert re.match(rf"The upload to (user/)?{what} failed", error["message"])
+    assert f"lies in {folder / where}. " in error["message"]
+    assert "hf auth login" in error["message"]
+    assert re.search(r"call (trainer\.)?push_\w*to_hub\(.*\) again", error["message"])
+    happened = {"in mid-upload": "Error while uploading", "no connection": "ConnectError"}.get(why)
+    assert (happened or str(REFUSALS[why][0])) in error["message"]
+
+
+def test_the_command_that_the_message_names_uploads(pushed):
+    files, _, _ = pushed
+    assert files["user/again"].keys() == files["user/model"].keys()
+    assert files["user/again"]["model.safetensors"] == files["user/model"]["model.safetensors"]
+
+
+# ---- without a Hub ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    run = trainer(
+        tmp_path_factory.mktemp("run"),
+        model=KnownLoss(),
+        data=values(30),
+        pruning=UCB(keep_ratio=0.3),
+        extra={"per_sample_loss_fn": known_losses},
+        num_train_epochs=4,
+    )
+    run.train()
+    return run
+
+
+def test_kept_by_the_last_choice(run):
+    kept = kept_dataset(run, run.train_dataset)
+    assert kept["sample_index"][:].tolist() == sorted(run.pruner._plan.indices.tolist())
+    assert kept["value"][:].tolist() == [i + 1 for i in kept["sample_index"]]
+    assert len(kept) == 9
+    assert kept_dataset(run.pruner, run.train_dataset)["sample_index"][:].tolist() == kept["sample_index"][:].tolist()
+
+
+def test_kept_often_enough(run):
+    times = run.pruner.table["times_kept"]
+    for at_least in (1, 2):
+        kept = kept_dataset(run.pruner.table, run.train_dataset, at_least=at_least)
+        assert kept["sample_index"][:].tolist() == [i for i in range(30) if times[i] >= at_least]
+    with pytest.raises(ValueError, match=f"at_least=5 times: the most is {int(times.max())}"):
+        kept_dataset(run, run.train_dataset, at_least=5)
+
+
+def test_kept_asks_for_what_it_needs(run):
+    data = run.train_dataset
+    with pytest.raises(ValueError, match="The dataset has 29 samples, the run 30"):
+        kept_dataset(run, data.select(range(29)))
+    with pytest.raises(ValueError, match="A SampleTable counts choices alone"):
+        kept_dataset(run.pruner.table, data)
+    with pytest.raises(ValueError, match="A DynamicPruner made no choice yet"):
+        kept_dataset(DynamicPruner(RandomPruning(0.5), 30, num_epochs=1), data)
+    with pytest.raises(ValueError, match="'sample_index' already"):
+        kept_dataset(run, kept_dataset(run, data, at_least=1).select(range(9)).select([*range(9)] * 3 + [0, 1, 2]))
+    with pytest.raises(TypeError, match="PruningReport holds nothing that is known of each sample"):
+        kept_dataset(run.pruning_report, data)
+    with pytest.raises(TypeError, match=r"wanted is the datasets\.Dataset"):
+        kept_dataset(run, list(range(30)))
+    with pytest.raises(ValueError, match="at_least"):
+        kept_dataset(run, data, at_least=0)
+
+
+def test_offline_the_scores_are_written_all_the_same(run, tmp_path):
+    with pytest.raises(RuntimeError, match=r"OfflineModeIsEnabled.*Nothing is lost"):
+        push_scores_to_hub(run, "user/table", folder=tmp_path / "a")
+    table, fingerprint = _load(tmp_path / "a" / SCORES_FILE)
+    assert fingerprint == run.pruner.fingerprint
+    assert all(torch.equal(table[n].nan_to_num(7), run.pruner.table[n].nan_to_num(7)) for n in table.columns)
+    with pytest.raises(RuntimeError, match="OfflineModeIsEnabled"):
+        push_scores_to_hub(Scores(torch.ones(3), "mine"), "user/table", folder=tmp_path / "b")
+    assert Scores.load(tmp_path / "b" / SCORES_FILE).method == "mine"
+    with pytest.raises(TypeError, match="list holds nothing"):
+        push_scores_to_hub([1, 2], "user/table", folder=tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+def test_offline_a_push_leaves_the_model_its_card_and_its_report(tmp_path):
+    run = trainer(tmp_path, data=images(16), pruning=RandomPruning(0.5), num_train_epochs=1)
+    run.train()
+    with pytest.raises(RuntimeError, match=f"OfflineModeIsEnabled.*lies in {tmp_path}"):
+        run.push_to_hub(tags="mine")
+    assert {"model.safetensors", "config.json", *CARD} <= set(os.listdir(tmp_path))
+    assert "mine" in ModelCard.load(tmp_path / "README.md").data.tags
+    with pytest.raises(TypeError, match="ViTForImageClassification is no model of timm"):
+        push_timm_to_hub(run, "user/timm")
+    run = trainer(tmp_path, data=images(16), pruning=RandomPruning(0.5))
+    with pytest.raises(ValueError, match="has not trained yet"):
+        push_timm_to_hub(run, "user/timm")
+
+
+def test_a_table_that_is_not_whole_is_refused(run, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / SCORES_FILE
+    _save_table(path, run.pruner.table, {"fingerprint": "x"})
+    whole = pq.read_table(path)
+    pq.write_table(whole.take(list(reversed(range(30)))), path)  # the order of the rows does not matter
+    table, _ = _load(path)
+    assert torch.equal(table["times_kept"], run.pruner.table["times_kept"])
+    at = whole.column_names.index("times_kept")
+    other = whole.set_column(at, whole.schema.field("times_kept"), pa.array([9] * 30, pa.int32()))
+    pq.write_table(other.replace_schema_metadata(whole.schema.metadata), path)
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        _load(path)
+    pq.write_table(whole.slice(0, 29), path)
+    with pytest.raises(ValueError, match="is damaged: its checksum"):
+        _load(path)
+    pq.write_table(whole.take([0] * 30), path)
+    with pytest.raises(ValueError, match="twice or more"):
+        _load(path)
+    pq.write_table(whole.replace_schema_metadata(None), path)
+    with pytest.raises(ValueError, match="is no table of hf_dynprune"):
+        _load(path)
+    path.write_bytes(b"PAR1 or not")
+    with pytest.raises(ValueError, match="is no table of hf_dynprune, or is damaged"):
+        _load(path)
+
+
+def test_scores_of_another_dataset_are_refused(run, tmp_path, monkeypatch):
+    path = tmp_path / SCORES_FILE
+    _save_table(path, run.pruner.table, {"fingerprint": run.pruner.fingerprint})
+    monkeypatch.setattr("hf_dynprune.hub.hf_hub_download", lambda *args, **kwargs: str(path))
+    assert len(load_scores_from_hub("user/table", dataset=run.train_dataset)) == 30
+    assert len(load_scores_from_hub("user/table", dataset=list(range(30)))) == 30  # nothing but N is known of a list
+    for other in (values(31), run.train_dataset.map(lambda row: {"value": row["value"] + 1})):
+        with pytest.raises(ValueError, match="wanted is the dataset that was scored"):
+            load_scores_from_hub("user/table", dataset=other)
+
+
+if __name__ == "__main__":
+    program(Path(sys.argv[1]))

@@ -1,0 +1,236 @@
+"""recipes/causal_lm.py and recipes/sft.py: in this process, and as programs under accelerate and torchrun."""
+
+import json
+import math
+import re
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import torch.nn.functional as F
+import yaml
+from test_recipes import run
+from tiny import llama, torchrun
+from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+CONFIG |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+SCRATCH = ["--model_config", json.dumps(CONFIG), "--tokenizer_vocabulary", "300"]
+LITTLE = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "True", "--report_to", "none"]
+PRUNED = ["--pruning", "ucb", "--keep_ratio", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Questions with answers like GSM8K's, and a text in one row like Tiny Shakespeare."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in ("questions", "text")}
+    for split, n in (("train", 48), ("test", 11)):
+        rows = [
+            {"question": f"What is {i} and {i * 7 % 13}?", "answer": f"It is {'so ' * (i % 5)}{i + i * 7 % 13}."}
+            for i in range(n)
+        ]
+        datasets.Dataset.from_list(rows).to_parquet(folders["questions"] / f"{split}-00000-of-00001.parquet")
+        text = " ".join(f"line {i} of {i * i}" for i in range(n * 3))
+        datasets.Dataset.from_dict({"text": [text]}).to_parquet(folders["text"] / f"{split}-00000-of-00001.parquet")
+    return {name: str(folder) for name, folder in folders.items()}
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """recipe("causal_lm") is the module; with options it has run, in this process."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+
+    def load(name, *options):
+        module = import_module(name)
+        if options:
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+            module.main()
+        return module
+
+    return load
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def weights_of(folder, name="model"):
+    return (folder / f"{name}.safetensors").read_bytes()
+
+
+# ---- what is trained and measured -----------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft has the old name
+def test_causal_lm_from_scratch_resumes_and_adapts(data, recipe, tmp_path, capsys):
+    """From random weights and a new tokenizer; then by LoRA on what was saved. Both resume to the same bits."""
+    save = ["--save_strategy", "steps", "--save_steps", "4", "--bf16", "False", "--learning_rate", "1e-3"]
+    common = ["--dataset", data["questions"], *LITTLE, *PRUNED, *save]
+    adapted = ["--model", tmp_path / "a", "--lora_rank", "2"]
+    for name, model, weights in (("a", SCRATCH, "model"), ("lora", adapted, "adapter_model")):
+        recipe("causal_lm", *common, *model, "--output_dir", tmp_path / name)
+        assert "ucb: perplexity " in capsys.readouterr().out
+        resume = ["--resume_from_checkpoint", tmp_path / name / "checkpoint-4"]
+        recipe("causal_lm", *common, *model, *resume, "--output_dir", tmp_path / "b")
+        assert weights_of(tmp_path / name, weights) == weights_of(tmp_path / "b", weights)
+        report = report_of(tmp_path / name)
+        assert report["cost_ratio"] == pytest.approx(0.5)
+        assert report["num_samples"] == 48
+        assert report["metrics"]["eval_perplexity"] == pytest.approx(math.exp(report["metrics"]["eval_token_loss"]))
+        card = (tmp_path / name / "README.md").read_text()
+        assert ("library_name: peft" in card) is (name == "lora")
+        assert "type: perplexity" in card
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
+    assert len(tokenizer) == 300
+    assert tokenizer.decode(tokenizer("What is 3?").input_ids) == "What is 3?"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")  # as the card says: base and adapters
+    assert any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_perplexity_counts_each_token_once(recipe):
+    causal_lm, generator = recipe("causal_lm"), torch.Generator().manual_seed(0)
+    parts, losses = [], []
+    for size, length in ((3, 7), (2, 4)):  # batches differ in size and length
+        logits = torch.randn(size, length, 5, generator=generator)
+        labels = torch.randint(0, 5, (size, length), generator=generator)
+        labels[torch.rand(size, length, generator=generator) < 0.4] = -100
+        parts.append(causal_lm.token_losses((logits, "more"), labels))
+        flat = F.cross_entropy(logits[:, :-1].reshape(-1, 5), labels[:, 1:].reshape(-1), reduction="none", ignore_index=-100)
+        losses.append(flat[labels[:, 1:].reshape(-1) != -100])
+    mean = torch.cat(losses).mean().item()
+    found = causal_lm.perplexity(EvalPrediction(predictions=torch.cat(parts).numpy(), label_ids=None))
+    assert found == pytest.approx({"token_loss": mean, "perplexity": math.exp(mean)}, rel=1e-5)
+
+
+def samples(causal_lm, data, *, longest=64, **settings):
+    """The samples of a split, its tokenizer and the columns."""
+    arguments = causal_lm.DataArguments(dataset=data, **settings)
+    train, _ = causal_lm.load_splits(data)
+    tokenizer = causal_lm.make_tokenizer(
+        causal_lm.RecipeArguments(from_scratch=True, tokenizer_vocabulary=300), train[0].values()
+    )
+    config = causal_lm.AutoConfig.for_model("llama", max_position_embeddings=longest)
+    return causal_lm.make_samples(train, tokenizer, arguments, config), tokenizer, train
+
+
+def test_samples(data, recipe):
+    causal_lm = recipe("causal_lm")
+    made, tokenizer, train = samples(causal_lm, data["questions"])
+    for row, source in zip(made, train, strict=True):
+        kept = [i for i in row["labels"] if i != -100]
+        assert tokenizer.decode(row["input_ids"]) == f"{source['question']}\n{source['answer']}{tokenizer.eos_token}"
+        assert tokenizer.decode(kept) == f"{source['answer']}{tokenizer.eos_token}"
+    everything, _, _ = samples(causal_lm, data["questions"], answer_only=False)
+    assert all(row["labels"] == row["input_ids"] for row in everything)
+    cut, _, _ = samples(causal_lm, data["questions"], max_length=8)
+    assert max(len(row["input_ids"]) for row in cut) == 8
+    assert len(cut) < len(train)  # of long questions no answer is left
+    assert all(any(label != -100 for label in row["labels"][1:]) for row in cut)
+    short, _, _ = samples(causal_lm, data["questions"], longest=20)
+    assert max(len(row["input_ids"]) for row in short) == 20
+
+    blocks, tokenizer, train = samples(causal_lm, data["text"], block_size=16)
+    assert {len(row["input_ids"]) for row in blocks.select(range(len(blocks) - 1))} == {16}
+    joined = [token for row in blocks for token in row["input_ids"]]
+    assert tokenizer.decode(joined) == train[0]["text"] + tokenizer.eos_token  # nothing is lost
+    assert all(row["labels"] == row["input_ids"] for row in blocks)
+
+
+# ---- launchers ------------------------------------------------------------------------------------------------------
+
+
+def test_causal_lm_under_accelerate_launch_and_from_yaml(data, tmp_path):
+    settings = {
+        "dataset": data["text"],
+        "block_size": 16,
+        "tokenizer_vocabulary": 300,
+        "model_config": CONFIG,
+        "max_steps": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "pruning": "infobatch",
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
+    out = run(*launcher, "recipes/causal_lm.py", str(tmp_path / "run.yaml"), "--learning_rate", "1e-2")
+    assert "infobatch: perplexity " in out
+    assert report_of(tmp_path / "out")["totals"]["optimizer_steps"] == 4
+
+
+def test_two_ranks_measure_what_one_does(data, recipe, tmp_path):
+    options = ["--dataset", data["questions"], *SCRATCH, *LITTLE, *PRUNED, "--learning_rate", "0", "--bf16", "False"]
+    two = [
+        "--per_device_train_batch_size",
+        "4",
+        "--per_device_eval_batch_size",
+        "3",
+        "--ddp_find_unused_parameters",
+        "False",
+    ]
+    done = torchrun(ROOT / "recipes/causal_lm.py", *options, *two, "--output_dir", tmp_path / "two", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    recipe("causal_lm", *options, "--output_dir", tmp_path / "one")
+    one, both = report_of(tmp_path / "one"), report_of(tmp_path / "two")
+    assert both["environment"]["ranks"] == 2
+    assert both["metrics"]["eval_perplexity"] == pytest.approx(one["metrics"]["eval_perplexity"], rel=1e-5)
+    assert both["epochs"][1]["scores"] == pytest.approx(one["epochs"][1]["scores"], rel=1e-4)
+    assert both["passes"] == one["passes"]
+
+
+# ---- mistakes, configurations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dataset", "text", *SCRATCH], "the only sample: cut it into many with --block_size 128"),
+        (["--dataset", "text", *SCRATCH, "--block_size", "128"], "block_size=128: the model takes at the most 64 tokens"),
+        (["--dataset", "questions", *SCRATCH, "--block_size", "1"], "block_size=1: wanted are at least 2 tokens"),
+        (["--dataset", "questions", *SCRATCH, "--lora_rank", "8"], "lora_rank=8 adapts a pretrained model"),
+        (["--dataset", "questions", *SCRATCH, "--prompt_column", "query"], "There is no column 'query'.*prompt_column="),
+        (["--dataset", "questions", "--tokenizer_vocabulary", "300"], "tokenizer_vocabulary=300 trains a tokenizer that"),
+        (["--dataset", "questions", "--model_config", "{"], "is not JSON"),
+        (["--dataset", "questions", *SCRATCH, "--output_dir", "used"], "holds a run already"),
+    ],
+)
+def test_mistakes_are_told_before_the_training(options, message, data, recipe, tmp_path, capsys):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "report.json").write_text("{}")
+    places = {**data, "used": str(tmp_path / "used")}
+    options = ["--output_dir", str(tmp_path / "new"), *(places.get(option, option) for option in options)]
+    with pytest.raises(SystemExit) as ended:
+        recipe("causal_lm", *options)
+    assert ended.value.code == 2
+    assert re.search(message, capsys.readouterr().err.replace("\n", " "))
+
+
+def test_the_configurations_differ_in_the_pruning_alone():
+    full, pruned = (
+        yaml.safe_load((ROOT / f"recipes/configs/causal_lm_{name}.yaml").read_text()) for name in ("full", "pruned")
+    )
+    different = {name for name in full | pruned if full.get(name) != pruned.get(name)}
+    assert different == {"pruning", "keep_ratio", "output_dir"}
+
+
+# ---- recipes/sft.py -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")  # trl and peft have the old names
+def test_sft(data, recipe, tmp_path, capsys):
+    llama(vocab_size=300, max_position_embeddings=64, eos_token_id=0).save_pretrained(tmp_path / "base")
+    _, tokenizer, _ = samples(recipe("causal_lm"), data["questions"])
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = ["--dataset", data["questions"], "--model_name_or_path", tmp_path / "base", *LITTLE, *PRUNED]
+    lora = ["--use_peft", "True", "--lora_target_modules", "all-linear", "--lora_r", "2"]
+    recipe("sft", *options, *lora, "--output_dir", tmp_path / "out")
+    assert "ucb: mean_token_accuracy " in capsys.readouterr().out
+    report = report_of(tmp_path / "out")
+    assert report["cost_ratio"] == pytest.approx(0.5)
+    assert report["num_samples"] == 48
+    assert weights_of(tmp_path / "out", "adapter_model")
