@@ -195,14 +195,6 @@ class Prediction:
     def total(self) -> float:
         return sum(self.seconds.values())
 
-    @property
-    def label(self) -> str:
-        """The policy, as one writes it: fields that are not the default, and `keep_ratio`."""
-        shown = [f for f in fields(self.policy) if f.name == "keep_ratio" or getattr(self.policy, f.name) != f.default]
-        values = [(f.name, getattr(self.policy, f.name)) for f in shown]
-        given = ", ".join(f"{name}={value!r}" for name, value in values if value is not None)
-        return f"{type(self.policy).__name__}({given})"
-
 
 def predict(policy: PruningPolicy, settings: Settings, measured: Measured, *, choosing: float = 0.0) -> Prediction:
     """The seconds and the cost of a whole run under a policy. Pure.
@@ -357,7 +349,7 @@ class Advice:
             "predictions": [
                 {
                     "policy": prediction.policy.to_dict(),
-                    "label": prediction.label,
+                    "label": str(prediction.policy),
                     "keep_ratio": getattr(prediction.policy, "keep_ratio", None),
                     "total_seconds": prediction.total,
                     "seconds": prediction.seconds,
@@ -380,7 +372,7 @@ class Advice:
         head = ["policy", "cost", *PHASES, "total", "saved", "as long: all data for"]
         rows = [
             [
-                ("~ " if p.assumed else "") + p.label,
+                ("~ " if p.assumed else "") + str(p.policy),
                 f"{p.passes / self.full.passes:.3f}",
                 *(_duration(p.seconds[phase]) for phase in PHASES),
                 _duration(p.total),
@@ -429,7 +421,7 @@ def _findings(advice: Advice) -> dict[str, str]:
         quickest: dict[str, Prediction] = {}
         for row in sorted((row for row in acting if advice.saved(row) > 0), key=lambda row: row.total, reverse=True):
             keep_ratio = getattr(row.policy, "keep_ratio", None)
-            quickest[row.label if keep_ratio is None else f"keep_ratio={keep_ratio:g}"] = row
+            quickest[str(row.policy) if keep_ratio is None else f"keep_ratio={keep_ratio:g}"] = row
         found["answer"] = (
             f"Answer: it can pay. All data take {_duration(full.total)}; "
             + ", ".join(
@@ -438,7 +430,7 @@ def _findings(advice: Advice) -> dict[str, str]:
             + ". What that does to the result only a run tells."
         )
     ranges = [
-        f"{row.label} keeps {row.assumed[0]:.2f} to {row.assumed[1]:.2f}, {_duration(row.least_seconds)} to "
+        f"{row.policy} keeps {row.assumed[0]:.2f} to {row.assumed[1]:.2f}, {_duration(row.least_seconds)} to "
         f"{_duration(row.total)}"
         for row in rows
         if row.assumed is not None and row.least_seconds is not None
@@ -448,7 +440,7 @@ def _findings(advice: Advice) -> dict[str, str]:
             "~ Estimates: how much these keep depends on the data. Assumed, with the most in the table: "
             f"{'; '.join(ranges)}."
         )
-    idle = [row.label for row in rows if not row.acts]
+    idle = [str(row.policy) for row in rows if not row.acts]
     if idle:
         found["first looks"] = (
             f"Cannot act: {', '.join(idle)}. Choices x keep_ratio is at most 1 in {full.epochs} epochs, and samples never "
@@ -468,13 +460,15 @@ def _findings(advice: Advice) -> dict[str, str]:
     if settings.workers and not settings.persistent_workers and best is not None and starts > _NOTABLE * best.total:
         found["epoch starts"] = (
             f"Starting the loader takes {_duration(m.epoch_start)} an epoch, {_duration(starts)} of {_duration(best.total)} "
-            f"({best.label}), whatever is kept: set dataloader_persistent_workers=True, or fewer workers."
+            f"({best.policy}), whatever is kept: set dataloader_persistent_workers=True, or fewer workers."
         )
     for phase, way_out in (
         ("evaluation", "It does not shrink with the data: evaluate less often (eval_strategy, eval_steps), or on less."),
         ("scoring", "Score by training losses (scoring='trained', at no cost), or choose less often (period)."),
     ):
-        eaten = [(row.seconds[phase] / row.total, row.label) for row in rows if row.seconds[phase] > _NOTABLE * row.total]
+        eaten = [
+            (row.seconds[phase] / row.total, str(row.policy)) for row in rows if row.seconds[phase] > _NOTABLE * row.total
+        ]
         if eaten:
             share, label = max(eaten)
             others = f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} others" if len(eaten) > 1 else ""
@@ -594,10 +588,11 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._add("optimizer")
-        timed = self.steps[self.warm_up :]
-        seconds = sum(sum(step.values()) for step in timed)
+        timed = len(self.steps) - self.warm_up
+        if timed == 0:
+            self.since = self.mark
         # Ranks must end at the same step, and their clocks differ.
-        enough = len(timed) >= self.wanted and (seconds >= _LEAST_SECONDS or args.world_size > 1)
+        enough = timed >= self.wanted and (args.world_size > 1 or self.mark - self.since >= _LEAST_SECONDS)
         if enough or state.global_step >= state.max_steps:
             control.should_training_stop, control.should_save = True, self.save
 

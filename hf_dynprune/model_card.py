@@ -603,6 +603,7 @@ def _repeating(trainer: Any) -> str:
     settings = (*_ARGUMENTS, *sorted(more))
     names = [name for name in settings if name == "seed" or getattr(args, name, None) != defaults.get(name)]
     arguments = [f"    {name}={_code(getattr(args, name))}," for name in names if hasattr(args, name)]
+    given_fields = ", ".join(f"{name}={_code(value)}" for name, value in policy.given.items())
     imports: dict[str, list[str]] = {}
     for name, module in ((cls.__name__, cls.__module__), (type(policy).__name__, type(policy).__module__)):
         if name in public_names or module.startswith("hf_dynprune."):
@@ -627,7 +628,7 @@ def _repeating(trainer: Any) -> str:
             "    args=args,",
             "    train_dataset=train_dataset,",
             *[f"    {name}={name}," for name, is_given in given.items() if is_given],
-            f"    pruning={_call(policy)},",
+            f"    pruning={type(policy).__name__}({given_fields}),",
             ")",
             "trainer.train()",
         ]
@@ -651,16 +652,6 @@ def command_of(argv: Sequence[str], ranks: int = 1) -> str:
         is_token = names_token and not value  # then it is the next argument
     launcher = f"torchrun --nproc_per_node {ranks}" if ranks > 1 else "python"
     return f"{launcher} {shlex.join([f'recipes/{Path(script).name}', *shown])}"
-
-
-def _call(policy: PruningPolicy) -> str:
-    """The shortest call that makes the policy: fields with their default values are left out, but not `keep_ratio`."""
-    settings = [
-        f"{field.name}={_code(getattr(policy, field.name))}"
-        for field in fields(policy)
-        if getattr(policy, field.name) != field.default or (field.name == "keep_ratio" and field.default is not None)
-    ]
-    return f"{type(policy).__name__}({', '.join(settings)})"
 
 
 def _code(value: Any) -> str:

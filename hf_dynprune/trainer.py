@@ -150,7 +150,7 @@ class DynamicPruningMixin(_Trainer):
         check_signals(self.pruner.scored_signals, self._loss_rule)
         if looks_once(pruning, self.pruner.num_epochs):
             logger.warning(
-                "%d epochs with %r: never observed samples come first, so that none is trained twice before nearly all "
+                "%d epochs with %s: never observed samples come first, so that none is trained twice before nearly all "
                 "were trained once. Scores decide next to nothing then, and the choice is as random as RandomPruning's. To "
                 'let them decide, score before each choice (scoring="all"), begin with full-data epochs (first=1), keep '
                 "more or train longer.",

@@ -335,7 +335,14 @@ def main() -> None:
         average = WeightAverage(trainer, recipe.ema_decay)
         trainer.add_callback(average)
         evaluate_also = partial(average.evaluate, trainer)
-    common.train(trainer, dataset=data.dataset, task="image-classification", metric="accuracy", evaluate_also=evaluate_also)
+    common.train(
+        trainer,
+        dataset=data.dataset,
+        task="image-classification",
+        metric="accuracy",
+        evaluate_also=evaluate_also,
+        advise=recipe.advise,
+    )
 
 
 if __name__ == "__main__":

@@ -370,7 +370,7 @@ def test_workers_are_measured_behind_the_model(tmp_path):
 
 def test_what_it_asks_for(tmp_path):
     run = trainer(tmp_path, cls=Trainer, data=images(40))
-    labels = [prediction.label for prediction in advise(run, batches=4).predictions]
+    labels = [str(prediction.policy) for prediction in advise(run, batches=4).predictions]
     assert len(labels) == 17
     assert labels[0] == "RandomPruning(keep_ratio=0.1)"
     own = trainer(tmp_path, data=images(40), pruning=OrderDP(0.3))
@@ -395,7 +395,7 @@ def test_mistakes(tmp_path):
 
 def test_the_benchmark(tmp_path):
     root = Path(__file__).parents[1]
-    options = ["--quickstart_epochs", "1", "--output", str(tmp_path / "advice.json")]
+    options = ["--quickstart_epochs", "1", "--rounds", "1", "--output", str(tmp_path / "advice.json")]
     command = [sys.executable, str(root / "recipes/benchmarks/advice.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

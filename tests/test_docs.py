@@ -10,9 +10,10 @@ import pytest
 import reliability
 import torch
 from tiny import arguments, images, trainer, vit
+from transformers import TrainingArguments
 
 import hf_dynprune
-from hf_dynprune import DynamicPruningTrainer, PruningPolicy
+from hf_dynprune import DynamicPruningTrainer, PruningArguments, PruningPolicy
 from hf_dynprune.policies import POLICIES
 from hf_dynprune.report import PruningReport
 
@@ -27,27 +28,50 @@ def program(word):
 
 
 def commands():
-    """The commands of the README, options and comments left out: `make test`, `python recipes/cifar.py`."""
-    lines = [
-        line.split("#")[0].strip()
-        for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-        for line in block.split("\n")
-    ]
-    return sorted({re.sub(r" --.*", "", line) for line in lines if line})
+    """The commands of the README, as (program, what follows it): ("hf-dynprune plot", "runs runs/full runs/ucb")."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
+    programs = r"make \w+|hf-dynprune \w+|(?:python|accelerate launch|torchrun --nproc_per_node 2) recipes/\w+\.py"
+    for line in filter(None, lines):
+        found = re.match(rf"({programs})\b ?(.*)", line)
+        assert found, f"{line}: say in this test what runs it"
+        yield found.groups()
 
 
 def test_every_command_is_run_by_a_test_or_by_ci():
+    # Where the command is run, and by which words it is known there.
     run_by = {
-        "make quickstart": ROOT / ".ci" / "run",
-        "make test": ROOT / ".ci" / "run",
-        "python recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
-        "accelerate launch recipes/cifar.py": ROOT / "tests" / "test_recipes.py",
-        "hf-dynprune score": ROOT / "tests" / "test_cli.py",
+        "make quickstart": (".ci/run", "make quickstart"),
+        "make test": (".ci/run", "make test"),
+        "python recipes/cifar.py": ("tests/test_recipes.py", 'run("recipes/cifar.py"'),
+        "accelerate launch recipes/imagenet.py": ("tests/test_recipes_imagenet.py", "accelerate.commands.launch"),
+        "torchrun --nproc_per_node 2 recipes/text_classification.py": ("tests/test_recipes_text.py", "torchrun"),
+        "hf-dynprune score": ("tests/test_cli.py", '"score"'),
+        "hf-dynprune advise": ("tests/test_cli_advise.py", '"advise"'),
+        "hf-dynprune report": ("tests/test_cli_report.py", '"report"'),
+        "hf-dynprune plot": ("tests/test_cli_report.py", '"plot"'),
+        "hf-dynprune card": ("tests/test_cli_card.py", '"card"'),
     }
-    assert commands() == sorted(run_by)
-    for command, file in run_by.items():
-        wanted = "accelerate" if command.startswith("accelerate") else command.split("/")[-1].replace("hf-dynprune ", '"')
-        assert wanted in file.read_text(), f"{file} does not run {command}"
+    assert {program for program, _ in commands()} == set(run_by)
+    for command, (file, words) in run_by.items():
+        assert words in (ROOT / file).read_text(), f"{file} does not run {command}"
+
+
+def test_the_options_of_every_command_exist():
+    for program, rest in commands():
+        options = set(re.findall(r"--(\w+)", rest))
+        if options and not program.startswith("make"):
+            command = program.split()[-1]
+            module = "hf_dynprune/cli.py" if program.startswith("hf-dynprune") else command
+            source = (ROOT / module).read_text() + (ROOT / "recipes/common.py").read_text()
+            known = {*TrainingArguments.__dataclass_fields__, *PruningArguments.__dataclass_fields__}
+            for option in options - known:
+                assert re.search(rf"\b{option}\b", source), f"{program} has no --{option}"
+
+
+def test_the_configurations_that_the_readme_names_exist():
+    for path in re.findall(r"(?<![/\w.])((?:recipes|model_cards|tests)/[\w/.]+\.\w+)", README):
+        assert (ROOT / path).exists(), path
 
 
 def test_the_smallest_program_runs(tmp_path, monkeypatch):
@@ -123,7 +147,7 @@ def test_the_names_that_the_readme_uses_exist():
 
 
 # Of the full run with which the runs of a folder are compared.
-NOMINAL_EPOCHS = {"cifar10_resnet8": 20, "cifar10_methods": 10}
+NOMINAL_EPOCHS = {"cifar10_resnet8": 20, "cifar10_methods": 10, "banking77": 10, "tiny_imagenet": 6}
 
 
 def test_published_shares_are_those_of_the_reports():
@@ -151,6 +175,27 @@ def test_published_figures_are_those_of_the_reports():
         assert accuracy == f"{100 * report.metrics['eval_accuracy']:.2f}"
         assert cost == f"{report.passes / (NOMINAL_EPOCHS[Path(path).parent.name] * report.num_samples):.3f}"
         assert steps == f"{report.totals['optimizer_steps']:,}"
+
+
+def test_published_perplexities_are_those_of_the_reports():
+    rows = re.findall(
+        r"^\| .* \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| \[.*\]\((.*tiny_shakespeare/.*\.json)\) \|$", README, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for perplexity, cost, steps, path in rows:
+        report = PruningReport.load(ROOT / path)
+        assert perplexity == f"{report.metrics['eval_perplexity']:.2f}"
+        assert cost == f"{report.passes / (5 * report.num_samples):.3f}"
+        assert steps == f"{report.totals['optimizer_steps']:,}"
+
+
+def test_published_f1_is_that_of_the_reports():
+    rows = re.findall(
+        r"^\| [^|]* \| (0\.\d+) \| [\d.]+ % \| .* \| \[.*\]\((.*banking77/.*\.json)\) \|$", README, re.MULTILINE
+    )
+    assert len(rows) == 3
+    for f1, path in rows:
+        assert f1 == f"{PruningReport.load(ROOT / path).metrics['eval_macro_f1']:.3f}"
 
 
 def test_the_overhead_is_that_of_its_file():

@@ -344,6 +344,17 @@ class PruningPolicy(ABC):
         """The name in `POLICIES`, or the name of the class for a policy that is not listed there."""
         return next((name for name, cls in POLICIES.items() if cls is type(self)), type(self).__name__)
 
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that tell it from others of its class: those that are not the default, and `keep_ratio`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        told = {f.name for f in fields(self) if values[f.name] != f.default or f.name == "keep_ratio"}
+        return {name: value for name, value in values.items() if name in told and (name, value) != ("keep_ratio", None)}
+
+    def __str__(self) -> str:
+        """As one writes it, such as `UCB(keep_ratio=0.3)`."""
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.given.items())})"
+
     def to_dict(self) -> dict[str, Any]:
         """`name` and all fields, as JSON has them (a tuple becomes a list)."""
         return json.loads(json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}))

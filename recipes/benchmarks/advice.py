@@ -3,8 +3,9 @@
     python recipes/benchmarks/advice.py --dataset path/to/cifar10 --output recipes/results/benchmarks/advice.json
 
 The runs of recipes/quickstart.py (full, short, pruned), and of recipes/cifar.py a small ResNet on a part of the data (full,
-pruned, pruned with scoring passes). Each run is predicted by a dry run just before it, and by one just after it; what the
-two differ by is the unrest of the machine. The error is (predicted - measured) / measured, of the whole `train()`.
+pruned, pruned with scoring passes). In each round each run is predicted by a dry run, and then measured, the whole
+`train()`; the next round begins when all had their turn. Medians of the rounds are compared: error = predicted / measured
+- 1. What the rounds differ by is the unrest of the machine: beside the error, (highest - lowest) / median of the measured.
 """
 
 import argparse
@@ -15,15 +16,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm import tqdm, trange
 from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningPolicy, advise
-from hf_dynprune.advice import Advice, Prediction
 from hf_dynprune.report import describe_environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -73,32 +74,33 @@ def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[
 THREADS = torch.get_num_threads()
 
 
-def predicted(trainer: DynamicPruningTrainer) -> tuple[Prediction, Advice]:
-    """Of the trainer's own run, by one dry run."""
+def predict_and_measure(make: Callable[[], DynamicPruningTrainer]) -> dict[str, Any]:
+    trainer = make()
     advice = advise(trainer, policies=[trainer.pruning])
-    return advice.predictions[0], advice
-
-
-def compare(make: Callable[[], DynamicPruningTrainer]) -> dict[str, Any]:
-    before, advice = predicted(make())
     trainer = make()
     begun = time.perf_counter()
     trainer.train()
-    seconds = time.perf_counter() - begun
-    after, _ = predicted(make())
     return {
-        "policy": before.label,
-        "measured": seconds,
-        "predicted": before.total,
-        "error": before.total / seconds - 1,
-        "predicted_after": after.total,
-        "error_after": after.total / seconds - 1,
-        "phases": {
-            phase: {"measured": measured, "predicted": before.seconds[phase]}
-            for phase, measured in trainer.pruning_report.totals["seconds"].items()
-        },
+        "policy": str(trainer.pruning),
+        "predicted": advice.predictions[0].total,
+        "measured": time.perf_counter() - begun,
+        "predicted_phases": advice.predictions[0].seconds,
+        "measured_phases": trainer.pruning_report.totals["seconds"],
         "settings": asdict(advice.settings),
         "dry_run": asdict(advice.measured),
+    }
+
+
+def compared(recipe: str, run: str, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    measured, predicted = ([one[what] for one in rounds] for what in ("measured", "predicted"))
+    return {
+        "recipe": recipe,
+        "run": run,
+        "measured": median(measured),
+        "predicted": median(predicted),
+        "error": median(predicted) / median(measured) - 1,
+        "unrest": (max(measured) - min(measured)) / median(measured),
+        "rounds": rounds,
     }
 
 
@@ -108,10 +110,11 @@ def main() -> None:
     parser.add_argument("--train_split", default="train[:10000]", help="of it")
     parser.add_argument("--epochs", type=int, default=3, help="of the runs on CIFAR-10")
     parser.add_argument("--quickstart_epochs", type=int, default=20, help="of the full run of the quickstart")
+    parser.add_argument("--rounds", type=int, default=5, help="of which medians are compared")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     disable_progress_bar()
-    results = []
+    rounds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
 
@@ -120,8 +123,10 @@ def main() -> None:
             if options.dataset:
                 yield from cifar_runs(options.dataset, options.train_split, options.epochs, folder)
 
-        for recipe, run, make in tqdm(runs(), desc="runs", total=6 if options.dataset else 3):
-            results.append({"recipe": recipe, "run": run, **compare(make)})
+        for _ in trange(options.rounds, desc="rounds"):
+            for recipe, run, make in tqdm(runs(), desc="runs", total=6 if options.dataset else 3, leave=False):
+                rounds.setdefault((recipe, run), []).append(predict_and_measure(make))
+    results = [compared(*names, each) for names, each in rounds.items()]
     worst = max(results, key=lambda result: abs(result["error"]))
     if options.output:
         content = {
@@ -131,11 +136,11 @@ def main() -> None:
         }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"{'recipe':11}{'run':29}{'measured':>10}{'predicted':>11}{'error':>8}{'by the dry run after it':>26}")
+    print(f"{'recipe':11}{'run':29}{'measured':>10}{'predicted':>11}{'error':>8}{'unrest':>9}")
     for result in results:
         print(
             f"{result['recipe']:11}{result['run']:29}{result['measured']:8.1f} s{result['predicted']:9.1f} s"
-            f"{100 * result['error']:+6.1f} %{result['predicted_after']:16.1f} s{100 * result['error_after']:+6.1f} %"
+            f"{100 * result['error']:+6.1f} %{100 * result['unrest']:7.1f} %"
         )
     print(f"worst: {worst['recipe']}, {worst['run']}: {100 * worst['error']:+.1f} %")
 
