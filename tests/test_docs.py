@@ -206,6 +206,16 @@ def test_the_overhead_is_that_of_its_file():
     assert shown in " ".join(README.split())
 
 
+def test_the_error_of_advise_is_that_of_its_file():
+    runs = json.loads((ROOT / "recipes/results/benchmarks/advice.json").read_text())["runs"]
+    worst, unrest = (max(abs(run[name]) for run in runs) for name in ("error", "unrest"))
+    assert {run["recipe"] for run in runs} == {"quickstart", "cifar"}
+    assert len(runs) == 6
+    assert worst < 0.15  # of what is promised
+    words = f"off by {100 * worst:.1f} % at the most, medians of {len(runs[0]['rounds'])} rounds"
+    assert f"{words} on a machine on which the same run took up to {100 * unrest:.0f} %" in " ".join(README.split())
+
+
 def test_the_quickstarts_figures_are_those_of_its_reports():
     table = (ROOT / "recipes" / "quickstart.py").read_text().split('"""')[1]
     for run, file in (("full", "full"), ("short", "short"), ("pruned", "report")):
