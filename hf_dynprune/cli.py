@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,48 +42,73 @@ class ClassificationArguments:
 class ScoreArguments(ClassificationArguments):
     """What is scored, with what."""
 
+    _argument_group_name = "model, data and scores"
+
     method: str = field(
         kw_only=True,
         metadata={"help": "el2n, grand, grand-last-layer, forgetting, loss, margin or entropy; high is hard with each."},
     )
     runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
     epochs: int | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
+    json: bool = field(default=False, metadata={"help": "Print JSON: the file, and what the scores cost."})
 
 
 def score(argv: Sequence[str]) -> None:
     """Scores a dataset for static pruning, into <output_dir>/scores.safetensors."""
-    from transformers import HfArgumentParser, TrainingArguments
-
     from .static import SCORES_FILE, score_dataset
 
-    groups: Any = (ScoreArguments, TrainingArguments)
-    parser = HfArgumentParser(
-        groups,
-        prog="hf-dynprune score",
-        description="Scores the samples of a dataset for StaticPruning: trains on all data, then scores. All arguments of "
-        "the Trainer are there; `num_train_epochs` is the run whose learning rates the scoring follows.",
+    options, args = _parse_with_trainer(
+        "score",
+        "Scores the samples of a dataset for StaticPruning: trains on all data, then scores. All arguments of the Trainer\n"
+        "are there; `num_train_epochs` is the run whose learning rates the scoring follows. Finished runs are kept.",
+        "hf-dynprune score --method el2n --model microsoft/resnet-18 --dataset uoft-cs/cifar10 --from_scratch True \\\n"
+        "    --output_dir scores",
+        ScoreArguments,
+        argv,
     )
-    options, args = parser.parse_args_into_dataclasses(args=list(argv))
     args.remove_unused_columns = False
     data, collator, model_init = _classification(options)
     folder = Path(args.output_dir or ".")
-    scores = score_dataset(
-        options.method,
-        model_init,
-        args,
-        data,
-        runs=options.runs,
-        epochs=options.epochs,
-        output_dir=folder,
-        data_collator=collator,
-    )
+    with redirect_stdout(sys.stderr if options.json else sys.stdout):  # where the Trainer writes its logs
+        scores = score_dataset(
+            options.method,
+            model_init,
+            args,
+            data,
+            runs=options.runs,
+            epochs=options.epochs,
+            output_dir=folder,
+            data_collator=collator,
+        )
     from . import distributed
 
-    if distributed.world()[0] == 0:
+    if distributed.world()[0] != 0:
+        return
+    if options.json:
+        print(json.dumps({"file": str(folder / SCORES_FILE), "method": options.method, **scores.provenance}, indent=2))
+    else:
         print(
             f"{options.method} of {len(scores):,} samples, at the price of {scores.provenance['passes']:,.0f} passes.\n"
             f'Use it: StaticPruning("{folder / SCORES_FILE}", keep_ratio=0.5)'
         )
+
+
+def _parse_with_trainer(
+    command: str, description: str, examples: str, options: type, argv: Sequence[str]
+) -> tuple[Any, Any]:
+    """The options and the Trainer's arguments."""
+    from transformers import HfArgumentParser, TrainingArguments
+
+    shown = _parser(command, description, examples)
+    groups: Any = (options, TrainingArguments)
+    parser = HfArgumentParser(
+        groups,
+        prog=shown.prog,
+        description=shown.description,
+        epilog=shown.epilog,
+        formatter_class=shown.formatter_class,
+    )
+    return parser.parse_args_into_dataclasses(args=list(argv))  # type: ignore[return-value]
 
 
 def _classification(options: ClassificationArguments) -> tuple[Any, Any, Callable]:
@@ -145,29 +171,22 @@ def advise(argv: Sequence[str]) -> None:
     """Should I prune, and how much? Predicts what a run would take, on all data and pruned."""
     import tempfile
 
-    from transformers import HfArgumentParser, Trainer, TrainingArguments
+    from transformers import Trainer
 
     from . import distributed
     from .advice import advise as advise_on
     from .data import load_splits
 
-    shown = _parser(
+    options, args = _parse_with_trainer(
         "advise",
         "Should I prune, and how much? Trains and evaluates some batches, and predicts from these what the whole run would\n"
         "take, on all data and pruned, and where its time would go. All arguments of the Trainer are there: give those of\n"
         "the run. Nothing is written.",
         "hf-dynprune advise --model microsoft/resnet-18 --dataset uoft-cs/cifar10 --num_train_epochs 20\n"
         "hf-dynprune advise --model distilbert-base-uncased --dataset path/to/texts --eval_strategy epoch --json",
+        AdviseArguments,
+        argv,
     )
-    groups: Any = (AdviseArguments, TrainingArguments)
-    parser = HfArgumentParser(
-        groups,
-        prog=shown.prog,
-        description=shown.description,
-        epilog=shown.epilog,
-        formatter_class=shown.formatter_class,
-    )
-    options, args = parser.parse_args_into_dataclasses(args=list(argv))
     args.remove_unused_columns = False
     data, collator, model_init = _classification(options)
     evaluation = None

@@ -34,10 +34,8 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     SchedulerType,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
 from hf_dynprune.data import find_column, load_splits
@@ -95,7 +93,7 @@ class RecipeArguments(common.ModelArguments):
 
 
 @dataclass
-class CausalTrainingArguments(TrainingArguments):
+class CausalTrainingArguments(common.TrainerArguments):
     """The Trainer's arguments, with the defaults of fine-tuning."""
 
     output_dir: str = field(default="runs/causal_lm", metadata={"help": "Where to write."})
@@ -108,13 +106,6 @@ class CausalTrainingArguments(TrainingArguments):
     warmup_steps: float = field(default=0.05, metadata={"help": "LR warm-up: a share below 1, or steps."})
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
-    )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
-    )
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
 
 
@@ -223,7 +214,6 @@ def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, CausalTrainingArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     args.label_names = ["labels"]  # not to be read off the signature of peft's wrapper
     with common.user_mistakes():
         policy = pruning.policy() or FullData()

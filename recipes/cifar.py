@@ -15,8 +15,7 @@ import common
 import timm.optim
 import torch
 from metrics import accuracy_of, best_classes
-from transformers import SchedulerType, TrainingArguments, set_seed
-from transformers.trainer_utils import SaveStrategy
+from transformers import SchedulerType, set_seed
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, PruningPolicy, score_dataset
 from hf_dynprune.data import load_splits
@@ -67,7 +66,7 @@ class RecipeArguments(common.RunArguments):
 
 
 @dataclass
-class CifarTrainingArguments(TrainingArguments):
+class CifarTrainingArguments(common.TrainerArguments):
     """The Trainer's arguments, with the defaults of a CIFAR run."""
 
     output_dir: str = field(default="runs/cifar", metadata={"help": "Where to write."})
@@ -80,13 +79,6 @@ class CifarTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
-    )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
-    )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Costs a device synchronisation a step."})
     # A batch is made at once from the cache; unused columns do not exist.
@@ -147,7 +139,6 @@ def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, CifarTrainingArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     with common.user_mistakes(), args.main_process_first(desc="decoding images"):
         policy = pruning.policy() or FullData()
         if not recipe.score:

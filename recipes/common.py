@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer
@@ -93,14 +95,29 @@ class ModelArguments(RunArguments):
             )
 
 
+@dataclass
+class TrainerArguments(TrainingArguments):
+    """The Trainer's arguments, where they run on a CPU, too; a recipe gives its own defaults."""
+
+    _argument_group_name = "all arguments of the Trainer"
+
+    # transformers wants to be told before it lets a CPU have bf16.
+    use_cpu: bool = field(
+        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=torch.cuda.is_available(), metadata={"help": "Load into pinned memory, from which CUDA copies faster."}
+    )
+    save_strategy: SaveStrategy | str = field(
+        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
+    )
+
+
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:
     """An object of each dataclass, from `script.py [config.yaml] [--option value ...]`; options override the file.
 
     A mistake ends the program with status 2 and a message, before anything heavy happens.
     """
-    for group in groups:
-        if issubclass(group, TrainingArguments):
-            group._argument_group_name = "all arguments of the Trainer"
     parser = HfArgumentParser(
         groups,
         usage="%(prog)s [config.yaml] [--option value ...]",

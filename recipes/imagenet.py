@@ -38,7 +38,7 @@ import timm.utils
 import torch
 from metrics import accuracy_of, best_classes
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from transformers import SchedulerType, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import SchedulerType, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
@@ -106,7 +106,7 @@ class RecipeArguments(common.RunArguments):
 
 
 @dataclass
-class ImageNetTrainingArguments(TrainingArguments):
+class ImageNetTrainingArguments(common.TrainerArguments):
     """The Trainer's arguments, with the defaults of an ImageNet run."""
 
     output_dir: str = field(default="runs/imagenet", metadata={"help": "Where to write."})
@@ -122,10 +122,6 @@ class ImageNetTrainingArguments(TrainingArguments):
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule behind the warm-up."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
     bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
-    )
     dataloader_num_workers: int = field(
         default=min(8, os.cpu_count() or 1), metadata={"help": "Processes of one rank that load and augment images."}
     )
@@ -281,7 +277,6 @@ def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, ImageNetTrainingArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     args.dataloader_persistent_workers = args.dataloader_persistent_workers and args.dataloader_num_workers > 0
     if args.learning_rate is None:
         global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

@@ -46,6 +46,8 @@ class ModelArguments(ModelConfig):
 class SFTArguments(SFTConfig):
     """SFTConfig, where it runs on a CPU too."""
 
+    _argument_group_name = "all arguments of SFTConfig"
+
     output_dir: str | None = field(default="runs/sft", metadata={"help": "Where to write."})
     # transformers wants to be told before it lets a CPU have bf16.
     use_cpu: bool = field(

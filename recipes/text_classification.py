@@ -30,10 +30,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     RobertaTokenizer,
     SchedulerType,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
 from hf_dynprune.data import class_names, find_column, load_splits
@@ -63,7 +61,7 @@ class RecipeArguments(common.ModelArguments):
 
 
 @dataclass
-class TextTrainingArguments(TrainingArguments):
+class TextTrainingArguments(common.TrainerArguments):
     """The Trainer's arguments, with the defaults of fine-tuning."""
 
     output_dir: str = field(default="runs/text_classification", metadata={"help": "Where to write."})
@@ -74,13 +72,6 @@ class TextTrainingArguments(TrainingArguments):
     weight_decay: float = field(default=0.01, metadata={"help": "Weight decay, not on norms and biases."})
     warmup_steps: float = field(default=0.1, metadata={"help": "LR warm-up: a share below 1, or steps."})
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
-    )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
-    )
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
 
 
@@ -121,7 +112,6 @@ def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, TextTrainingArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     with common.user_mistakes():
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)

@@ -1,5 +1,6 @@
 """The command line, as a person calls it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -80,9 +81,13 @@ def test_score_images(images, tmp_path):
 def test_score_texts(texts, tmp_path):
     model, data = texts
     where = ["--model", model, "--dataset", data, "--output_dir", tmp_path]
-    done = hf_dynprune("score", "--method", "forgetting", *where, *LITTLE)
+    done = hf_dynprune("score", "--method", "forgetting", "--json", *where, *LITTLE)
     assert done.returncode == 0, done.stderr
-    assert Scores.load(tmp_path / "scores.safetensors").method == "forgetting"
+    scores = Scores.load(tmp_path / "scores.safetensors")
+    assert scores.method == "forgetting"
+    told = json.loads(done.stdout)
+    assert told["passes"] == scores.provenance["passes"]
+    assert told["file"] == scores.path
 
 
 @pytest.mark.parametrize(
@@ -110,7 +115,7 @@ def test_help_names_the_commands_and_their_arguments():
     assert "static pruning" in done.stdout
     done = hf_dynprune("score", "--help")
     assert done.returncode == 0
-    for option in ("--method", "--dataset", "--runs", "--num_train_epochs"):
+    for option in ("--method", "--dataset", "--runs", "--num_train_epochs", "examples:", "exit status:"):
         assert option in done.stdout
 
 

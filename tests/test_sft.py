@@ -6,6 +6,7 @@ Run by torchrun this file is what each rank of the test of several ranks does.
 import copy
 import inspect
 import os
+import re
 import sys
 import warnings
 from pathlib import Path
@@ -380,6 +381,18 @@ def test_lora(tmp_path):
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(again(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+
+
+def test_the_program_of_the_readme(tmp_path):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (program,) = [p for p in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "hf_dynprune.sft" in p]
+    sharp().save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    scope = {"model": str(tmp_path / "base"), "train": pairs(), "UCB": UCB, "args": trainer(tmp_path / "out").args}
+    scope["lora"] = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    exec(program, scope)
+    scope["trainer"].train()
+    assert scope["trainer"].pruning_report.cost_ratio == pytest.approx(0.3)
 
 
 def test_the_card(tmp_path):

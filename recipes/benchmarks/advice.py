@@ -57,7 +57,6 @@ def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[
             seed=0,
             report_to="none",
             disable_tqdm=True,
-            dataloader_pin_memory=torch.cuda.is_available(),
         )
         trainer = cifar.make_trainer(cifar.RecipeArguments(model="resnet8_cifar"), policy, args, images)
         trainer.remove_callback(PrinterCallback)
