@@ -383,6 +383,7 @@ def test_lora(tmp_path):
         torch.testing.assert_close(again(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # as above
 def test_the_program_of_the_readme(tmp_path):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (program,) = [p for p in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "hf_dynprune.sft" in p]
