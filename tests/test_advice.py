@@ -403,7 +403,8 @@ def test_the_benchmark(tmp_path):
     assert [run["run"] for run in result["runs"]] == ["full", "short", "ucb 0.3"]
     for run in result["runs"]:
         assert run["error"] == pytest.approx(run["predicted"] / run["measured"] - 1)
-        assert run["settings"]["num_samples"] == 898
+        assert [one["settings"]["num_samples"] for one in run["rounds"]] == [898]
+        assert run["measured"] == run["rounds"][0]["measured"]
     assert f"worst: quickstart, {result['worst']['run']}" in done.stdout
 
 
