@@ -130,6 +130,7 @@ def make_trainer(
         compute_metrics=accuracy_of(1, 5),
         preprocess_logits_for_metrics=best_classes,
         optimizers=(optimizer, None),
+        callbacks=[common.SharedStatistics()],
         pruning=policy,
         scoring_dataset=None if recipe.augmented_scoring else images.plain,
     )

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
@@ -178,6 +178,21 @@ def check_output(args: Any, run: RunArguments) -> None:
             f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, {way_on}"
             "or write over it with --overwrite True."
         )
+
+
+class SharedStatistics(TrainerCallback):
+    """Before a model is evaluated or saved all ranks get the BatchNorm statistics of rank 0, which are saved: so they
+    evaluate what is saved. (Each rank updates its own; the next training step would share them as well.)"""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if control.should_evaluate or control.should_save:
+            self.on_epoch_end(args, state, control, model)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            from timm.utils import distribute_bn
+
+            distribute_bn(model, args.world_size)
 
 
 def train(

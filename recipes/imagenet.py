@@ -227,15 +227,6 @@ def make_transforms(recipe: RecipeArguments, config: dict[str, Any]) -> tuple[Ca
     return training, timm.data.create_transform(**evaluation)
 
 
-class SharedStatistics(TrainerCallback):
-    """At the end of an epoch all ranks get the BatchNorm statistics of rank 0, which are saved: so they evaluate what is
-    saved. (Each rank updates its own; the next forward pass would share them as well.)"""
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if args.world_size > 1:
-            timm.utils.distribute_bn(model, args.world_size)
-
-
 class WeightAverage(TrainerCallback):
     """A moving average of the weights and statistics, updated after each optimizer step.
 
@@ -321,7 +312,7 @@ def main() -> None:
         compute_metrics=accuracy_of(1, 5),
         preprocess_logits_for_metrics=best_classes,
         optimizers=(optimizer, None),
-        callbacks=[SharedStatistics()],
+        callbacks=[common.SharedStatistics()],
         pruning=policy,
         scoring_dataset=scoring,
     )

@@ -10,11 +10,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
-from transformers import EvalPrediction, pipeline
+from tiny import torchrun
+from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
-import hf_dynprune.vision  # noqa: F401  # so that the pipeline knows the architectures
+from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # and the pipeline knows the architectures
 from recipes.metrics import accuracy_of
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +126,35 @@ def test_cifar_resumes(small_cifar, tmp_path):
     resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-4")]
     run("recipes/cifar.py", *data, *save, *resume, "--output_dir", str(tmp_path / "b"), "--dataloader_num_workers", "2")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+
+
+def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
+    """In the middle of an epoch, and at its end; of 40 images none is counted twice."""
+    data = [
+        "--dataset",
+        str(small_cifar["cifar10"]),
+        *LITTLE,
+        "--pruning",
+        "random",
+        "--keep_ratio",
+        "0.9",
+        "--bf16",
+        "False",
+    ]
+    data += ["--per_device_eval_batch_size", "20", "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "3"]
+    data += ["--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
+    done = torchrun(ROOT / "recipes/cifar.py", *data, ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((tmp_path / "report.json").read_text())["environment"]["ranks"] == 2
+    split = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")
+    images = ImageCache.from_dataset(split, mean=CIFAR_MEAN, std=CIFAR_STD)
+    log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
+    told = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    for step in (2, 3):
+        model = AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}").eval()
+        with torch.no_grad():
+            loss = model(**images.__getitems__(list(range(40)))).loss.item()
+        assert told[step] == pytest.approx(loss, rel=1e-5)
 
 
 def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path):
