@@ -213,7 +213,9 @@ def test_the_error_of_advise_is_that_of_its_file():
     assert len(runs) == 6
     assert worst < 0.15  # of what is promised
     words = f"off by {100 * worst:.1f} % at the most, medians of {len(runs[0]['rounds'])} rounds"
-    assert f"{words} on a machine on which the same run took up to {100 * unrest:.0f} %" in " ".join(README.split())
+    assert f"{words} on a machine on which the times of the same run spread over up to {100 * unrest:.0f} % of" in " ".join(
+        README.split()
+    )
 
 
 def test_the_quickstarts_figures_are_those_of_its_reports():
