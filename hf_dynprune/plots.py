@@ -193,7 +193,7 @@ def plot_classes(times_kept: Any, choices: int, labels: Any, names: Sequence[str
 
         share of class c = mean over its samples of times_kept / choices
 
-    Of more than 40 classes the ten highest and the ten lowest are named.
+    Of more than 40 classes the twelve highest and the twelve lowest are named.
 
     Args:
         times_kept: (N,) number of choices that kept the sample: `trainer.pruner.table["times_kept"]`.
