@@ -241,3 +241,6 @@ def train(
         )
     if args.push_to_hub:
         trainer.push_to_hub(**words)
+    if torch.distributed.is_initialized():  # a rank that leaves while another one still talks can be aborted
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -618,6 +618,9 @@ args = arguments(folder, num_train_epochs=3, seed=5, per_device_train_batch_size
 for method in ("el2n", "grand", "forgetting"):
     scores = score_dataset(method, new_vit, args, DATA, runs=2, epochs=2)
     torch.save([scores.values, scores.provenance, scores.path], folder / f"{method}-{world()[0]}.pt")
+if ranks > 1:  # a rank that leaves while another one still talks can be aborted
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 """
 
 
