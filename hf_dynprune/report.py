@@ -31,7 +31,8 @@ class EpochRecord:
         scoring_passes: forward passes made only to score.
         optimizer_steps: steps made in the epoch.
         learning_rate: in force when the epoch ended, that is, for the step after its last.
-        scores: mean and quantiles of the finite scores when the plan was made; empty where there are none.
+        scores: mean and quantiles of the finite scores when the plan was made, of more than 131,072 samples those of evenly
+            spaced ones; empty where there are none.
         nonfinite: observations that were NaN or infinite.
         seconds: wall-clock by phase; `training` is the epoch less the others, so it holds logging and checkpoints.
         metrics: of the last evaluation in the epoch.
@@ -171,7 +172,7 @@ def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
     Cost: O(N + C).
     """
     n, choices = len(times_kept), len(chance) - 1
-    histogram = np.bincount(times_kept, minlength=choices + 1)
+    histogram = torch.bincount(torch.as_tensor(times_kept), minlength=choices + 1).numpy()  # NumPy's copies int32 first
 
     def shares(counts: np.ndarray) -> dict[str, float]:
         never, always = (counts[0], counts[-1]) if choices else (0.0, counts[0])

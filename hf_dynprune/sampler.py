@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
+from .policies import indices_of, mask_of, permutation
+
 SAMPLE_INDEX = "sample_index"
 
 
@@ -31,12 +33,10 @@ def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
     Returns:
         (K,) int64. Cost: O(n).
     """
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
-    if kept is None or len(kept) == n:
-        return order
-    mask = torch.zeros(n, dtype=torch.bool)
-    mask[kept] = True
-    return order[mask[order]]
+    order = permutation(n, torch.Generator().manual_seed(seed + epoch))
+    if kept is not None and len(kept) < n:
+        order = order.index_select(0, indices_of(mask_of(kept, n).index_select(0, order)))
+    return order.long()
 
 
 def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: bool) -> Tensor:

@@ -33,7 +33,26 @@ class Column(NamedTuple):
 TIMES_KEPT = Column("times_kept", torch.int32, 0)
 LAST_OBSERVED = Column("last_observed", torch.int32, -1)
 
-Rows = dict[str, Tensor]
+Rows = Mapping[str, Tensor]
+
+# So many observations are applied at a time: what is computed on the way stays in the caches.
+_BLOCK = 1 << 16
+
+
+class _RowsOf(Rows):
+    """The values of some samples; a column is read when it is asked for, and many a rule asks for none."""
+
+    def __init__(self, columns: Rows, samples: Tensor) -> None:
+        self._columns, self._samples = columns, samples
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._columns[name].index_select(0, self._samples)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
 
 
 class SampleTable:
@@ -53,7 +72,7 @@ class SampleTable:
     def __init__(self, size: int, columns: Iterable[Column] = ()) -> None:
         if size < 1:
             raise ValueError(f"A table of {size} samples cannot be pruned: the training set must hold at least 1.")
-        self._columns: Rows = {}
+        self._columns: dict[str, Tensor] = {}
         for column in (*columns, TIMES_KEPT, LAST_OBSERVED):
             if column.name in self._columns:
                 raise ValueError(f"Two columns are called {column.name!r}: give each column of a policy its own name.")
@@ -107,10 +126,10 @@ class SampleTable:
                 rejected.append(samples[~finite])
                 samples, values = samples[finite], {name: value[finite] for name, value in values.items()}
             if values and len(samples):
-                for name, value in update({n: c[samples] for n, c in self._columns.items()}, values).items():
+                for name, value in update(_RowsOf(self._columns, samples), values).items():
                     column = self._own(name)
-                    column[samples] = value.to(column.dtype)
-            self["last_observed"][observed] = epoch
+                    column.index_copy_(0, samples, value.to(column.dtype))
+            self["last_observed"].index_fill_(0, observed, epoch)
         return torch.cat(rejected) if rejected else index[:0]
 
     def _own(self, name: str) -> Tensor:
@@ -119,7 +138,7 @@ class SampleTable:
             raise ValueError(f"`observe` of the policy returned {name!r}; its columns are {own}. Declare it in `columns`.")
         return self._columns[name]
 
-    def state_dict(self) -> Rows:
+    def state_dict(self) -> dict[str, Tensor]:
         """The columns, not copied."""
         return dict(self._columns)
 
@@ -148,11 +167,10 @@ class SampleTable:
 
 
 def _rounds(index: Tensor, size: int) -> Iterator[Tensor | slice]:
-    """Splits M observations into rounds in which no sample occurs twice: first all first occurrences, and so on."""
-    seen = torch.zeros(size, dtype=torch.bool)
-    seen[index] = True
-    if int(seen.sum()) == len(index):
-        yield slice(None)
+    """Splits M observations into blocks in which no sample occurs twice: first all first occurrences, and so on."""
+    seen = torch.zeros(size, dtype=torch.bool).index_fill_(0, index, True)
+    if int(torch.count_nonzero(seen)) == len(index):
+        yield from (slice(begin, begin + _BLOCK) for begin in range(0, len(index), _BLOCK))
         return
     order = torch.argsort(index, stable=True)
     position = torch.arange(len(index))
@@ -160,7 +178,7 @@ def _rounds(index: Tensor, size: int) -> Iterator[Tensor | slice]:
     is_first[1:] = index[order][1:] != index[order][:-1]
     occurrence = position - torch.cummax(torch.where(is_first, position, 0), 0).values
     for number in range(int(occurrence.max()) + 1):
-        yield order[occurrence == number]
+        yield from order[occurrence == number].split(_BLOCK)
 
 
 # ---- scores that were made before the run ---------------------------------------------------------------------------
@@ -371,7 +389,7 @@ def _whole_or_not(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def load_tensors(path: str | os.PathLike[str]) -> tuple[Rows, dict[str, Any]]:
+def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Reads what [`save_tensors`] wrote.
 
     Raises:

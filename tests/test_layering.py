@@ -17,7 +17,7 @@ PACKAGE = Path(hf_dynprune.__file__).parent
 CORE = {
     "scores": set(),
     "policies": {"scores"},
-    "sampler": set(),
+    "sampler": {"policies"},
     "losses": set(),
     "distributed": {"policies", "scores"},
     "report": set(),

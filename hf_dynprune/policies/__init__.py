@@ -15,7 +15,19 @@ from dataclasses import fields
 from typing import Any
 
 from .bandits import UCB, EpsilonGreedy, FullData, RandomPruning
-from .base import POLICIES, EpochPlan, PruningPolicy, check_count, check_number, keep_count, top_k, with_class_floor
+from .base import (
+    POLICIES,
+    EpochPlan,
+    PruningPolicy,
+    check_count,
+    check_number,
+    indices_of,
+    keep_count,
+    mask_of,
+    permutation,
+    top_k,
+    with_class_floor,
+)
 from .rivals import IES, KAKURENBO, InfoBatch, LossProportional, OrderDP, SeTa
 from .static import StaticPruning
 
@@ -36,8 +48,11 @@ __all__ = [
     "StaticPruning",
     "check_count",
     "check_number",
+    "indices_of",
     "keep_count",
     "make_policy",
+    "mask_of",
+    "permutation",
     "top_k",
     "with_class_floor",
 ]

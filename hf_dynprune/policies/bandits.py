@@ -16,9 +16,13 @@ from .base import (
     check_number,
     check_share,
     draw,
+    indices_of,
     keep_count,
+    mask_of,
     moving_mean,
+    permutation,
     top_k,
+    top_mask,
 )
 
 _EVERY_10_EPOCHS = {"period": 10}  # as Raju et al. seem to have run them; reconstructed
@@ -27,11 +31,10 @@ _EVERY_10_EPOCHS = {"period": 10}  # as Raju et al. seem to have run them; recon
 def _greedy_and_random(score: Tensor, k: int, epsilon: float, generator: torch.Generator) -> Tensor:
     """The k - r highest scores, and r = round(epsilon * k) drawn uniformly without replacement from all the rest."""
     r = round(epsilon * k)
-    mask = torch.zeros(len(score), dtype=torch.bool)
-    mask[top_k(score, k - r, generator)] = True
+    mask = top_mask(score, k - r, generator)
     if r:
-        mask[draw(torch.nonzero(~mask).squeeze(1), r, generator)] = True
-    return torch.nonzero(mask).squeeze(1)
+        mask[draw(indices_of(~mask), r, generator)] = True
+    return indices_of(mask)
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class RandomPruning(PruningPolicy):
     ) -> EpochPlan:
         n, k = len(table), keep_count(self.keep_ratio, len(table))
         if self.replacement:
-            return EpochPlan(torch.randperm(n, generator=generator)[:k].sort().values)
+            return EpochPlan(indices_of(mask_of(permutation(n, generator)[:k], n)))
         return EpochPlan(top_k(-table["times_kept"], k, generator))
 
 
@@ -199,7 +202,7 @@ class UCB(PruningPolicy):
 
     def score(self, table: SampleTable) -> Tensor:
         spread = table["variance"] if self.bonus == "variance" else table["variance"].sqrt()
-        return table["mean"] + self.c * spread
+        return torch.add(table["mean"], spread, alpha=self.c)
 
     def plan(
         self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator

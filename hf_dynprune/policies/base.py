@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,9 +62,9 @@ class EpochPlan:
         low, high = int(self.indices.min()), int(self.indices.max())
         if low < 0 or high >= n:
             raise ValueError(f"A plan holds the index {low if low < 0 else high}; the training set has {n} samples.")
-        seen = torch.zeros(n, dtype=torch.bool)
-        seen[self.indices] = True
-        if (unique := int(seen.sum())) != len(self):
+        if bool((self.indices[1:] > self.indices[:-1]).all()):  # ascending, as most policies give them
+            return
+        if (unique := int(torch.count_nonzero(mask_of(self.indices, n)))) != len(self):
             raise ValueError(f"A plan of {len(self)} indices holds only {unique} different ones; each may occur once.")
 
 
@@ -113,6 +114,32 @@ def floor_share(share: float, n: int) -> int:
     return math.floor(share * n + 1e-6)
 
 
+# Of the ways to say the same these are the quickest on a CPU: NumPy lists the places of a mask ten times as fast as torch
+# and partitions three times as fast; `index_select` reads three times as fast as `[]`; `count_nonzero` counts twenty
+# times as fast as `sum`; int32 misses the caches less.
+
+
+def permutation(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) int32, or int64 where int32 cannot hold it: the numbers of `torch.randperm(n, generator=generator)`."""
+    return torch.randperm(n, generator=generator, dtype=torch.int32 if n < 1 << 31 else torch.int64)
+
+
+def indices_of(mask: Tensor) -> Tensor:
+    """The indices at which an (N,) bool mask is true: (K,) int64, ascending."""
+    return torch.from_numpy(np.flatnonzero(mask.numpy()))
+
+
+def mask_of(indices: Tensor, n: int) -> Tensor:
+    """Which of 0, ..., n - 1 are among the (K,) indices: (n,) bool."""
+    return torch.zeros(n, dtype=torch.bool).index_fill_(0, indices.long(), True)
+
+
+def kth_highest(score: Tensor, k: int) -> Tensor:
+    """The k-th highest of (N,) scores without NaN, k in [1, N]: a scalar. Cost: O(N), a copy of the scores."""
+    place = len(score) - k
+    return torch.from_numpy(np.partition(score.numpy(), place)[place : place + 1])[0].clone()
+
+
 def top_k(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """The indices of the k highest scores, ascending; ties at the boundary are broken at random.
 
@@ -124,16 +151,18 @@ def top_k(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
     Returns:
         (k,) int64. Cost: O(N), by partition, not by a sort.
     """
+    return indices_of(top_mask(score, k, generator))
+
+
+def top_mask(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """What `top_k` says, as an (N,) bool mask."""
     n = len(score)
-    if k == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if k >= n:
-        return torch.arange(n)
-    threshold = torch.kthvalue(score, n - k + 1).values
+    if not 0 < k < n:
+        return torch.full((n,), k >= n)
+    threshold = kth_highest(score, k)
     mask = score > threshold
-    tied = torch.nonzero(score == threshold).squeeze(1)
-    mask[draw(tied, k - int(mask.sum()), generator)] = True
-    return torch.nonzero(mask).squeeze(1)
+    mask[draw(indices_of(score == threshold), k - int(torch.count_nonzero(mask)), generator)] = True
+    return mask
 
 
 def with_class_floor(
@@ -157,9 +186,8 @@ def with_class_floor(
     Cost: O(N log N), only where a class is below the floor.
     """
     n = len(labels)
-    kept = torch.zeros(n, dtype=torch.bool)
-    kept[plan.indices] = True
-    known = torch.nonzero(labels.isfinite()).squeeze(1)
+    kept = mask_of(plan.indices, n)
+    known = indices_of(labels.isfinite())
     if len(known) == 0:
         return plan
     classes, which = torch.unique(labels[known], return_inverse=True)
@@ -187,13 +215,13 @@ def with_class_floor(
     secured = torch.zeros(len(known), dtype=torch.bool)
     secured[order] = place < floor[which[order]]
     added = known[secured & ~kept[known]]
-    spare = torch.nonzero(kept[known] & ~secured).squeeze(1)
+    spare = indices_of(kept[known] & ~secured)
     spare = spare[torch.argsort(rank[spare], descending=True)]  # the lowest scores first
-    unknown = torch.nonzero(kept & ~labels.isfinite()).squeeze(1)
+    unknown = indices_of(kept & ~labels.isfinite())
     removed = torch.cat([known[spare], unknown])[: len(added)]
     kept[removed] = False
     kept[added] = True
-    indices = torch.nonzero(kept).squeeze(1)
+    indices = indices_of(kept)
     if plan.weights is None:
         return EpochPlan(indices, None, plan.lr_scale)
     weights = torch.ones(n)
@@ -203,7 +231,7 @@ def with_class_floor(
 
 def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """k of the (M,) values of `pool`, uniformly without replacement, in random order; all of them where M <= k."""
-    return pool[torch.randperm(len(pool), generator=generator)[:k]]
+    return pool.index_select(0, permutation(len(pool), generator)[:k])
 
 
 def moving_mean(mean: Tensor, value: Tensor, decay: float) -> Tensor:

@@ -19,8 +19,11 @@ from .base import (
     check_share,
     draw,
     floor_share,
+    indices_of,
     keep_count,
+    kth_highest,
     moving_mean,
+    permutation,
     top_k,
 )
 
@@ -145,7 +148,7 @@ class OrderDP(LastLoss):
         assert score is not None
         assert self.draw_ratio is not None
         n, k = len(score), keep_count(self.keep_ratio, len(score))
-        drawn = draw(torch.nonzero(_usable(score)).squeeze(1), max(k, floor_share(self.draw_ratio, n)), generator)
+        drawn = draw(indices_of(_usable(score)), max(k, floor_share(self.draw_ratio, n)), generator)
         if len(drawn) < k:
             return EpochPlan(top_k(score, k, generator))
         return EpochPlan(drawn[top_k(score[drawn], k, generator)])
@@ -225,38 +228,39 @@ class InfoBatch(LastLoss):
         self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
     ) -> EpochPlan:
         assert score is not None
-        usable, known = _usable(score), score[score.isfinite()]
+        usable = _usable(score)
+        known = score.index_select(0, indices_of(usable & (score < math.inf)))
         # In double, and never above the highest: where all losses are equal none is below their mean.
-        mean = torch.minimum(known.double().mean().float(), known.max()) if len(known) else math.inf
-        above, n = score >= mean, int(usable.sum())
+        mean = torch.minimum(known.mean(dtype=torch.float64).float(), known.max()) if len(known) else math.inf
+        above, n = score >= mean, int(torch.count_nonzero(usable))
         if self.keep_ratio is None:
             assert self.prune_ratio is not None
             if n == 0:
                 return EpochPlan(torch.arange(len(score)))
-            pool = torch.nonzero(usable & ~above).squeeze(1)
+            pool = indices_of(usable & ~above)
             drawn = draw(pool, floor_share(1 - self.prune_ratio, len(pool)), generator)
             weight = 1 / (1 - self.prune_ratio)
         else:
             k, w = keep_count(self.keep_ratio, len(score)), self.max_rescale
             if k >= n:
                 return EpochPlan(top_k(score, k, generator))
-            above = _highest(score, max(0, min(int(above.sum()), math.floor((k * w - n) / (w - 1)))))
-            pool = torch.nonzero(usable & ~above).squeeze(1)
-            drawn = draw(pool, k - int(above.sum()), generator)
+            above = _highest(score, max(0, min(int(torch.count_nonzero(above)), math.floor((k * w - n) / (w - 1)))))
+            pool = indices_of(usable & ~above)
+            drawn = draw(pool, k - int(torch.count_nonzero(above)), generator)
             weight = len(pool) / len(drawn)
         weights = above.to(torch.float32)
-        weights[drawn] = weight
-        indices = torch.nonzero(weights).squeeze(1)
-        return EpochPlan(indices, weights[indices] if len(drawn) and weight != 1 else None)
+        weights.index_fill_(0, drawn, weight)
+        indices = indices_of(weights > 0)
+        return EpochPlan(indices, weights.index_select(0, indices) if len(drawn) and weight != 1 else None)
 
 
 def _highest(score: Tensor, h: int) -> Tensor:
     """Which samples have the h highest scores; of scores that are tied with the (h+1)-th none. (N,) bool."""
     if h == 0:
         return torch.zeros(len(score), dtype=torch.bool)
-    edge = torch.kthvalue(score, len(score) - h + 1).values
+    edge = kth_highest(score, h)
     mask = score >= edge
-    return mask if int(mask.sum()) == h else score > edge
+    return mask if int(torch.count_nonzero(mask)) == h else score > edge
 
 
 @dataclass(frozen=True)
@@ -325,7 +329,7 @@ class SeTa(LastLoss):
         self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
     ) -> EpochPlan:
         assert score is not None
-        drawn = torch.randperm(len(score), generator=generator)[: self._size(len(score))]
+        drawn = permutation(len(score), generator)[: self._size(len(score))].long()
         if self._anneals(progress):
             return EpochPlan(drawn)
         score = score[drawn]
@@ -439,7 +443,7 @@ class KAKURENBO(LastLoss):
         mastered = (table["correct"][candidates] > 0.5) & (table["confidence"][candidates] >= self.min_confidence)
         kept = torch.ones(n, dtype=torch.bool)
         kept[candidates[(mastered & (low < math.inf)) | ~_usable(low)]] = False
-        indices = torch.nonzero(kept).squeeze(1)
+        indices = indices_of(kept)
         return EpochPlan(indices, lr_scale=n / len(indices) if self.scale_lr else 1.0)
 
 
@@ -508,5 +512,5 @@ class IES(PruningPolicy):
         self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
     ) -> EpochPlan:
         assert score is not None
-        kept = torch.nonzero(score >= self.threshold).squeeze(1)
+        kept = indices_of(score >= self.threshold)
         return EpochPlan(kept if len(kept) else top_k(score, 1, generator))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..scores import SampleTable, Scores
-from .base import EpochPlan, PruningPolicy, check_choice, keep_count, top_k
+from .base import EpochPlan, PruningPolicy, check_choice, indices_of, keep_count, mask_of, permutation, top_k
 
 
 def _path_of(scores: Any) -> str | None:
@@ -134,7 +134,7 @@ class StaticPruning(PruningPolicy):
     ) -> EpochPlan:
         n, k = len(table), keep_count(self.keep_ratio, len(table))
         if self.scores is None:
-            return EpochPlan(torch.randperm(n, generator=generator)[:k].sort().values)
+            return EpochPlan(indices_of(mask_of(permutation(n, generator)[:k], n)))
         values = self._read().values
         if self.keep == "middle":
             order = torch.randperm(n, generator=generator)
