@@ -55,8 +55,6 @@ class ScoreArguments(ClassificationArguments):
 
 def score(argv: Sequence[str]) -> None:
     """Scores a dataset for static pruning, into <output_dir>/scores.safetensors."""
-    from .static import SCORES_FILE, score_dataset
-
     options, args = _parse_with_trainer(
         "score",
         "Scores the samples of a dataset for StaticPruning: trains on all data, then scores. All arguments of the Trainer\n"
@@ -66,6 +64,9 @@ def score(argv: Sequence[str]) -> None:
         ScoreArguments,
         argv,
     )
+    from . import distributed
+    from .static import SCORES_FILE, score_dataset
+
     args.remove_unused_columns = False
     data, collator, model_init = _classification(options)
     folder = Path(args.output_dir or ".")
@@ -80,8 +81,6 @@ def score(argv: Sequence[str]) -> None:
             output_dir=folder,
             data_collator=collator,
         )
-    from . import distributed
-
     if distributed.world()[0] != 0:
         return
     if options.json:
@@ -169,14 +168,6 @@ class AdviseArguments(ClassificationArguments):
 
 def advise(argv: Sequence[str]) -> None:
     """Should I prune, and how much? Predicts what a run would take, on all data and pruned."""
-    import tempfile
-
-    from transformers import Trainer
-
-    from . import distributed
-    from .advice import advise as advise_on
-    from .data import load_splits
-
     options, args = _parse_with_trainer(
         "advise",
         "Should I prune, and how much? Trains and evaluates some batches, and predicts from these what the whole run would\n"
@@ -187,6 +178,14 @@ def advise(argv: Sequence[str]) -> None:
         AdviseArguments,
         argv,
     )
+    import tempfile
+
+    from transformers import Trainer
+
+    from . import distributed
+    from .advice import advise as advise_on
+    from .data import load_splits
+
     args.remove_unused_columns = False
     data, collator, model_init = _classification(options)
     evaluation = None

@@ -31,12 +31,12 @@ def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
         epoch: counted from 0.
 
     Returns:
-        (K,) int64. Cost: O(n).
+        (K,) int32, int64 from 2^31 samples on. Cost: O(n).
     """
     order = permutation(n, torch.Generator().manual_seed(seed + epoch))
     if kept is not None and len(kept) < n:
         order = order.index_select(0, indices_of(mask_of(kept, n).index_select(0, order)))
-    return order.long()
+    return order
 
 
 def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: bool) -> Tensor:
@@ -71,10 +71,10 @@ class PruningSampler(Sampler[int]):
 
     def __init__(self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False) -> None:
         self.global_batch, self.ranks, self.drop_last = global_batch, ranks, drop_last
-        self.set_epoch_order(torch.arange(n))
+        self.set_epoch_order(torch.arange(n, dtype=torch.int32 if n < 1 << 31 else torch.int64))
 
     def set_epoch_order(self, order: Tensor) -> None:
-        """Sets what the next epoch yields: (K,) int64."""
+        """Sets what the next epoch yields: (K,) integers."""
         self._real = len(order)
         self._order = fit_to_batches(order, self.global_batch, ranks=self.ranks, drop_last=self.drop_last)
 

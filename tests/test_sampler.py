@@ -32,7 +32,7 @@ def test_kept_samples_keep_the_order_of_the_stock_permutation(n, seed, epoch, da
     stock = torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch)).tolist()
     assert epoch_order(n, None, seed, epoch).tolist() == stock
     order = epoch_order(n, torch.tensor(kept), seed, epoch)
-    assert order.dtype == torch.int64
+    assert order.dtype == torch.int32
     assert order.tolist() == [i for i in stock if i in kept]
 
 

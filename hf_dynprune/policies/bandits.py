@@ -32,9 +32,7 @@ def _greedy_and_random(score: Tensor, k: int, epsilon: float, generator: torch.G
     """The k - r highest scores, and r = round(epsilon * k) drawn uniformly without replacement from all the rest."""
     r = round(epsilon * k)
     mask = top_mask(score, k - r, generator)
-    if r:
-        mask[draw(indices_of(~mask), r, generator)] = True
-    return indices_of(mask)
+    return indices_of(mask | draw(~mask, r, generator) if r else mask)
 
 
 @dataclass(frozen=True)

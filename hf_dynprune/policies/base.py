@@ -161,8 +161,7 @@ def top_mask(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
         return torch.full((n,), k >= n)
     threshold = kth_highest(score, k)
     mask = score > threshold
-    mask[draw(indices_of(score == threshold), k - int(torch.count_nonzero(mask)), generator)] = True
-    return mask
+    return mask | draw(score == threshold, k - int(torch.count_nonzero(mask)), generator)
 
 
 def with_class_floor(
@@ -230,8 +229,12 @@ def with_class_floor(
 
 
 def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """k of the (M,) values of `pool`, uniformly without replacement, in random order; all of them where M <= k."""
-    return pool.index_select(0, permutation(len(pool), generator)[:k])
+    """Of the places at which an (N,) mask is true k, uniformly without replacement, or all where there are fewer: (N,)
+    bool."""
+    m = int(torch.count_nonzero(pool))
+    drawn = torch.zeros_like(pool)
+    drawn.numpy()[pool.numpy()] = mask_of(permutation(m, generator)[:k], m).numpy()
+    return drawn
 
 
 def moving_mean(mean: Tensor, value: Tensor, decay: float) -> Tensor:

@@ -148,7 +148,8 @@ class OrderDP(LastLoss):
         assert score is not None
         assert self.draw_ratio is not None
         n, k = len(score), keep_count(self.keep_ratio, len(score))
-        drawn = draw(indices_of(_usable(score)), max(k, floor_share(self.draw_ratio, n)), generator)
+        pool = indices_of(_usable(score))
+        drawn = pool.index_select(0, permutation(len(pool), generator)[: max(k, floor_share(self.draw_ratio, n))])
         if len(drawn) < k:
             return EpochPlan(top_k(score, k, generator))
         return EpochPlan(drawn[top_k(score[drawn], k, generator)])
@@ -229,29 +230,38 @@ class InfoBatch(LastLoss):
     ) -> EpochPlan:
         assert score is not None
         usable = _usable(score)
-        known = score.index_select(0, indices_of(usable & (score < math.inf)))
-        # In double, and never above the highest: where all losses are equal none is below their mean.
-        mean = torch.minimum(known.mean(dtype=torch.float64).float(), known.max()) if len(known) else math.inf
-        above, n = score >= mean, int(torch.count_nonzero(usable))
+        known = usable & (score < math.inf)
+        above, n = score >= _mean(score, known), int(torch.count_nonzero(usable))
         if self.keep_ratio is None:
             assert self.prune_ratio is not None
             if n == 0:
                 return EpochPlan(torch.arange(len(score)))
-            pool = indices_of(usable & ~above)
-            drawn = draw(pool, floor_share(1 - self.prune_ratio, len(pool)), generator)
+            pool = usable & ~above
+            k = floor_share(1 - self.prune_ratio, int(torch.count_nonzero(pool)))
             weight = 1 / (1 - self.prune_ratio)
         else:
             k, w = keep_count(self.keep_ratio, len(score)), self.max_rescale
             if k >= n:
                 return EpochPlan(top_k(score, k, generator))
             above = _highest(score, max(0, min(int(torch.count_nonzero(above)), math.floor((k * w - n) / (w - 1)))))
-            pool = indices_of(usable & ~above)
-            drawn = draw(pool, k - int(torch.count_nonzero(above)), generator)
-            weight = len(pool) / len(drawn)
-        weights = above.to(torch.float32)
-        weights.index_fill_(0, drawn, weight)
-        indices = indices_of(weights > 0)
-        return EpochPlan(indices, weights.index_select(0, indices) if len(drawn) and weight != 1 else None)
+            pool = usable & ~above
+            k -= int(torch.count_nonzero(above))
+            weight = int(torch.count_nonzero(pool)) / k
+        drawn = draw(pool, k, generator)
+        indices = indices_of(above | drawn)
+        if k == 0 or weight == 1:
+            return EpochPlan(indices)
+        return EpochPlan(indices, torch.ones(len(indices)).masked_fill_(drawn.index_select(0, indices), weight))
+
+
+def _mean(score: Tensor, known: Tensor) -> Tensor | float:
+    """The mean of the known scores, inf where there are none. In double, and never above the highest: where all losses are
+    equal none is below their mean."""
+    count = int(torch.count_nonzero(known))
+    if count == 0:
+        return math.inf
+    mean = score.where(known, 0).sum(dtype=torch.float64) / count
+    return torch.minimum(mean.float(), score.where(known, -math.inf).max())
 
 
 def _highest(score: Tensor, h: int) -> Tensor:

@@ -1,0 +1,140 @@
+"""What an epoch's choice costs, without a model: seconds beside torch's own sampler over all data, and the peak of memory.
+
+    python recipes/benchmarks/choosing.py --output recipes/results/benchmarks/choosing.json
+    python recipes/benchmarks/choosing.py --sizes 1e8 --rounds 3 --output choosing_100m.json
+
+An epoch is all that the pruner does in one: begin_epoch (score, plan, order), the batches of indices, an observe for each
+batch, end_epoch (the table). The baseline, `RandomSampler` and `BatchSampler` over all N samples, does no more than make the
+batches of indices of a full epoch. In each round each rule has its turn, in a process of its own, and beside each epoch the
+baseline is measured: the ratio is that of the two medians. The first epoch, in which nothing is known yet, is not counted.
+
+The peak is that of the process (its resident memory), above what it had before the pruner was made.
+"""
+
+import argparse
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+import torch
+from torch.utils.data import BatchSampler, RandomSampler
+
+from hf_dynprune import DynamicPruner, make_policy
+from hf_dynprune.policies import POLICIES
+
+NEEDED = ("random", "epsilon-greedy", "ucb", "infobatch")
+RIVALS = ("loss-proportional", "orderdp", "seta", "kakurenbo", "ies")
+
+
+def policy_of(name: str, keep_ratio: float):
+    fields = POLICIES[name].__dataclass_fields__
+    # Without forward passes, which need a model; and, where a rule says itself how much it keeps, as it says.
+    settings: dict[str, Any] = {"scoring": "trained"} | ({"last": 0.0} if name == "infobatch" else {})
+    return make_policy(name, **({"keep_ratio": keep_ratio} if "keep_ratio" in fields else {}), **settings)
+
+
+def full_epoch(n: int, batch_size: int) -> float:
+    begun = time.perf_counter()
+    for _ in BatchSampler(RandomSampler(range(n)), batch_size, drop_last=False):
+        pass
+    return time.perf_counter() - begun
+
+
+def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dict[str, float]:
+    """Seconds of each phase. What stands for the model's part, tensors of indices and losses, is made beforehand."""
+    marks = [time.perf_counter()]
+    pruner.begin_epoch(epoch)
+    marks.append(time.perf_counter())
+    for _ in BatchSampler(pruner.sampler, pruner.batch_size, drop_last=False):
+        pass
+    marks.append(time.perf_counter())
+    spent = 0.0
+    for batch in BatchSampler(pruner.sampler, pruner.batch_size, drop_last=False):
+        index = torch.tensor(batch)
+        signals = {name: losses[: len(index)] for name in pruner.signals}
+        begun = time.perf_counter()
+        pruner.observe(index, signals)
+        spent += time.perf_counter() - begun
+    marks.append(time.perf_counter())
+    pruner.end_epoch()
+    names = ("choose", "iterate", "", "apply")
+    seconds = {name: b - a for name, a, b in zip(names, marks, [*marks[1:], time.perf_counter()], strict=True)}
+    del seconds[""]
+    return {**seconds, "observe": spent}
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def run(name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, threads: int) -> dict[str, Any]:
+    """A few epochs in this process."""
+    torch.set_num_threads(threads)
+    policy, losses = policy_of(name, keep_ratio), torch.rand(batch_size).exp()
+    before = peak_bytes()
+    pruner = DynamicPruner(policy, n, batch_size=batch_size, num_epochs=epochs)
+    pruned = [pruned_epoch(pruner, epoch, losses) for epoch in range(epochs)]
+    peak, kept = peak_bytes() - before, pruner.report.epochs[-1].samples
+    del pruner
+    full_epoch(n, batch_size)
+    full = [full_epoch(n, batch_size) for _ in pruned[1:]]
+    phases = {phase: statistics.median(epoch[phase] for epoch in pruned[1:]) for phase in pruned[0]}
+    return {
+        "phases": phases,
+        "pruned": statistics.median(sum(epoch.values()) for epoch in pruned[1:]),
+        "full": statistics.median(full),
+        "peak": peak,
+        "kept": kept,
+    }
+
+
+def apart(*task: Any) -> dict[str, Any]:
+    """In a fresh process, whose peak of memory is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(run, task)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=float, nargs="+", default=[5e4, 1.28e6, 1e7], help="numbers of samples")
+    parser.add_argument("--policies", nargs="+", default=[*NEEDED, *RIVALS], help="names of rules")
+    parser.add_argument("--keep_ratio", type=float, default=0.3)
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--epochs", type=int, default=4, help="of a run; the first is not counted")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    rows = []
+    for n in map(int, options.sizes):
+        task = (n, options.keep_ratio, options.batch_size, options.epochs, options.threads)
+        turns = {name: lambda name=name, task=task: apart(name, *task) for name in options.policies}
+        for name, runs in measure.in_turns(turns, options.rounds, f"N = {n:,d}").items():
+            compared = measure.ratio([one["pruned"] for one in runs], [one["full"] for one in runs])
+            peak = statistics.median(one["peak"] for one in runs)
+            rows.append(
+                {
+                    "samples": n,
+                    "policy": name,
+                    "kept": runs[0]["kept"],
+                    "seconds": statistics.median(one["pruned"] for one in runs),
+                    **{p: statistics.median(one["phases"][p] for one in runs) for p in runs[0]["phases"]},
+                    "full_seconds": statistics.median(one["full"] for one in runs),
+                    **compared,
+                    "bytes_a_sample": peak / n,
+                    "runs": runs,
+                }
+            )
+    shown = {"samples": ",d", "policy": "", "kept": ",d", "choose": ".3f", "iterate": ".3f", "observe": ".3f"}
+    shown |= {"apply": ".3f", "seconds": ".3f", "full_seconds": ".3f", "ratio": ".2f", "bytes_a_sample": ".1f"}
+    arguments = {name: value for name, value in vars(options).items() if name != "output"}
+    measure.report("Seconds of choosing, an epoch", rows, shown, options.output, options=arguments)
+
+
+if __name__ == "__main__":
+    main()

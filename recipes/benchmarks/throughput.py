@@ -1,0 +1,238 @@
+"""Images a second of training: recipes/cifar.py beside a plain PyTorch loop, and beside the usual way with the Trainer.
+
+    export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=1073741824
+    python recipes/benchmarks/throughput.py --dataset path/to/cifar10 --jpeg path/to/tiny_imagenet_20 \\
+        --output recipes/results/benchmarks/throughput.json
+
+    bare loop     uint8 images in memory, the augmentation of `ImageCache`, forward, backward, optimizer, learning rate;
+                  no Trainer, no accelerate, no pruning
+    cifar.py      what recipes/cifar.py runs with `--pruning full`, and with a UCB that scores and keeps everything
+    stock path    the stock Trainer on the encoded images of a `datasets.Dataset`: decoded by PIL and transformed by
+                  torchvision one by one, whenever they are trained; without a worker and with one
+
+All train the same model on the same images with the same optimizer, in bf16 autocast. In each round each has its turn, a
+run of one epoch. Counted are full batches: the first fifth of the steps is left out (warm-up, workers that start), and the
+last one. The ratio is that of images a second, to the bare loop's in the same round: above 1 is faster.
+
+Without `--dataset` the images are noise. It trains as fast, but is a larger PNG than a photograph: what is published of the
+stock path takes `--dataset`. `--jpeg` adds rows for a dataset of larger images, all of one size.
+
+The two variables matter on a CPU: without them glibc may return the activations to the system after a step and fault them
+in again in the next. That costs up to a third of the time, more in one run than in another by the luck of the heap's layout,
+and would hide what is compared. The JSON file has what they were.
+"""
+
+import argparse
+import math
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import datasets
+import measure
+import numpy as np
+import timm.optim
+import torch
+import torch.nn.functional as F
+from torchvision import transforms
+from transformers import PrinterCallback, Trainer, TrainerCallback, get_linear_schedule_with_warmup, set_seed
+
+from hf_dynprune import UCB, FullData
+from hf_dynprune.data import find_column, load_splits
+from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cifar  # of the recipes
+
+ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")  # of glibc; one alone makes it worse
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Clock(TrainerCallback):
+    """Images a second, from the end of the first fifth of the steps to that of the last step but one.
+
+    Accelerate loads each batch a step early: to the end of the last step one batch less would be loaded than trained.
+    """
+
+    def __init__(self, samples: int, batch_size: int) -> None:
+        steps = math.ceil(samples / batch_size)
+        self.batch_size, self.first, self.last = batch_size, max(2, steps // 5), steps - 1
+        self.step, self.times = 0, {}
+
+    def tick(self) -> None:
+        """An optimizer step has ended."""
+        self.step += 1
+        if self.step in (self.first, self.last):
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            self.times[self.step] = time.perf_counter()
+
+    def on_step_end(self, *args, **kwargs) -> None:
+        self.tick()
+
+    @property
+    def images_per_second(self) -> float:
+        return (self.last - self.first) * self.batch_size / (self.times[self.last] - self.times[self.first])
+
+
+def noise(samples: int) -> datasets.Dataset:
+    rng = np.random.default_rng(0)
+    images = list(rng.integers(0, 256, (samples, 32, 32, 3), dtype=np.uint8))
+    labels = rng.integers(0, 10, samples).tolist()
+    features = datasets.Features(img=datasets.Image(), label=datasets.ClassLabel(10))
+    return datasets.Dataset.from_dict({"img": images, "label": labels}, features=features)
+
+
+def decoded(data: datasets.Dataset) -> cifar.Images:
+    """As cifar.load_images has them; nothing is evaluated here."""
+    options = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
+    train = ImageCache.from_dataset(data, augment=True, **options)
+    plain = ImageCache(train.images, train.labels, **options)
+    return cifar.Images(train, plain, plain)
+
+
+def make_arguments(options: argparse.Namespace, folder: str, **more) -> cifar.CifarTrainingArguments:
+    return cifar.CifarTrainingArguments(
+        folder,
+        num_train_epochs=1,
+        per_device_train_batch_size=options.batch_size,
+        torch_compile=options.compile,
+        logging_strategy="no",
+        log_level="error",
+        report_to="none",
+        disable_tqdm=True,
+        **more,
+    )
+
+
+def make_model(
+    images: cifar.Images, args: cifar.CifarTrainingArguments, options: argparse.Namespace
+) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """Model and optimizer as cifar.make_trainer makes them."""
+    set_seed(args.seed)
+    recipe = cifar.RecipeArguments(model=options.model)
+    model = cifar.make_model(recipe, images).to(DEVICE, memory_format=torch.channels_last)
+    groups = timm.optim.param_groups_weight_decay(model, args.weight_decay)
+    return model, torch.optim.SGD(groups, lr=args.learning_rate, momentum=recipe.momentum, nesterov=True)
+
+
+def bare_loop(images: cifar.Images, options: argparse.Namespace, folder: str) -> float:
+    args, data, clock = make_arguments(options, folder), images.train, Clock(len(images.train), options.batch_size)
+    wrapped, optimizer = make_model(images, args, options)
+    model = wrapped.timm_model.train()  # without what transformers wraps around it
+    if options.compile:
+        model = torch.compile(model)
+    steps = math.ceil(len(data) / options.batch_size)
+    schedule = get_linear_schedule_with_warmup(optimizer, args.get_warmup_steps(steps), steps)
+    for indices in torch.randperm(len(data)).split(options.batch_size):
+        batch = data.__getitems__(indices)
+        if DEVICE.type == "cuda":
+            batch = {name: values.pin_memory().to(DEVICE, non_blocking=True) for name, values in batch.items()}
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            loss = F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        clock.tick()
+    return clock.images_per_second
+
+
+def timed(trainer: Trainer, clock: Clock) -> float:
+    trainer.add_callback(clock)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return clock.images_per_second
+
+
+def recipe_run(images: cifar.Images, make_policy: Callable, options: argparse.Namespace, folder: str) -> float:
+    args = make_arguments(options, folder)
+    trainer = cifar.make_trainer(cifar.RecipeArguments(model=options.model), make_policy(), args, images)
+    return timed(trainer, Clock(len(images.train), options.batch_size))
+
+
+def stock_path(
+    data: datasets.Dataset, images: cifar.Images, workers: int, options: argparse.Namespace, folder: str
+) -> float:
+    image, label = find_column(data.features, "image"), find_column(data.features, "label")
+    transform = transforms.Compose(
+        [
+            transforms.RandomCrop(images.train.images.shape[-1], padding=4),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(CIFAR_MEAN, CIFAR_STD),
+        ]
+    )
+
+    def transformed(rows: dict[str, list]) -> dict[str, list]:
+        return {"pixel_values": [transform(one.convert("RGB")) for one in rows[image]], "labels": rows[label]}
+
+    args = make_arguments(options, folder, dataloader_num_workers=workers)
+    model, optimizer = make_model(images, args, options)
+    trainer = Trainer(model, args, train_dataset=data.with_transform(transformed), optimizers=(optimizer, None))
+    return timed(trainer, Clock(len(data), options.batch_size))
+
+
+def compare(ways: dict[str, Callable[..., float]], options: argparse.Namespace, folder: str) -> list[dict[str, object]]:
+    """A row for each way; the first is what the others are compared with."""
+
+    def turn(way: Callable[..., float]) -> float:
+        torch.compiler.reset()  # of the many models that one process compiles the later ones would run without
+        return way(options=options, folder=folder)
+
+    rounds = measure.in_turns({name: partial(turn, way) for name, way in ways.items()}, options.rounds)
+    bare, rows = next(iter(rounds)), []
+    for name, speeds in rounds.items():
+        found = measure.spread(speeds)
+        row = {"path": name, "images_per_second": found.pop("median"), **found, "rounds": speeds, "compared_with": bare}
+        rows.append(row if name == bare else row | measure.ratio(speeds, rounds[bare]))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape")
+    parser.add_argument("--jpeg", help="Hub id or local path of JPEG images of one size")
+    parser.add_argument("--samples", type=int, default=10_000, help="the first of the training split; an epoch")
+    parser.add_argument("--batch_size", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", default="resnet8_cifar")
+    parser.add_argument("--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    options = parser.parse_args()
+    if math.ceil(options.samples / options.batch_size) < 4:
+        parser.error("too few --samples for 4 steps of --batch_size")
+    datasets.disable_progress_bars()
+    with tempfile.TemporaryDirectory() as folder:
+        split = f"train[:{options.samples}]"
+        data = load_splits(options.dataset, train=split)[0] if options.dataset else noise(options.samples)
+        images = decoded(data)
+        ways = {
+            "bare loop": partial(bare_loop, images),
+            "cifar.py, Trainer": partial(recipe_run, images, FullData),
+            "cifar.py, UCB that keeps everything": partial(recipe_run, images, partial(UCB, keep_ratio=1.0)),
+            "stock path (PIL)": partial(stock_path, data, images, 0),
+            "stock path (PIL), 1 worker": partial(stock_path, data, images, 1),
+        }
+        rows = compare(ways, options, folder)
+        if options.jpeg:
+            data = load_splits(options.jpeg, train=split)[0]
+            images = decoded(data)
+            ways = {
+                "JPEG: bare loop on decoded tensors": partial(bare_loop, images),
+                "JPEG: stock path (PIL)": partial(stock_path, data, images, 0),
+                "JPEG: ImageCache, Trainer": partial(recipe_run, images, FullData),
+            }
+            rows += compare(ways, options, folder)
+    shown = {"path": "", "images_per_second": ",.0f", "lowest": ",.0f", "highest": ",.0f", "ratio": ".3f"}
+    about = {"options": {name: value for name, value in vars(options).items() if name != "output"}}
+    about["allocator"] = {name: os.environ.get(name) for name in ALLOCATOR}
+    measure.report("Images a second of training", rows, shown, options.output, **about)
+
+
+if __name__ == "__main__":
+    main()
