@@ -217,7 +217,7 @@ class DynamicPruner:
         if self.max_steps is not None:
             self.num_epochs = sum(1 for _ in self._plans())
             return Clock(self.max_steps, None)
-        steps = [self.steps(len(self.table) if size is None else size) for size in self._plans()]
+        self._steps = steps = [self.steps(len(self.table) if size is None else size) for size in self._plans()]
         self.num_epochs = len(steps)
         mean = sum(steps) // len(steps) if sum(steps) % len(steps) == 0 else sum(steps) / len(steps)
         return Clock(math.ceil(round(mean * self._epochs, 9)), mean, length=steps[0])  # type: ignore[operator]
@@ -229,12 +229,11 @@ class DynamicPruner:
         """
         if self.max_steps is not None:
             return self.max_steps
-        total = self.clock.start
-        for epoch, size in enumerate(self._plans()):
-            if epoch >= self.clock.epoch:
-                length = self.clock.length if epoch == self.clock.epoch else self.steps(size or len(self.table))
-                total += math.ceil(round(length * min(1.0, self._epochs - epoch), 9))  # type: ignore[operator]
-        return total
+        if self.clock.epoch >= self.num_epochs:
+            return self.clock.start
+        *whole, last = [self.clock.length, *self._steps[self.clock.epoch + 1 :]]
+        share = self._epochs - (self.num_epochs - 1)  # type: ignore[operator]  # of the last epoch
+        return self.clock.start + sum(whole) + math.ceil(round(last * share, 9))
 
     # ---- data -------------------------------------------------------------------------------------------------------
 
@@ -280,6 +279,7 @@ class DynamicPruner:
         Cost: O(N) a choice, on rank 0; and the forward passes, if there are any.
         """
         self.end_epoch()
+        self._weights = None  # a choice needs the room
         self._mark = time.perf_counter()
         resumed = self._resumed_in == epoch
         step = self.clock.start if resumed else self._step() if step is None else step

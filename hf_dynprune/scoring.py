@@ -70,14 +70,14 @@ def score_samples(
         **loader,
     )
     parts: list[dict[str, Tensor]] = []
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with scoring_state(model, mode, seed), torch.no_grad():
         for batch in _bar(batches, description, progress):
             batch.pop(SAMPLE_INDEX)
+            batch = _on(device, batch)  # once: `forward`, and the losses below, find it there
             inputs = dict(batch)
             outputs = forward(batch)
-            inputs = {
-                name: value.to(_device_of(outputs)) if isinstance(value, Tensor) else value for name, value in inputs.items()
-            }
+            inputs = _on(_device_of(outputs), inputs)  # elsewhere only where a model lies on several devices
             losses = rule.losses(outputs, inputs, 0.0, getattr(model, "config", None))
             parts.append(observe_signals(signals, outputs, inputs, losses))
     return {name: torch.cat([part[name] for part in parts] or [torch.empty(0)]).float().cpu() for name in signals}
@@ -87,6 +87,10 @@ def _bar(batches: DataLoader, description: str, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
     return tqdm(batches, desc=description, leave=False, disable=not progress or distributed.world()[0] != 0)
+
+
+def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
 
 def _device_of(outputs: Any) -> torch.device:

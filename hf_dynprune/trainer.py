@@ -270,6 +270,7 @@ class DynamicPruningMixin(_Trainer):
         if made is not dataloader:
             raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
         self._loss_checked = False
+        self._operations: int | None = None  # of an element of the model's main input
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
         pruner = self.pruner
         return (
@@ -538,6 +539,16 @@ class DynamicPruningMixin(_Trainer):
         if extra is not None:
             loss = loss + extra / self.current_gradient_accumulation_steps
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """The Trainer's count, which goes through all parameters of the model; here that is done once in a run."""
+        main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        stock = _owner(type(self), "floating_point_ops") is Trainer
+        if self.pruning is None or not stock or not isinstance(main, torch.Tensor) or main.numel() == 0:
+            return super().floating_point_ops(inputs)
+        if self._operations is None:
+            self._operations = super().floating_point_ops(inputs) // main.numel()
+        return self._operations * main.numel()
 
     def _model_with_loss(self) -> PreTrainedModel | None:
         """The model, if its loss is one over tokens (with a large vocabulary the dearest part of a step) and can be left

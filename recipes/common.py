@@ -1,6 +1,7 @@
 """What the recipes share: their arguments, from the command line or a YAML file; mistakes told before anything is trained;
 and what follows the training."""
 
+import ctypes
 import difflib
 import json
 import sys
@@ -113,6 +114,18 @@ class TrainerArguments(TrainingArguments):
     )
 
 
+def keep_freed_memory() -> None:
+    """Where a CPU trains: lets glibc keep what a step frees for the next one. It would return the activations to the system
+    and have them mapped and zeroed anew in each step, page by page; recipes/benchmarks/LOG.md says what that costs."""
+    if sys.platform != "linux" or torch.accelerator.is_available():
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        mallopt(m_trim_threshold, 2**31 - 1)
+        mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25)  # the most that an older glibc takes
+
+
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:
     """An object of each dataclass, from `script.py [config.yaml] [--option value ...]`; options override the file.
 
@@ -124,6 +137,7 @@ def parse(description: str, *groups: Any) -> tuple[Any, ...]:
         description=description.partition("\n\n")[0].replace("\n", " "),
         epilog="Options override those of the YAML file, which is a mapping of the same names.",
     )
+    keep_freed_memory()
     arguments = sys.argv[1:]
     if arguments and arguments[0].endswith((".yaml", ".yml")):
         parser.set_defaults(**_settings(parser, arguments.pop(0), groups))

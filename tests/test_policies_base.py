@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import images, trainer
 
 from hf_dynprune import UCB, EpochPlan, RandomPruning
-from hf_dynprune.policies import with_class_floor
+from hf_dynprune.policies import indices_of, mask_of, permutation, top_k, with_class_floor
+from hf_dynprune.policies.base import draw, kth_highest
 from hf_dynprune.pruner import DynamicPruner
 
 NAN = math.nan
@@ -112,3 +113,67 @@ def test_floor_is_counted_in_whole_samples():
         with pytest.raises((ValueError, TypeError), match="min_per_class"):
             UCB(0.4, min_per_class=value)
     assert "label" not in DynamicPruner(UCB(0.4), 10, num_epochs=1).table.columns
+
+
+# ---- what selections are made of ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 1000, 70_001])
+def test_the_permutation_is_torchs_in_half_the_bytes(n):
+    ours = permutation(n, torch.Generator().manual_seed(n))
+    assert ours.dtype == torch.int32
+    assert ours.tolist() == torch.randperm(n, generator=torch.Generator().manual_seed(n)).tolist()
+
+
+@given(st.lists(st.booleans(), max_size=30))
+def test_masks_and_indices(values):
+    mask = torch.tensor(values, dtype=torch.bool)
+    indices = indices_of(mask)
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == [i for i, value in enumerate(values) if value]
+    assert torch.equal(mask_of(indices.flip(0), len(values)), mask)
+    assert torch.equal(mask_of(indices.int(), len(values)), mask)
+
+
+@given(st.data(), st.sampled_from([torch.float32, torch.float64, torch.int32]))
+def test_the_kth_highest_is_that_of_a_sort(data, dtype):
+    value = st.integers(-5, 5) if dtype == torch.int32 else st.sampled_from([-math.inf, -1.5, 0.0, 2.0, 2.5, math.inf])
+    values = data.draw(st.lists(value, min_size=1, max_size=20))
+    k = data.draw(st.integers(1, len(values)))
+    scores = torch.tensor(values, dtype=dtype)
+    found = kth_highest(scores, k)
+    assert found.item() == sorted(values, reverse=True)[k - 1]
+    assert scores.tolist() == values  # not touched
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 30), st.integers(0, 5))
+def test_a_draw_is_of_the_pool(values, k, seed):
+    pool = torch.tensor(values)
+    drawn = draw(pool, k, torch.Generator().manual_seed(seed))
+    assert not bool((drawn & ~pool).any())
+    assert int(drawn.sum()) == min(k, sum(values))
+    # The k that come first of a permutation of the pool.
+    first = torch.randperm(sum(values), generator=torch.Generator().manual_seed(seed))[:k]
+    assert indices_of(drawn).tolist() == indices_of(pool)[first].sort().values.tolist()
+
+
+def test_a_draw_is_uniform():
+    pool = torch.tensor([True] * 6 + [False] * 3)
+    generator = torch.Generator().manual_seed(0)
+    times = sum(draw(pool, 2, generator).int() for _ in range(3000))
+    assert times[6:].tolist() == [0, 0, 0]
+    assert (times[:6] - 1000).abs().max() < 120  # 4.6 standard deviations
+
+
+def test_a_plan_in_any_order_is_checked():
+    EpochPlan(torch.tensor([3, 0, 2])).check(4)
+    EpochPlan(torch.tensor([0, 2, 3])).check(4)
+    for wrong in ([0, 2, 2], [2, 0, 2]):
+        with pytest.raises(ValueError, match="only 2 different ones"):
+            EpochPlan(torch.tensor(wrong)).check(4)
+
+
+def test_top_k_of_none_and_of_all():
+    generator = torch.Generator().manual_seed(0)
+    assert top_k(torch.ones(3), 0, generator).tolist() == []
+    assert top_k(torch.ones(3), 3, generator).tolist() == [0, 1, 2]

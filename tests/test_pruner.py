@@ -502,6 +502,15 @@ def test_scores_are_described():
     assert pruner.report.epochs[0].scores == {}
 
 
+def test_many_scores_are_described_by_some(monkeypatch):
+    n = 1000
+    whole = after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n).begin_epoch(1).scores
+    monkeypatch.setattr("hf_dynprune.pruner._DESCRIBED", 100)
+    some = after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n).begin_epoch(1).scores
+    assert list(some.values()) == pytest.approx([4.5 * 110, 0.05 * 990, 0.25 * 990, 0.5 * 990, 0.75 * 990, 0.95 * 990])
+    assert list(some.values()) == pytest.approx(list(whole.values()), abs=0.01 * n)
+
+
 @pytest.mark.parametrize("policy", [UCB(0.5), RandomPruning(0.5)])
 def test_no_scores_to_describe(policy):
     assert DynamicPruner(policy, 6, num_epochs=1).begin_epoch(0).scores == {}

@@ -120,6 +120,33 @@ def test_observations_equal_a_slow_reference(data):
     assert table["last_observed"].tolist() == last
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_many_observations_are_applied_in_blocks_alike(twice, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    index = torch.randperm(50, generator=generator)
+    index = torch.cat([index, index[:7]]) if twice else index
+    loss = torch.randint(9, (len(index),), generator=generator).float()
+    tables = []
+    for block in (3, 1 << 16):
+        monkeypatch.setattr("hf_dynprune.scores._BLOCK", block)
+        tables.append(SampleTable(60, FOLD))
+        observed(tables[-1], index.tolist(), loss.tolist())
+    assert equal(*tables)
+
+
+def test_a_column_is_read_when_it_is_asked_for():
+    table, seen = SampleTable(4, FOLD), {}
+
+    def look(rows, signals):
+        seen.update(rows)
+        return {}
+
+    observed(table, [3, 1], [1.0, 2.0], epoch=2, update=look)
+    assert set(seen) == set(table.columns)
+    assert seen["last_observed"].tolist() == [-1, -1]
+    assert seen["fold"].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_is_not_finite_changes_nothing_but_last_observed(bad):
     table = SampleTable(4, FOLD)

@@ -933,3 +933,37 @@ def test_a_loss_of_the_mixed_class_with_its_per_sample_form(tmp_path):
     run = trainer(tmp_path, cls=cls, pruning=UCB(0.5), extra={"per_sample_loss_fn": "single_label"})
     run.train()
     assert run.pruner.table.observed.all()
+
+
+def test_operations_are_counted_once_in_a_run_and_as_by_the_stock_trainer(tmp_path, monkeypatch):
+    counts = []
+    original = type(vit()).num_parameters
+
+    def num_parameters(self, *args, **kwargs):
+        counts.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(vit()), "num_parameters", num_parameters)
+    runs = {}
+    for name, extra in (("stock", {"cls": Trainer}), ("pruned", {"pruning": FullData()})):
+        counts.clear()
+        run = trainer(tmp_path / name, num_train_epochs=2, **extra)
+        counts.clear()
+        run.train()
+        runs[name] = (sum(1 for kwargs in counts if kwargs.get("exclude_embeddings")), run.state.total_flos)
+    assert runs["stock"][0] == 10  # steps
+    assert runs["pruned"][0] == 1
+    assert runs["pruned"][1] == runs["stock"][1] > 0
+
+
+def test_operations_of_a_trainers_own_count_stay_its_own(tmp_path):
+    class Counting(Trainer):
+        def floating_point_ops(self, inputs):
+            return 7
+
+    class Pruned(DynamicPruningMixin, Counting):
+        pass
+
+    run = trainer(tmp_path, cls=Pruned, pruning=UCB(0.5), num_train_epochs=2)
+    run.train()
+    assert run.state.total_flos == 7 * run.state.global_step

@@ -1,26 +1,28 @@
 """What DynamicPruningTrainer adds to an optimizer step of the stock Trainer: its seconds, and the peak of its memory.
 
 Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). Pairs of
-runs, in turns, in one process; the figure is the ratio of a pair's median steps.
+runs, in turns, in one process; the figure is the ratio of a pair's median steps, the loading of the batch included.
 
-    python recipes/benchmarks/overhead.py --model causal_lm --output recipes/results/benchmarks/overhead_causal_lm.json
+    python recipes/benchmarks/overhead.py --output recipes/results/benchmarks/overhead.json
 
-`causal_lm` is a small Llama with a vocabulary of 32,000, where the loss is the dearest part of a step; `bert` and `resnet`
-are small, so that what we add to each step weighs the most.
+`causal_lm` is a small Llama with a vocabulary of 32,000, where the loss is the dearest part of a step; `bert` and
+`resnet8_cifar`, in bf16 on images of the shape of CIFAR as recipes/cifar.py trains it, are small, so that what we add shows.
 """
 
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import datasets
+import measure
 import torch
-from scipy import stats
-from tqdm import tqdm
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -28,16 +30,18 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedModel,
     PrinterCallback,
-    ResNetConfig,
-    ResNetForImageClassification,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_dynprune import UCB, DynamicPruningTrainer
-from hf_dynprune.report import describe_environment
+from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import common  # of the recipes
 
 
 def causal_lm(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
@@ -57,16 +61,26 @@ def bert(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
     return BertForSequenceClassification(config), datasets.Dataset.from_dict(data)
 
 
-def resnet(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32, 64], depths=[1, 1, 1], layer_type="basic", num_labels=10)
-    data = {
-        "pixel_values": torch.randn(samples, 3, 32, 32).numpy(),
-        "labels": torch.randint(0, 10, (samples,)).tolist(),
-    }
-    return ResNetForImageClassification(config), datasets.Dataset.from_dict(data).with_format("torch")
+def resnet8_cifar(samples: int) -> tuple[PreTrainedModel, ImageCache]:
+    statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
+    model = create_timm_model("resnet8_cifar", num_labels=10, image_size=32, **statistics)
+    pixels, labels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (samples,))
+    return model.to(memory_format=torch.channels_last), ImageCache(pixels, labels, augment=True, **statistics)
 
 
-MODELS: dict[str, tuple[Callable, int]] = {"causal_lm": (causal_lm, 8), "bert": (bert, 16), "resnet": (resnet, 64)}
+class Model(NamedTuple):
+    make: Callable[[int], tuple[PreTrainedModel, Any]]  # number of samples -> model and data
+    batch: int
+    steps: int  # of a run
+    settings: dict[str, Any]  # of the Trainer: arguments, and its collator
+
+
+IMAGES = {"bf16": True, "remove_unused_columns": False, "logging_nan_inf_filter": False, "data_collator": batch_collator}
+MODELS = {
+    "causal_lm": Model(causal_lm, 8, 15, {}),
+    "bert": Model(bert, 16, 100, {}),
+    "resnet8_cifar": Model(resnet8_cifar, 256, 40, IMAGES),
+}
 
 
 class Steps(TrainerCallback):
@@ -84,10 +98,12 @@ class Steps(TrainerCallback):
         self.last = now
 
 
-def train(kind: str, options: argparse.Namespace, folder: str) -> list[float]:
-    make, batch = MODELS[options.model]
+def train(kind: str, name: str, steps: int, folder: str) -> list[float]:
+    """Seconds of each step of a run."""
+    make, batch, _, settings = MODELS[name]
     set_seed(0)
-    model, data = make(batch * options.steps)
+    model, data = make(batch * steps)
+    own = {"data_collator": settings["data_collator"]} if "data_collator" in settings else {}
     arguments = TrainingArguments(
         folder,
         num_train_epochs=1,
@@ -96,22 +112,25 @@ def train(kind: str, options: argparse.Namespace, folder: str) -> list[float]:
         logging_steps=500,
         report_to="none",
         disable_tqdm=True,
-        bf16=options.bf16,
         use_cpu=not torch.cuda.is_available(),
+        **{name: value for name, value in settings.items() if name not in own},
     )
-    steps = Steps()
-    settings = {"model": model, "args": arguments, "train_dataset": data, "callbacks": [steps]}
-    run = Trainer(**settings) if kind == "stock" else DynamicPruningTrainer(**settings, pruning=UCB(keep_ratio=1.0))
+    clock = Steps()
+    own |= {"model": model, "args": arguments, "train_dataset": data, "callbacks": [clock]}
+    run = Trainer(**own) if kind == "stock" else DynamicPruningTrainer(**own, pruning=UCB(keep_ratio=1.0))
     run.remove_callback(PrinterCallback)
     run.train()
-    return steps.seconds
+    return clock.seconds
 
 
-def peak(kind: str, options: argparse.Namespace, folder: str) -> int:
+def median_step(kind: str, name: str, steps: int, folder: str) -> float:
+    return statistics.median(train(kind, name, steps, folder)[steps // 5 :])
+
+
+def peak(kind: str, name: str, folder: str) -> int:
     """The most bytes of tensors at a time in three steps, beyond those before, by torch's own count."""
-    few = argparse.Namespace(**{**vars(options), "steps": 3})
     with torch.profiler.profile(profile_memory=True) as profile:
-        train(kind, few, folder)
+        train(kind, name, 3, folder)
     trace = Path(folder) / "trace.json"
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
@@ -119,46 +138,39 @@ def peak(kind: str, options: argparse.Namespace, folder: str) -> int:
     return max(allocated) - allocated[0]
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """95 % confidence interval of the mean, by Student's t."""
-    half = stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.mean(values) - half, statistics.mean(values) + half
+def row(name: str, steps: int, pairs: int, folder: str) -> dict[str, Any]:
+    memory = {kind: peak(kind, name, folder) for kind in ("stock", "pruned")}
+    turns = {kind: partial(median_step, kind, name, steps, folder) for kind in memory}
+    seconds = measure.in_turns(turns, pairs, f"pairs, {name}")
+    compared = measure.ratio(seconds["pruned"], seconds["stock"])
+    return {
+        "model": name,
+        "steps": steps,
+        "pairs": pairs,
+        "stock_ms": 1000 * statistics.median(seconds["stock"]),
+        **compared,
+        "low": compared["ratio_95"][0],
+        "high": compared["ratio_95"][1],
+        "memory_ratio": memory["pruned"] / memory["stock"],
+        "memory_MB": memory["stock"] / 1e6,
+        "seconds": seconds,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="causal_lm")
-    parser.add_argument("--pairs", type=int, default=7, help="runs of each kind")
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of a run; the first fifth is not counted")
-    parser.add_argument("--bf16", action="store_true", help="autocast")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--pairs", type=int, default=15, help="runs of each kind, at least 2")
+    parser.add_argument("--steps", type=int, help="of a run; the first fifth is not counted; default: by the model")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
-    pairs = []
+    logging.set_verbosity_error()
+    common.keep_freed_memory()  # as the recipes do; page faults are most of the unrest otherwise
     with tempfile.TemporaryDirectory() as folder:
-        memory = {kind: peak(kind, options, folder) for kind in ("stock", "pruned")}
-        for number in tqdm(range(options.pairs), desc="pairs"):
-            order = ("stock", "pruned") if number % 2 == 0 else ("pruned", "stock")
-            seconds = {kind: train(kind, options, folder)[options.steps // 5 :] for kind in order}
-            pairs.append({kind: statistics.median(seconds[kind]) for kind in ("stock", "pruned")})
-    ratios = [pair["pruned"] / pair["stock"] for pair in pairs]
-    low, high = interval(ratios)
-    result = {
-        "model": options.model,
-        "bf16": options.bf16,
-        "steps": options.steps,
-        "step_ratio": statistics.mean(ratios),
-        "step_ratio_95": [low, high],
-        "memory_ratio": memory["pruned"] / memory["stock"],
-        "memory": memory,
-        "pairs": pairs,
-        "environment": describe_environment(ranks=1),
-    }
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"{options.model}: pruned / stock, {options.pairs} pairs of {options.steps} steps")
-    print(f"  seconds a step  {result['step_ratio']:.3f}  (95 %: {low:.3f} to {high:.3f})")
-    print(f"  peak of memory  {result['memory_ratio']:.3f}  ({memory['stock'] / 1e6:.0f} MB in the stock Trainer)")
+        rows = [row(name, options.steps or MODELS[name].steps, options.pairs, folder) for name in options.models]
+    shown = {"model": "", "steps": "d", "stock_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f"}
+    shown |= {"memory_ratio": ".4f", "memory_MB": ",.0f"}
+    measure.report("Pruned / stock, an optimizer step: seconds (95 %), and peak of memory", rows, shown, options.output)
 
 
 if __name__ == "__main__":

@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     disable_progress_bar()
+    common.keep_freed_memory()  # as the recipes do
     images = load_images(options.dataset, options.samples)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in options.models for row in rows_of(name, options, images, folder)]

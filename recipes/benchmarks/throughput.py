@@ -1,6 +1,5 @@
 """Images a second of training: recipes/cifar.py beside a plain PyTorch loop, and beside the usual way with the Trainer.
 
-    export MALLOC_TRIM_THRESHOLD_=4294967296 MALLOC_MMAP_THRESHOLD_=1073741824
     python recipes/benchmarks/throughput.py --dataset path/to/cifar10 --jpeg path/to/tiny_imagenet_20 \\
         --output recipes/results/benchmarks/throughput.json
 
@@ -17,14 +16,12 @@ last one. The ratio is that of images a second, to the bare loop's in the same r
 Without `--dataset` the images are noise. It trains as fast, but is a larger PNG than a photograph: what is published of the
 stock path takes `--dataset`. `--jpeg` adds rows for a dataset of larger images, all of one size.
 
-The two variables matter on a CPU: without them glibc may return the activations to the system after a step and fault them
-in again in the next. That costs up to a third of the time, more in one run than in another by the luck of the heap's layout,
-and would hide what is compared. The JSON file has what they were.
+On a CPU all rows have what the recipes do about glibc's allocator (`common.keep_freed_memory`), `--default_allocator` leaves
+it out. How much is lost without it differs from run to run, by the layout of the heap, and would hide what is compared.
 """
 
 import argparse
 import math
-import os
 import sys
 import tempfile
 import time
@@ -47,8 +44,8 @@ from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar  # of the recipes
+import common
 
-ALLOCATOR = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")  # of glibc; one alone makes it worse
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -202,10 +199,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="resnet8_cifar")
     parser.add_argument("--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone")
+    parser.add_argument("--default_allocator", action="store_true", help="without common.keep_freed_memory")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     if math.ceil(options.samples / options.batch_size) < 4:
         parser.error("too few --samples for 4 steps of --batch_size")
+    if not options.default_allocator:
+        common.keep_freed_memory()
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         split = f"train[:{options.samples}]"
@@ -230,7 +230,6 @@ def main() -> None:
             rows += compare(ways, options, folder)
     shown = {"path": "", "images_per_second": ",.0f", "lowest": ",.0f", "highest": ",.0f", "ratio": ".3f"}
     about = {"options": {name: value for name, value in vars(options).items() if name != "output"}}
-    about["allocator"] = {name: os.environ.get(name) for name in ALLOCATOR}
     measure.report("Images a second of training", rows, shown, options.output, **about)
 
 
