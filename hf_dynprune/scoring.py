@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from . import distributed
 from .losses import LossRule, logits_of, observe_signals
-from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
+from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset, PruningSampler
 
 
 def score_samples(
@@ -61,14 +61,7 @@ def score_samples(
 
     Cost: M forward passes.
     """
-    batches = DataLoader(
-        IndexedDataset(dataset),
-        batch_size=batch_size,
-        sampler=index.tolist(),
-        collate_fn=IndexedCollator(collator),  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(seed),  # else the workers' seed is drawn from the global state
-        **loader,
-    )
+    batches = _batches(dataset, index, batch_size, collator, seed, loader)
     parts: list[dict[str, Tensor]] = []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with scoring_state(model, mode, seed), torch.no_grad():
@@ -81,6 +74,22 @@ def score_samples(
             losses = rule.losses(outputs, inputs, 0.0, getattr(model, "config", None))
             parts.append(observe_signals(signals, outputs, inputs, losses))
     return {name: torch.cat([part[name] for part in parts] or [torch.empty(0)]).float().cpu() for name in signals}
+
+
+def _batches(
+    dataset: Any, index: Tensor, batch_size: int, collator: Callable[[Any], Any], seed: int, options: dict[str, Any]
+) -> DataLoader:
+    """The samples of `index` in their order; each batch knows them."""
+    sampler = PruningSampler(0)  # yields blocks: as one list the indices of a large dataset take five times their bytes
+    sampler.set_epoch_order(index)
+    return DataLoader(
+        IndexedDataset(dataset),
+        batch_size=batch_size,
+        sampler=sampler,
+        collate_fn=IndexedCollator(collator),  # type: ignore[arg-type]
+        generator=torch.Generator().manual_seed(seed),  # else the workers' seed is drawn from the global state
+        **options,
+    )
 
 
 def _bar(batches: DataLoader, description: str, progress: bool) -> Any:
@@ -174,14 +183,7 @@ def gradient_norms(
         raise ValueError(
             f"The last-layer form of GraNd is for classification, and this task is {rule.name!r}: use method='grand'."
         )
-    batches = DataLoader(
-        IndexedDataset(dataset),
-        batch_size=batch_size,
-        sampler=index.tolist(),
-        collate_fn=IndexedCollator(collator),  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(seed),
-        **loader,
-    )
+    batches = _batches(dataset, index, batch_size, collator, seed, loader)
     norms_of = _LastLayer(model, rule) if last_layer else _WholeGradient(model, rule)
     parts = [torch.empty(0)]
     with scoring_state(model, "eval", seed):

@@ -121,9 +121,10 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
-        m_trim_threshold, m_mmap_threshold = -1, -3
+        m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
         mallopt(m_trim_threshold, 2**31 - 1)
         mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25)  # the most that an older glibc takes
+        mallopt(m_arena_max, 1)  # the heaps of other threads are given back whatever the thresholds are
 
 
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:

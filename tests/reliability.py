@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 README, RECORD = ROOT / "README.md", ROOT / "recipes" / "results" / "reliability.json"
-MARKERS = "<!-- reliability -->", "<!-- /reliability -->"
 
 
 class Row(NamedTuple):
@@ -108,9 +107,9 @@ def render(record):
     return "\n".join(lines)
 
 
-def put_into(text, table):
-    """The text with the table between the markers."""
-    start, end = MARKERS
+def put_into(text, table, name="reliability"):
+    """The text with the table between the markers of that name."""
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     changed, found = re.subn(f"{start}\n.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
     if found != 1:
         raise ValueError(f"Wanted is one place for the table, between {start} and {end}; there are {found}.")

@@ -17,6 +17,7 @@ BENCHMARKS = {
     "throughput": ("--rounds 2 --samples 512 --batch_size 64", "path"),
     "choosing": ("--sizes 3000 --rounds 2", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),
+    "scale": ("--sizes 3000 20000 --ranks 4 --wanted 1e6", "role"),
     "scoring": ("--rounds 2 --samples 256", "model"),
     "startup": ("--rounds 2 --samples 3000", "what"),
 }

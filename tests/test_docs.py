@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import reliability
+import speed
 import torch
 from tiny import arguments, images, trainer, vit
 from transformers import TrainingArguments
@@ -198,12 +199,28 @@ def test_published_f1_is_that_of_the_reports():
         assert f1 == f"{PruningReport.load(ROOT / path).metrics['eval_macro_f1']:.3f}"
 
 
-def test_the_overhead_is_that_of_its_file():
-    result = json.loads((ROOT / "recipes/results/benchmarks/overhead_causal_lm.json").read_text())
-    low, high = result["step_ratio_95"]
-    shown = f"{result['step_ratio']:.3f} of the stock Trainer's seconds (95 %: {low:.3f} to {high:.3f})"
-    shown += f" and {result['memory_ratio']:.3f} of its peak memory"
-    assert shown in " ".join(README.split())
+def test_the_table_of_speed_is_that_of_the_files():
+    assert reliability.put_into(README, speed.render(), "speed") == README, "run `python tests/speed.py`"
+
+
+def test_what_was_promised_of_speed_was_measured():
+    for name in ("resnet8_cifar", "bert", "causal_lm"):
+        row = speed.one("overhead", model=name)
+        assert row["pairs"] >= 7
+        assert row["ratio"] <= 1.01
+        assert row["ratio_95"][1] <= 1.03
+    assert speed.one("throughput", path="cifar.py, Trainer")["ratio"] >= 0.9
+    for name in speed.NEEDED:
+        for n in (1_280_000, 10_000_000):
+            assert speed.one("choosing", samples=n, policy=name)["ratio"] <= 1
+        row = speed.one("choosing_100m", policy=name)
+        assert row["seconds"] <= 60
+        assert row["bytes_a_sample"] <= 40
+    for row in speed.rows("exchange", way="once an epoch (hf_dynprune)"):
+        assert row["bytes_per_observation"] < 1.05 * row["least"]
+    for row in speed.rows("startup"):
+        # `score` and `advise` list all the Trainer's arguments, and have no limit of their own.
+        assert row.get("beyond", 0) < (1 if "score" in row["what"] or "advise" in row["what"] else 0.5), row["what"]
 
 
 def test_the_error_of_advise_is_that_of_its_file():

@@ -1,12 +1,14 @@
 """What an epoch's choice costs, without a model: seconds beside torch's own sampler over all data, and the peak of memory.
 
     python recipes/benchmarks/choosing.py --output recipes/results/benchmarks/choosing.json
-    python recipes/benchmarks/choosing.py --sizes 1e8 --rounds 3 --output choosing_100m.json
+    python recipes/benchmarks/choosing.py --sizes 1e8 --rounds 1 --epochs 3 --policies random epsilon-greedy ucb infobatch \\
+        --output recipes/results/benchmarks/choosing_100m.json
 
-An epoch is all that the pruner does in one: begin_epoch (score, plan, order), the batches of indices, an observe for each
-batch, end_epoch (the table). The baseline, `RandomSampler` and `BatchSampler` over all N samples, does no more than make the
-batches of indices of a full epoch. In each round each rule has its turn, in a process of its own, and beside each epoch the
-baseline is measured: the ratio is that of the two medians. The first epoch, in which nothing is known yet, is not counted.
+An epoch is all that the pruner does in one: begin_epoch (score, plan, order), the batches of indices, weights and observe
+for each batch, end_epoch (the table). The baseline, `RandomSampler` and `BatchSampler` over all N samples, does no more
+than make the batches of indices of a full epoch. In each round each rule has its turn, in a process of its own, and beside
+each epoch the baseline is measured: the ratio is that of the two medians. The first epoch, in which nothing is known yet,
+is not counted.
 
 The peak is that of the process (its resident memory), above what it had before the pruner was made.
 """
@@ -58,6 +60,7 @@ def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dic
         index = torch.tensor(batch)
         signals = {name: losses[: len(index)] for name in pruner.signals}
         begun = time.perf_counter()
+        pruner.weights(index)
         pruner.observe(index, signals)
         spent += time.perf_counter() - begun
     marks.append(time.perf_counter())
@@ -106,7 +109,7 @@ def main() -> None:
     parser.add_argument("--keep_ratio", type=float, default=0.3)
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=4, help="of a run; the first is not counted")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()

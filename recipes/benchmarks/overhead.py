@@ -1,7 +1,10 @@
 """What DynamicPruningTrainer adds to an optimizer step of the stock Trainer: its seconds, and the peak of its memory.
 
-Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). Pairs of
-runs, in turns, in one process; the figure is the ratio of a pair's median steps, the loading of the batch included.
+Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). The two runs
+take turns step by step, so that what disturbs the machine meets both; the figure is the ratio of their median steps, the
+loading of the batch included. Which run came first is seen in its steps, by the layout of the heap that they share, up to a
+quarter: a pair is two times two runs, once in either order, and its figure the geometric mean. On one thread, if
+OMP_NUM_THREADS does not say otherwise: idle threads spin.
 
     python recipes/benchmarks/overhead.py --output recipes/results/benchmarks/overhead.json
 
@@ -11,18 +14,21 @@ runs, in turns, in one process; the figure is the ratio of a pair's median steps
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any, NamedTuple
 
 import datasets
 import measure
 import torch
+from tqdm import trange
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -77,29 +83,29 @@ class Model(NamedTuple):
 
 IMAGES = {"bf16": True, "remove_unused_columns": False, "logging_nan_inf_filter": False, "data_collator": batch_collator}
 MODELS = {
-    "causal_lm": Model(causal_lm, 8, 15, {}),
-    "bert": Model(bert, 16, 100, {}),
-    "resnet8_cifar": Model(resnet8_cifar, 256, 40, IMAGES),
+    "causal_lm": Model(causal_lm, 8, 10, {}),
+    "bert": Model(bert, 16, 60, {}),
+    "resnet8_cifar": Model(resnet8_cifar, 256, 30, IMAGES),
 }
 
 
-class Steps(TrainerCallback):
-    """Seconds of each optimizer step, the loading of its batch included."""
+class Turns(TrainerCallback):
+    """Seconds of each optimizer step, the loading of its batch included; after each the other run has its turn."""
 
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
+    def __init__(self, mine: Semaphore, others: Semaphore) -> None:
+        self.mine, self.others, self.seconds = mine, others, []
 
     def on_epoch_begin(self, *args, **kwargs) -> None:
-        self.last = time.perf_counter()
+        self.begun = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self.last)
-        self.last = now
+        self.seconds.append(time.perf_counter() - self.begun)
+        self.others.release()
+        self.mine.acquire()
+        self.begun = time.perf_counter()
 
 
-def train(kind: str, name: str, steps: int, folder: str) -> list[float]:
-    """Seconds of each step of a run."""
+def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
     make, batch, _, settings = MODELS[name]
     set_seed(0)
     model, data = make(batch * steps)
@@ -115,22 +121,43 @@ def train(kind: str, name: str, steps: int, folder: str) -> list[float]:
         use_cpu=not torch.cuda.is_available(),
         **{name: value for name, value in settings.items() if name not in own},
     )
-    clock = Steps()
-    own |= {"model": model, "args": arguments, "train_dataset": data, "callbacks": [clock]}
+    own |= {"model": model, "args": arguments, "train_dataset": data}
     run = Trainer(**own) if kind == "stock" else DynamicPruningTrainer(**own, pruning=UCB(keep_ratio=1.0))
     run.remove_callback(PrinterCallback)
-    run.train()
-    return clock.seconds
+    return run
 
 
-def median_step(kind: str, name: str, steps: int, folder: str) -> float:
-    return statistics.median(train(kind, name, steps, folder)[steps // 5 :])
+def pair(name: str, steps: int, folder: str) -> dict[str, float]:
+    """The median step of either kind, in seconds: the geometric mean of those of two runs."""
+    first, second = (in_turns(order, name, steps, folder) for order in (("stock", "pruned"), ("pruned", "stock")))
+    return {kind: (first[kind] * second[kind]) ** 0.5 for kind in first}
+
+
+def in_turns(order: tuple[str, str], name: str, steps: int, folder: str) -> dict[str, float]:
+    """The median step of either kind, in seconds, in one run of each; the first fifth is not counted."""
+    turns = {kind: Semaphore(0) for kind in order}
+    clocks = {kind: Turns(turns[kind], turns[other]) for kind, other in zip(order, reversed(order), strict=True)}
+
+    def train(kind: str, run: Trainer) -> None:
+        run.add_callback(clocks[kind])
+        turns[kind].acquire()
+        try:
+            run.train()
+        finally:
+            clocks[kind].others.release(steps)  # who has ended waits for nobody, and nobody for him
+
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(train, kind, make_run(kind, name, steps, folder)) for kind in order]
+        turns[order[0]].release()
+        for run in runs:
+            run.result()
+    return {kind: statistics.median(clock.seconds[steps // 5 :]) for kind, clock in clocks.items()}
 
 
 def peak(kind: str, name: str, folder: str) -> int:
     """The most bytes of tensors at a time in three steps, beyond those before, by torch's own count."""
     with torch.profiler.profile(profile_memory=True) as profile:
-        train(kind, name, 3, folder)
+        make_run(kind, name, 3, folder).train()
     trace = Path(folder) / "trace.json"
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
@@ -140,8 +167,8 @@ def peak(kind: str, name: str, folder: str) -> int:
 
 def row(name: str, steps: int, pairs: int, folder: str) -> dict[str, Any]:
     memory = {kind: peak(kind, name, folder) for kind in ("stock", "pruned")}
-    turns = {kind: partial(median_step, kind, name, steps, folder) for kind in memory}
-    seconds = measure.in_turns(turns, pairs, f"pairs, {name}")
+    found = [pair(name, steps, folder) for _ in trange(pairs, desc=f"pairs, {name}")]
+    seconds = {kind: [one[kind] for one in found] for kind in memory}
     compared = measure.ratio(seconds["pruned"], seconds["stock"])
     return {
         "model": name,
@@ -160,11 +187,12 @@ def row(name: str, steps: int, pairs: int, folder: str) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pairs", type=int, default=15, help="runs of each kind, at least 2")
+    parser.add_argument("--pairs", type=int, default=7, help="at least 2")
     parser.add_argument("--steps", type=int, help="of a run; the first fifth is not counted; default: by the model")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     logging.set_verbosity_error()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     common.keep_freed_memory()  # as the recipes do; page faults are most of the unrest otherwise
     with tempfile.TemporaryDirectory() as folder:
         rows = [row(name, options.steps or MODELS[name].steps, options.pairs, folder) for name in options.models]

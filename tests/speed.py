@@ -1,0 +1,117 @@
+"""The table of speed in the README, from the files that recipes/benchmarks/ wrote.
+
+    python tests/speed.py    # renders recipes/results/benchmarks/*.json into the README
+
+No figure of the table is written by hand; test_docs.py compares.
+"""
+
+import json
+
+from reliability import README, ROOT, put_into
+
+RESULTS = ROOT / "recipes" / "results" / "benchmarks"
+NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
+NAMES = {"resnet8_cifar": "ResNet-8 (CIFAR)", "bert": "a tiny BERT", "causal_lm": "a small Llama, vocabulary 32,000"}
+
+
+def rows(file, **wanted):
+    found = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
+    return [row for row in found if all(row[name] == value for name, value in wanted.items())]
+
+
+def one(file, **wanted):
+    (row,) = rows(file, **wanted)
+    return row
+
+
+def interval(low, high):
+    return f"(95 %: {low:.3f} to {high:.3f})"
+
+
+def lines():
+    """(what is measured, beside what, figure, file)"""
+    for name in ("resnet8_cifar", "bert", "causal_lm"):
+        row = one("overhead", model=name)
+        yield (
+            f"optimizer step that scores all it trains, {NAMES[name]}",
+            f"the stock Trainer's, {row['stock_ms']:.0f} ms",
+            f"{row['ratio']:.3f} {interval(*row['ratio_95'])}; memory {row['memory_ratio']:.3f}",
+            "overhead",
+        )
+    bare = one("throughput", path="bare loop")
+    jpeg = one("throughput", path="JPEG: bare loop on decoded tensors")
+    for path, words, beside in (
+        ("cifar.py, Trainer", "images a second of `recipes/cifar.py`, ResNet-8", bare),
+        ("cifar.py, UCB that keeps everything", "the same, all scored", bare),
+        ("stock path (PIL)", "the stock way: PIL and torchvision image by image", bare),
+        ("stock path (PIL), 1 worker", "the same, with a worker", bare),
+        ("JPEG: ImageCache, Trainer", "images a second of `recipes/cifar.py`, 64 px", jpeg),
+        ("JPEG: stock path (PIL)", "the stock way from JPEG, 64 px", jpeg),
+    ):
+        row = one("throughput", path=path)
+        speed = f"a bare PyTorch loop's, {beside['images_per_second']:,.0f}"
+        yield words, speed, f"{row['ratio']:.3f} {interval(*row['ratio_95'])}", "throughput"
+    for n, size in ((50_000, "50 thousand"), (1_280_000, "1.28 million"), (10_000_000, "10 million")):
+        found = {name: one("choosing", samples=n, policy=name) for name in NEEDED}
+        yield (
+            f"an epoch's choice without a model, 0.3 of {size} samples",
+            f"`RandomSampler` over all, {found['ucb']['full_seconds']:.2g} s",
+            ", ".join(f"{words} {found[name]['ratio']:.2f}" for name, words in NEEDED.items()),
+            "choosing",
+        )
+    found = {name: one("choosing_100m", policy=name) for name in NEEDED}
+    yield (
+        "the same, 0.3 of 100 million; memory at the peak",
+        f"`RandomSampler` over all, {found['ucb']['full_seconds']:.0f} s",
+        "; ".join(f"{NEEDED[n]} {r['seconds']:.0f} s, {r['bytes_a_sample']:.1f} bytes a sample" for n, r in found.items()),
+        "choosing_100m",
+    )
+    for n, size in ((1_280_000, "1.28 million"), (10_000_000, "10 million")):
+        for ranks in (2, 4):
+            found = {row["way"]: row for row in rows("exchange", samples=n, ranks=ranks)}
+            ours = found["once an epoch (hf_dynprune)"]
+            each, packed = (
+                found[f"in every step (all_gather{more})"]["ms_an_epoch"] / 1000 for more in ("", ", float32 indices")
+            )
+            yield (
+                f"what {ranks} ranks (gloo) tell each other in an epoch, 0.3 of {size} samples",
+                f"all-gathers in every step, {each:.2f} s; of one tensor, indices as float32, {packed:.2f} s",
+                f"{ours['ms_an_epoch'] / 1000:.3f} s; {ours['bytes_per_observation']:.2f} bytes an observation of "
+                f"{ours['least']}",
+                "exchange",
+            )
+    for role in ("rank 0, which chooses", "another rank"):
+        row = one("scale", role=role, measured=False)
+        yield (
+            f"a billion samples on 1,024 ranks, an epoch on {role}",
+            "extrapolated from 100 million",
+            f"{row['GB']:.0f} GB of memory, {row['received_GB']:.1f} GB received, {row['total']:.0f} s without the network",
+            "scale",
+        )
+    for name in ("resnet8_cifar", "bert", "causal_lm"):
+        row = rows("scoring", model=name)[0]
+        yield (
+            f"a scoring pass, {NAMES[name]}",
+            f"training, {row['training_ms']:.3g} ms a sample; inference alone, {row['inference_ms']:.3g}",
+            f"{row['of_training']:.2f} of training, {row['of_inference']:.2f} of inference",
+            "scoring",
+        )
+    for what, words in (
+        ("import hf_dynprune", "`import hf_dynprune`"),
+        ("hf-dynprune --help", "`hf-dynprune --help`"),
+        ("build: pruned, datasets.Dataset", "building the trainer on 1.28 million samples"),
+    ):
+        row = one("startup", what=what)
+        beside = {"pass": "bare Python"}.get(row["needs"], "the stock Trainer")
+        yield words, beside, f"{row['beyond']:+.3f} s", "startup"
+
+
+def render():
+    head = ["| what | beside | figure | file |", "| --- | --- | --- | --- |"]
+    return "\n".join(
+        [*head, *(f"| {' | '.join(cells)} | [{f}.json](recipes/results/benchmarks/{f}.json) |" for *cells, f in lines())]
+    )
+
+
+if __name__ == "__main__":
+    README.write_text(put_into(README.read_text(), render(), "speed"))
