@@ -3,7 +3,9 @@
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Semaphore
 from typing import Any
 
 import pandas
@@ -21,6 +23,38 @@ def in_turns(what: Mapping[str, Callable[[], Any]], rounds: int, description: st
         for name in list(what) if number % 2 == 0 else reversed(list(what)):
             results[name].append(what[name]())
     return results
+
+
+def step_by_step(runs: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dict[str, Any]:
+    """What functions return that run in turns, a step at a time, each in a thread; the first of them begins.
+
+    Each is called with a function, to be called at the end of each step, which returns when it has its turn again. So the
+    unrest of a machine, which changes within seconds, falls on all alike.
+    """
+    if not runs:
+        return {}
+    waiting = {name: Semaphore(0) for name in runs}
+    running = list(runs)
+
+    def pass_on(name: str) -> None:
+        following = running[(running.index(name) + 1) % len(running)]
+        if following != name:
+            waiting[following].release()
+            waiting[name].acquire()
+
+    def run(name: str) -> Any:
+        waiting[name].acquire()
+        try:
+            return runs[name](lambda: pass_on(name))
+        finally:
+            following = running[(running.index(name) + 1) % len(running)]
+            running.remove(name)
+            waiting[following].release()
+
+    with ThreadPoolExecutor(len(runs)) as pool:
+        results = {name: pool.submit(run, name) for name in runs}
+        waiting[running[0]].release()
+        return {name: result.result() for name, result in results.items()}
 
 
 def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:

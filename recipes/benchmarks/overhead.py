@@ -20,9 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from threading import Semaphore
 from typing import Any, NamedTuple
 
 import datasets
@@ -89,19 +88,18 @@ MODELS = {
 }
 
 
-class Turns(TrainerCallback):
+class Steps(TrainerCallback):
     """Seconds of each optimizer step, the loading of its batch included; after each the other run has its turn."""
 
-    def __init__(self, mine: Semaphore, others: Semaphore) -> None:
-        self.mine, self.others, self.seconds = mine, others, []
+    def __init__(self, pass_on: Callable[[], None]) -> None:
+        self.pass_on, self.seconds = pass_on, []
 
     def on_epoch_begin(self, *args, **kwargs) -> None:
         self.begun = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
         self.seconds.append(time.perf_counter() - self.begun)
-        self.others.release()
-        self.mine.acquire()
+        self.pass_on()
         self.begun = time.perf_counter()
 
 
@@ -127,31 +125,22 @@ def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
     return run
 
 
+def median_step(kind: str, name: str, steps: int, folder: str, pass_on: Callable[[], None]) -> float:
+    """In seconds; the first fifth is not counted."""
+    run, clock = make_run(kind, name, steps, folder), Steps(pass_on)
+    run.add_callback(clock)
+    pass_on()  # both are made before the first one trains: making one resets what accelerate knows
+    run.train()
+    return statistics.median(clock.seconds[steps // 5 :])
+
+
 def pair(name: str, steps: int, folder: str) -> dict[str, float]:
     """The median step of either kind, in seconds: the geometric mean of those of two runs."""
-    first, second = (in_turns(order, name, steps, folder) for order in (("stock", "pruned"), ("pruned", "stock")))
+    first, second = (
+        measure.step_by_step({kind: partial(median_step, kind, name, steps, folder) for kind in order})
+        for order in (("stock", "pruned"), ("pruned", "stock"))
+    )
     return {kind: (first[kind] * second[kind]) ** 0.5 for kind in first}
-
-
-def in_turns(order: tuple[str, str], name: str, steps: int, folder: str) -> dict[str, float]:
-    """The median step of either kind, in seconds, in one run of each; the first fifth is not counted."""
-    turns = {kind: Semaphore(0) for kind in order}
-    clocks = {kind: Turns(turns[kind], turns[other]) for kind, other in zip(order, reversed(order), strict=True)}
-
-    def train(kind: str, run: Trainer) -> None:
-        run.add_callback(clocks[kind])
-        turns[kind].acquire()
-        try:
-            run.train()
-        finally:
-            clocks[kind].others.release(steps)  # who has ended waits for nobody, and nobody for him
-
-    with ThreadPoolExecutor(2) as pool:
-        runs = [pool.submit(train, kind, make_run(kind, name, steps, folder)) for kind in order]
-        turns[order[0]].release()
-        for run in runs:
-            run.result()
-    return {kind: statistics.median(clock.seconds[steps // 5 :]) for kind, clock in clocks.items()}
 
 
 def peak(kind: str, name: str, folder: str) -> int:

@@ -9,9 +9,10 @@
     stock path    the stock Trainer on the encoded images of a `datasets.Dataset`: decoded by PIL and transformed by
                   torchvision one by one, whenever they are trained; without a worker and with one
 
-All train the same model on the same images with the same optimizer, in bf16 autocast. In each round each has its turn, a
-run of one epoch. Counted are full batches: the first fifth of the steps is left out (warm-up, workers that start), and the
-last one. The ratio is that of images a second, to the bare loop's in the same round: above 1 is faster.
+All train the same model on the same images with the same optimizer, in bf16 autocast. In each round each has a run of one
+epoch; on a CPU they take turns step by step, but for the one with a worker. Counted are full batches: the first fifth of the
+steps is left out (warm-up, workers that start), and the last one. The ratio is that of images a second, to the bare loop in
+the same round: above 1 is faster.
 
 Without `--dataset` the images are noise. It trains as fast, but is a larger PNG than a photograph: what is published of the
 stock path takes `--dataset`. `--jpeg` adds rows for a dataset of larger images, all of one size.
@@ -36,6 +37,7 @@ import timm.optim
 import torch
 import torch.nn.functional as F
 from torchvision import transforms
+from tqdm import trange
 from transformers import PrinterCallback, Trainer, TrainerCallback, get_linear_schedule_with_warmup, set_seed
 
 from hf_dynprune import UCB, FullData
@@ -50,30 +52,33 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock(TrainerCallback):
-    """Images a second, from the end of the first fifth of the steps to that of the last step but one.
+    """Images a second, from the end of the first fifth of the steps to that of the last step but one; without the turns that
+    others have in between.
 
     Accelerate loads each batch a step early: to the end of the last step one batch less would be loaded than trained.
     """
 
-    def __init__(self, samples: int, batch_size: int) -> None:
+    def __init__(self, samples: int, batch_size: int, pass_on: Callable[[], None]) -> None:
         steps = math.ceil(samples / batch_size)
-        self.batch_size, self.first, self.last = batch_size, max(2, steps // 5), steps - 1
-        self.step, self.times = 0, {}
+        self.batch_size, self.first, self.last, self.pass_on = batch_size, max(2, steps // 5), steps - 1, pass_on
+        self.step, self.begun, self.seconds = 0, 0.0, 0.0
 
     def tick(self) -> None:
         """An optimizer step has ended."""
         self.step += 1
-        if self.step in (self.first, self.last):
-            if DEVICE.type == "cuda":
-                torch.cuda.synchronize()
-            self.times[self.step] = time.perf_counter()
+        if self.step in (self.first, self.last) and DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+        if self.first < self.step <= self.last:
+            self.seconds += time.perf_counter() - self.begun
+        self.pass_on()
+        self.begun = time.perf_counter()
 
     def on_step_end(self, *args, **kwargs) -> None:
         self.tick()
 
     @property
     def images_per_second(self) -> float:
-        return (self.last - self.first) * self.batch_size / (self.times[self.last] - self.times[self.first])
+        return (self.last - self.first) * self.batch_size / self.seconds
 
 
 def noise(samples: int) -> datasets.Dataset:
@@ -117,14 +122,23 @@ def make_model(
     return model, torch.optim.SGD(groups, lr=args.learning_rate, momentum=recipe.momentum, nesterov=True)
 
 
-def bare_loop(images: cifar.Images, options: argparse.Namespace, folder: str) -> float:
-    args, data, clock = make_arguments(options, folder), images.train, Clock(len(images.train), options.batch_size)
+def bare_loop(
+    images: cifar.Images,
+    args: cifar.CifarTrainingArguments,
+    options: argparse.Namespace,
+    folder: str,
+    pass_on: Callable[[], None],
+) -> float:
+    """`args` are made beforehand: making some resets what accelerate knows of the Trainers that take turns with this."""
+    data = images.train
+    clock = Clock(len(data), options.batch_size, pass_on)
     wrapped, optimizer = make_model(images, args, options)
     model = wrapped.timm_model.train()  # without what transformers wraps around it
     if options.compile:
         model = torch.compile(model)
     steps = math.ceil(len(data) / options.batch_size)
     schedule = get_linear_schedule_with_warmup(optimizer, args.get_warmup_steps(steps), steps)
+    pass_on()
     for indices in torch.randperm(len(data)).split(options.batch_size):
         batch = data.__getitems__(indices)
         if DEVICE.type == "cuda":
@@ -140,20 +154,29 @@ def bare_loop(images: cifar.Images, options: argparse.Namespace, folder: str) ->
 
 
 def timed(trainer: Trainer, clock: Clock) -> float:
+    """Where runs take turns all are made before the first one trains."""
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
+    clock.pass_on()
     trainer.train()
     return clock.images_per_second
 
 
-def recipe_run(images: cifar.Images, make_policy: Callable, options: argparse.Namespace, folder: str) -> float:
+def recipe_run(
+    images: cifar.Images, make_policy: Callable, options: argparse.Namespace, folder: str, pass_on: Callable[[], None]
+) -> float:
     args = make_arguments(options, folder)
     trainer = cifar.make_trainer(cifar.RecipeArguments(model=options.model), make_policy(), args, images)
-    return timed(trainer, Clock(len(images.train), options.batch_size))
+    return timed(trainer, Clock(len(images.train), options.batch_size, pass_on))
 
 
 def stock_path(
-    data: datasets.Dataset, images: cifar.Images, workers: int, options: argparse.Namespace, folder: str
+    data: datasets.Dataset,
+    images: cifar.Images,
+    workers: int,
+    options: argparse.Namespace,
+    folder: str,
+    pass_on: Callable[[], None],
 ) -> float:
     image, label = find_column(data.features, "image"), find_column(data.features, "label")
     transform = transforms.Compose(
@@ -171,22 +194,30 @@ def stock_path(
     args = make_arguments(options, folder, dataloader_num_workers=workers)
     model, optimizer = make_model(images, args, options)
     trainer = Trainer(model, args, train_dataset=data.with_transform(transformed), optimizers=(optimizer, None))
-    return timed(trainer, Clock(len(data), options.batch_size))
+    return timed(trainer, Clock(len(data), options.batch_size, pass_on))
 
 
 def compare(ways: dict[str, Callable[..., float]], options: argparse.Namespace, folder: str) -> list[dict[str, object]]:
     """A row for each way; the first is what the others are compared with."""
-
-    def turn(way: Callable[..., float]) -> float:
-        torch.compiler.reset()  # of the many models that one process compiles the later ones would run without
-        return way(options=options, folder=folder)
-
-    rounds = measure.in_turns({name: partial(turn, way) for name, way in ways.items()}, options.rounds)
-    bare, rows = next(iter(rounds)), []
-    for name, speeds in rounds.items():
-        found = measure.spread(speeds)
-        row = {"path": name, "images_per_second": found.pop("median"), **found, "rounds": speeds, "compared_with": bare}
-        rows.append(row if name == bare else row | measure.ratio(speeds, rounds[bare]))
+    ways = {name: partial(way, options=options, folder=folder) for name, way in ways.items()}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
+    for number in trange(options.rounds, desc="rounds"):
+        order = list(ways) if number % 2 == 0 else list(reversed(ways))
+        # A worker loads while others have their turns, and a GPU is not to wait for each step: such runs are whole.
+        alone = [name for name in order if DEVICE.type == "cuda" or "worker" in name]
+        found = measure.step_by_step(
+            {name: lambda pass_on, name=name: ways[name](pass_on=pass_on) for name in order if name not in alone}
+        )
+        for name in alone:
+            torch.compiler.reset()  # of the many models that one process compiles the later ones would run without
+            found[name] = ways[name](pass_on=lambda: None)
+        for name, speed in found.items():
+            speeds[name].append(speed)
+    bare, rows = next(iter(ways)), []
+    for name, values in speeds.items():
+        spread = measure.spread(values)
+        row = {"path": name, "images_per_second": spread.pop("median"), **spread, "rounds": values, "compared_with": bare}
+        rows.append(row if name == bare else row | measure.ratio(values, speeds[bare]))
     return rows
 
 
@@ -210,9 +241,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         split = f"train[:{options.samples}]"
         data = load_splits(options.dataset, train=split)[0] if options.dataset else noise(options.samples)
-        images = decoded(data)
+        images, args = decoded(data), make_arguments(options, folder)
         ways = {
-            "bare loop": partial(bare_loop, images),
+            "bare loop": partial(bare_loop, images, args),
             "cifar.py, Trainer": partial(recipe_run, images, FullData),
             "cifar.py, UCB that keeps everything": partial(recipe_run, images, partial(UCB, keep_ratio=1.0)),
             "stock path (PIL)": partial(stock_path, data, images, 0),
@@ -223,7 +254,7 @@ def main() -> None:
             data = load_splits(options.jpeg, train=split)[0]
             images = decoded(data)
             ways = {
-                "JPEG: bare loop on decoded tensors": partial(bare_loop, images),
+                "JPEG: bare loop on decoded tensors": partial(bare_loop, images, args),
                 "JPEG: stock path (PIL)": partial(stock_path, data, images, 0),
                 "JPEG: ImageCache, Trainer": partial(recipe_run, images, FullData),
             }
