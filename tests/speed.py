@@ -11,6 +11,8 @@ from reliability import README, ROOT, put_into
 
 RESULTS = ROOT / "recipes" / "results" / "benchmarks"
 NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
+RULES = NEEDED | {"loss-proportional": "loss-proportional", "orderdp": "OrderDP"}
+RULES |= {"seta": "SeTa", "kakurenbo": "KAKURENBO", "ies": "IES"}
 NAMES = {"resnet8_cifar": "ResNet-8 (CIFAR)", "bert": "a tiny BERT", "causal_lm": "a small Llama, vocabulary 32,000"}
 
 
@@ -52,13 +54,20 @@ def lines():
         speed = f"a bare PyTorch loop's, {beside['images_per_second']:,.0f}"
         yield words, speed, f"{row['ratio']:.3f} {interval(*row['ratio_95'])}", "throughput"
     for n, size in ((50_000, "50 thousand"), (1_280_000, "1.28 million"), (10_000_000, "10 million")):
-        found = {name: one("choosing", samples=n, policy=name) for name in NEEDED}
+        found = rows("choosing", samples=n)
         yield (
             f"an epoch's choice without a model, 0.3 of {size} samples",
-            f"`RandomSampler` over all, {found['ucb']['full_seconds']:.2g} s",
-            ", ".join(f"{words} {found[name]['ratio']:.2f}" for name, words in NEEDED.items()),
+            f"`RandomSampler` over all, {found[0]['full_seconds']:.2g} s",
+            ", ".join(f"{RULES[row['policy']]} {row['ratio']:.2f}" for row in found),
             "choosing",
         )
+    found = rows("choosing_others")
+    yield (
+        "the same by rules that say themselves how much they keep, of 1.28 million",
+        f"`RandomSampler` over all, {found[0]['full_seconds']:.2g} s",
+        ", ".join(f"{RULES[row['policy']]} ({row['kept'] / row['samples']:.2f} kept) {row['ratio']:.2f}" for row in found),
+        "choosing_others",
+    )
     found = {name: one("choosing_100m", policy=name) for name in NEEDED}
     yield (
         "the same, 0.3 of 100 million; memory at the peak",

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from recipes.benchmarks import measure
+
 ROOT = Path(__file__).parents[1]
 
 # script -> (options of a run as small as can be, what a row names)
@@ -54,3 +56,50 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
 def test_every_benchmark_is_run():
     scripts = {path.stem for path in (ROOT / "recipes/benchmarks").glob("*.py")}
     assert scripts == {*BENCHMARKS, "advice", "measure"}  # advice is run by test_advice
+
+
+def test_runs_take_turns_step_by_step():
+    seen = []
+
+    def run(name, steps, pass_on):
+        for step in range(steps):
+            seen.append(f"{name}{step}")
+            pass_on()
+        return steps
+
+    lengths = {"a": 2, "b": 4, "c": 3}
+    runs = {name: lambda pass_on, name=name: run(name, lengths[name], pass_on) for name in lengths}
+    assert measure.step_by_step(runs) == lengths
+    assert seen == ["a0", "b0", "c0", "a1", "b1", "c1", "b2", "c2", "b3"]
+    assert measure.step_by_step({}) == {}
+
+
+def test_a_run_that_fails_stops_no_other():
+    def fail(pass_on):
+        pass_on()
+        raise ValueError("a step failed")
+
+    ended = []
+
+    def run(pass_on):
+        for _ in range(3):
+            pass_on()
+        ended.append(True)
+
+    with pytest.raises(ValueError, match="a step failed"):
+        measure.step_by_step({"fails": fail, "runs": run})
+    assert ended == [True]
+
+
+def test_every_other_round_is_in_reverse_order():
+    seen = []
+    found = measure.in_turns({name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}, 3)
+    assert seen == ["a", "b", "b", "a", "a", "b"]
+    assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}
+
+
+def test_the_interval_of_a_ratio():
+    found = measure.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
+    assert found["ratio"] == 2
+    assert found["ratio_95"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t = 4.3027 with 2 degrees of freedom
+    assert measure.ratio([3.0], [2.0])["ratio_95"] is None

@@ -170,16 +170,6 @@ def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path):
     assert report["preparation"]["method"] == "el2n"
 
 
-def test_the_overhead_of_a_step(tmp_path):
-    out = run(
-        "recipes/benchmarks/overhead.py", "--model", "bert", "--pairs", 2, "--steps", 5, "--output", tmp_path / "o.json"
-    )
-    result = json.loads((tmp_path / "o.json").read_text())
-    assert len(result["pairs"]) == 2
-    assert result["step_ratio"] > 0
-    assert f"peak of memory  {result['memory_ratio']:.3f}" in out
-
-
 def test_the_accuracy_metric():
     best = np.array([[3, 1, 0], [2, 0, 1], [1, 2, 3], [0, 1, 2]])
     prediction = EvalPrediction(predictions=best, label_ids=np.array([3, 0, 0, 2]))

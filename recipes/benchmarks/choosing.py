@@ -1,6 +1,9 @@
 """What an epoch's choice costs, without a model: seconds beside torch's own sampler over all data, and the peak of memory.
 
-    python recipes/benchmarks/choosing.py --output recipes/results/benchmarks/choosing.json
+    python recipes/benchmarks/choosing.py --policies random epsilon-greedy ucb infobatch loss-proportional orderdp \\
+        --output recipes/results/benchmarks/choosing.json
+    python recipes/benchmarks/choosing.py --sizes 1.28e6 --policies seta kakurenbo ies \\
+        --output recipes/results/benchmarks/choosing_others.json
     python recipes/benchmarks/choosing.py --sizes 1e8 --rounds 1 --epochs 3 --policies random epsilon-greedy ucb infobatch \\
         --output recipes/results/benchmarks/choosing_100m.json
 
@@ -135,8 +138,7 @@ def main() -> None:
             )
     shown = {"samples": ",d", "policy": "", "kept": ",d", "choose": ".3f", "iterate": ".3f", "observe": ".3f"}
     shown |= {"apply": ".3f", "seconds": ".3f", "full_seconds": ".3f", "ratio": ".2f", "bytes_a_sample": ".1f"}
-    arguments = {name: value for name, value in vars(options).items() if name != "output"}
-    measure.report("Seconds of choosing, an epoch", rows, shown, options.output, options=arguments)
+    measure.report("Seconds of choosing, an epoch", rows, shown, options)
 
 
 if __name__ == "__main__":

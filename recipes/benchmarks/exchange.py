@@ -4,7 +4,7 @@ We exchange once an epoch; beside it, an all-gather of indices and losses in eve
 least is 12 bytes (an int64 index, a float32 loss) for each observation and each other rank. The InfoBatch package sends the
 index as float32, 8 bytes together, and takes samples above 2^24 for others. Only `flush` writes to a table as well.
 
-    python recipes/benchmarks/exchange.py --output recipes/results/benchmarks/exchange.json
+    python recipes/benchmarks/exchange.py --rounds 3 --output recipes/results/benchmarks/exchange.json
 
 The ranks are processes on this machine that talk by gloo, over TCP. The bytes are those that the kernel counts on all its
 interfaces, headers and acknowledgements included: nothing else should use the network meanwhile, not even the loopback.
@@ -188,8 +188,7 @@ def main() -> None:
     shown = {"way": "", "ranks": "d", "samples": ",d", "observations": ",d", "steps": ",d", "ms_an_epoch": ",.1f"}
     shown |= {"us_a_step": ",.1f", "ratio": ".2f", "bytes_per_observation": ".2f", "least": "d"}
     title = f"An epoch's exchange, median of {options.rounds} rounds; ratio: of seconds, to those of {ONCE!r}"
-    about = {"rounds": options.rounds, "batch_size": options.batch_size, "keep_ratio": KEEP_RATIO, "threads_of_a_rank": 1}
-    measure.report(title, rows, shown, options.output, **about)
+    measure.report(title, rows, shown, options)
     if any("why_no_bytes" in row for row in rows):
         print(f"No bytes: {NO_COUNTERS}.")
 

@@ -1,5 +1,6 @@
 """What the benchmarks share: measuring in turns, the interval of a ratio, the table and the file."""
 
+import argparse
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -70,21 +71,21 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def report(
-    title: str, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], output: Path | None, **about: Any
-) -> None:
-    """Prints a table of the rows, and writes them with versions and hardware, if there is an output.
+def report(title: str, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], options: argparse.Namespace) -> None:
+    """Prints a table of the rows; writes them with options, versions and hardware to `options.output`, if that is given.
 
     Args:
         rows: JSON values.
         shown: the columns that are printed, each with its format, such as `{"ratio": ".3f", "N": ",d"}`.
-        about: more of the whole benchmark, JSON values.
     """
     cells = [
         {name: "" if row.get(name) is None else format(row[name], form) for name, form in shown.items()} for row in rows
     ]
     print(f"{title}\n{pandas.DataFrame(cells).to_string(index=False)}")
-    if output:
-        content = {"title": title, **about, "rows": list(rows), "environment": describe_environment(ranks=1)}
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(content, indent=2) + "\n")
+    if options.output:
+        given = {name: value for name, value in vars(options).items() if name != "output"}
+        # Where data lie on this machine is of no use to others.
+        given |= {name: Path(given[name]).name for name in ("dataset", "jpeg") if given.get(name)}
+        content = {"title": title, "options": given, "rows": list(rows), "environment": describe_environment(ranks=1)}
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(json.dumps(content, indent=2) + "\n")

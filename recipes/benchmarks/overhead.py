@@ -82,7 +82,7 @@ class Model(NamedTuple):
 
 IMAGES = {"bf16": True, "remove_unused_columns": False, "logging_nan_inf_filter": False, "data_collator": batch_collator}
 MODELS = {
-    "causal_lm": Model(causal_lm, 8, 10, {}),
+    "causal_lm": Model(causal_lm, 8, 6, {}),
     "bert": Model(bert, 16, 60, {}),
     "resnet8_cifar": Model(resnet8_cifar, 256, 30, IMAGES),
 }
@@ -187,7 +187,7 @@ def main() -> None:
         rows = [row(name, options.steps or MODELS[name].steps, options.pairs, folder) for name in options.models]
     shown = {"model": "", "steps": "d", "stock_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f"}
     shown |= {"memory_ratio": ".4f", "memory_MB": ",.0f"}
-    measure.report("Pruned / stock, an optimizer step: seconds (95 %), and peak of memory", rows, shown, options.output)
+    measure.report("Pruned / stock, an optimizer step: seconds (95 %), and peak of memory", rows, shown, options)
 
 
 if __name__ == "__main__":

@@ -126,8 +126,7 @@ def main() -> None:
     shown = {"role": "", "samples": ",d", "measured": "", "bytes_a_sample": ".1f", "GB": ".2f"}
     shown |= {"received_a_kept_sample": ".2f", "received_GB": ".2f", "choose and order": ".2f", "iterate": ".2f"}
     shown |= {"exchange and apply": ".2f", "total": ".2f"}
-    arguments = {name: value for name, value in vars(options).items() if name != "output"}
-    measure.report(f"One of {options.ranks} ranks, an epoch", rows, shown, options.output, options=arguments)
+    measure.report(f"One of {options.ranks} ranks, an epoch", rows, shown, options)
 
 
 if __name__ == "__main__":

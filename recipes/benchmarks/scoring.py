@@ -1,6 +1,7 @@
 """What forward passes that only score cost: seconds a sample beside those of training in the same run, and of inference.
 
-    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 --output recipes/results/benchmarks/scoring.json
+    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 --samples 3000 --rounds 5 \\
+        --output recipes/results/benchmarks/scoring.json
 
 A run of DynamicPruningTrainer scores all samples, `UCB(keep_ratio=0.5, scoring="all")`, and trains on half of them for an
 epoch; its report has the seconds of both. Forward is a third of forward and backward, so scoring / training is near 1/3
@@ -156,8 +157,7 @@ def main() -> None:
         "inference_ms": ".3f",
     }
     shown |= {"of_training": ".3f", "of_inference": ".3f", "of_small_batch": ".3f"}
-    arguments = {name: value for name, value in vars(options).items() if name != "output"}
-    measure.report("Milliseconds a sample, and ratios of scoring", rows, shown, options.output, options=arguments)
+    measure.report("Milliseconds a sample, and ratios of scoring", rows, shown, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Seconds of start-up: of an import, of `--help`, of building a trainer on many samples, and then until its first step.
 
-    python recipes/benchmarks/startup.py --with_transformers --output recipes/results/benchmarks/startup.json
+    python recipes/benchmarks/startup.py --with_transformers --rounds 5 \\
+        --output recipes/results/benchmarks/startup.json
 
 Imports and commands start in a process each. Trainers are built in this one, DynamicPruningTrainer with UCB(keep_ratio=0.3)
 and the stock Trainer: the constructor and get_train_dataloader(), on the same data, which are made beforehand; then train()
@@ -151,9 +152,8 @@ def main() -> None:
             row["beyond"] = statistics.median(a - b for a, b in zip(values, (seconds | built)[base], strict=True))
         rows.append(row)
     shown = {"what": "", "median": ".3f", "lowest": ".3f", "highest": ".3f", "beyond": "+.3f", "needs": ""}
-    arguments = {name: value for name, value in vars(options).items() if name != "output"}
     title = f"Seconds of start-up; trainers on {options.samples:,d} samples"
-    measure.report(title, rows, shown, options.output, options=arguments)
+    measure.report(title, rows, shown, options)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Images a second of training: recipes/cifar.py beside a plain PyTorch loop, and beside the usual way with the Trainer.
 
-    python recipes/benchmarks/throughput.py --dataset path/to/cifar10 --jpeg path/to/tiny_imagenet_20 \\
+    python recipes/benchmarks/throughput.py --dataset path/to/cifar10 --jpeg path/to/tiny_imagenet_20 --rounds 5 \\
         --output recipes/results/benchmarks/throughput.json
 
     bare loop     uint8 images in memory, the augmentation of `ImageCache`, forward, backward, optimizer, learning rate;
@@ -260,8 +260,7 @@ def main() -> None:
             }
             rows += compare(ways, options, folder)
     shown = {"path": "", "images_per_second": ",.0f", "lowest": ",.0f", "highest": ",.0f", "ratio": ".3f"}
-    about = {"options": {name: value for name, value in vars(options).items() if name != "output"}}
-    measure.report("Images a second of training", rows, shown, options.output, **about)
+    measure.report("Images a second of training", rows, shown, options)
 
 
 if __name__ == "__main__":
