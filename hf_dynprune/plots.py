@@ -106,6 +106,43 @@ def plot_runs(
     return figure
 
 
+def plot_costs(runs: Mapping[str, Sequence[tuple[float, Sequence[float]]]], metric: str = "eval_accuracy") -> "Figure":
+    """Draws what methods reached at what they cost: a point for each cost, the mean of the seeds, with a bar from the lowest
+    to the highest; points of a method are joined. The legend is in the order of the methods' best means.
+
+    Args:
+        runs: for each method pairs (cost, values): the share of the full run's passes that was spent; of each seed a value.
+        metric: what the values are; an accuracy is drawn in per cent.
+
+    Raises:
+        ValueError: where there is nothing to draw, or a value is not finite.
+    """
+    if not runs or not all(points and all(values for _, values in points) for points in runs.values()):
+        raise ValueError("There is nothing to plot: wanted is a value of each method at a cost at least.")
+    for name, points in runs.items():
+        if not all(math.isfinite(value) for _, values in points for value in values):
+            raise ValueError(f"{name!r} has a {metric} that is not finite.")
+    everything = [value for points in runs.values() for _, values in points for value in values]
+    percent = metric.endswith("accuracy") and min(everything) >= 0 and max(everything) <= 1
+    scale = 100 if percent else 1
+    figure = _new_figure((8, max(4, 0.8 + 0.2 * len(runs))))
+    ax = _plain(figure.subplots())
+    lines, best = {}, {}
+    for i, (name, points) in enumerate(runs.items()):
+        color, marker = _COLORS[i % 7], _MARKERS[(i + i // 7) % 7]
+        costs, values = zip(*sorted(points), strict=True)
+        means = [scale * float(np.mean(of)) for of in values]
+        ax.vlines(costs, [scale * min(of) for of in values], [scale * max(of) for of in values], color=color, linewidth=1.5)
+        (lines[name],) = ax.plot(costs, means, color=color, marker=marker, markersize=7, linewidth=1.2)
+        best[name] = max(means)
+    ax.set_xlim(left=0)
+    ax.set_xlabel("cost: passes, of those of the full run")
+    ax.set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
+    names = sorted(runs, key=lambda name: -best[name])
+    figure.legend([lines[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=9)
+    return figure
+
+
 def spent(report: PruningReport, against: Against) -> list[float]:
     """What a run had cost at the end of each of its epochs: passes / N, or seconds without those of evaluation; with what
     was spent before it, where that is charged (and known: scores of one's own may not tell their seconds)."""

@@ -345,7 +345,7 @@ class DynamicPruner:
             score = score.to(torch.float32, copy=True)
             observed = self.table.observed
             scores = _describe(score, observed)
-            score[score.isnan()] = -math.inf
+            score.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
             if policy.exclude_hardest:
                 # An observed sample that scores +inf is one that its policy keeps whatever its loss is.
                 candidates = indices_of(observed & (score < math.inf))

@@ -4,7 +4,9 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -191,23 +193,27 @@ def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
 
 def describe_environment(**more: Any) -> dict[str, Any]:
     """Versions and hardware of this process."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     from . import __version__
 
     cuda = torch.cuda.is_available()
     return {
         "hf_dynprune": __version__,
-        "versions": versions,
+        "versions": dict(_versions()),
         "platform": f"{platform.system()} {platform.machine()}",  # the rest of it can name the host
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         **more,
     }
+
+
+@cache
+def _versions() -> dict[str, str]:
+    """Of Python and of the packages that are installed; to look them up on the disk takes longer than to make a pruner."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    return versions
 
 
 def _cpu_name() -> str:

@@ -12,7 +12,6 @@ from reliability import README, ROOT, put_into
 RESULTS = ROOT / "recipes" / "results" / "benchmarks"
 NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
 RULES = NEEDED | {"loss-proportional": "loss-proportional", "orderdp": "OrderDP"}
-RULES |= {"seta": "SeTa", "kakurenbo": "KAKURENBO", "ies": "IES"}
 NAMES = {"resnet8_cifar": "ResNet-8 (CIFAR)", "bert": "a tiny BERT", "causal_lm": "a small Llama, vocabulary 32,000"}
 
 
@@ -32,13 +31,12 @@ def interval(low, high):
 
 def lines():
     """(what is measured, beside what, figure, file)"""
-    for name in ("resnet8_cifar", "bert", "causal_lm"):
-        row = one("overhead", model=name)
+    for file, row in [(name, row) for name in ("overhead", "overhead_bert") for row in rows(name)]:
         yield (
-            f"optimizer step that scores all it trains, {NAMES[name]}",
+            f"optimizer step that scores all it trains, {NAMES[row['model']]}, {row['pairs']} pairs",
             f"the stock Trainer's, {row['stock_ms']:.0f} ms",
             f"{row['ratio']:.3f} {interval(*row['ratio_95'])}; memory {row['memory_ratio']:.3f}",
-            "overhead",
+            file,
         )
     bare = one("throughput", path="bare loop")
     jpeg = one("throughput", path="JPEG: bare loop on decoded tensors")
@@ -53,21 +51,19 @@ def lines():
         row = one("throughput", path=path)
         speed = f"a bare PyTorch loop's, {beside['images_per_second']:,.0f}"
         yield words, speed, f"{row['ratio']:.3f} {interval(*row['ratio_95'])}", "throughput"
-    for n, size in ((50_000, "50 thousand"), (1_280_000, "1.28 million"), (10_000_000, "10 million")):
-        found = rows("choosing", samples=n)
+    sizes = (
+        ("choosing", 50_000, "50 thousand"),
+        ("choosing", 1_280_000, "1.28 million"),
+        ("choosing_10m", 10**7, "10 million"),
+    )
+    for file, n, size in sizes:
+        found = rows(file, samples=n)
         yield (
             f"an epoch's choice without a model, 0.3 of {size} samples",
             f"`RandomSampler` over all, {found[0]['full_seconds']:.2g} s",
             ", ".join(f"{RULES[row['policy']]} {row['ratio']:.2f}" for row in found),
-            "choosing",
+            file,
         )
-    found = rows("choosing_others")
-    yield (
-        "the same by rules that say themselves how much they keep, of 1.28 million",
-        f"`RandomSampler` over all, {found[0]['full_seconds']:.2g} s",
-        ", ".join(f"{RULES[row['policy']]} ({row['kept'] / row['samples']:.2f} kept) {row['ratio']:.2f}" for row in found),
-        "choosing_others",
-    )
     found = {name: one("choosing_100m", policy=name) for name in NEEDED}
     yield (
         "the same, 0.3 of 100 million; memory at the peak",
@@ -91,9 +87,10 @@ def lines():
             )
     for role in ("rank 0, which chooses", "another rank"):
         row = one("scale", role=role, measured=False)
+        largest = max(other["samples"] for other in rows("scale", role=role, measured=True))
         yield (
             f"a billion samples on 1,024 ranks, an epoch on {role}",
-            "extrapolated from 100 million",
+            f"extrapolated from {largest / 1e6:.0f} million",
             f"{row['GB']:.0f} GB of memory, {row['received_GB']:.1f} GB received, {row['total']:.0f} s without the network",
             "scale",
         )

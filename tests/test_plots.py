@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from hf_dynprune import UCB, FullData, PruningReport, RandomPruning
-from hf_dynprune.plots import plot_classes, plot_runs, plot_samples, plot_scores, plot_selection, spent
+from hf_dynprune.plots import plot_classes, plot_costs, plot_runs, plot_samples, plot_scores, plot_selection, spent
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
 pytest.importorskip("matplotlib")
@@ -340,3 +340,32 @@ def test_what_is_no_data_for_a_contact_sheet():
         plot_samples(times, 1, pictures(3), label_column="class")
     with pytest.raises(TypeError, match=r"a list: wanted is a datasets\.Dataset"):
         plot_samples(times, 1, [0, 1, 2])
+
+
+# ---- costs ----------------------------------------------------------------------------------------------------------
+
+
+def test_methods_against_what_they_cost():
+    runs = {"short run": [(0.5, [0.7, 0.8]), (0.3, [0.5, 0.6])], "UCB": [(0.3, [0.9])]}
+    figure = drawn(plot_costs(runs))
+    (ax,) = figure.axes
+    assert ax.get_ylabel() == "eval accuracy (%)"
+    assert entries(figure) == ["UCB", "short run"]  # the best first
+    short, ucb = ax.lines
+    assert short.get_xdata().tolist() == [0.3, 0.5]
+    assert short.get_ydata().tolist() == pytest.approx([55, 75])
+    assert ucb.get_ydata().tolist() == [90]
+    bars = [segment.tolist() for segment in ax.collections[0].get_segments()]
+    assert bars == [pytest.approx(np.array(bar)) for bar in ([[0.3, 50], [0.3, 60]], [[0.5, 70], [0.5, 80]])]
+
+
+def test_costs_of_other_metrics_are_not_in_per_cent():
+    figure = drawn(plot_costs({"short run": [(0.3, [0.5])]}, "eval_perplexity"))
+    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5]
+    assert figure.axes[0].get_ylabel() == "eval perplexity"
+
+
+@pytest.mark.parametrize("runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}])
+def test_no_costs_to_plot(runs):
+    with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
+        plot_costs(runs)

@@ -49,7 +49,7 @@ class EpochPlan:
                     f"The weights of a plan are {self.weights.dtype} of shape {tuple(self.weights.shape)}; wanted is "
                     f"float32 of shape {tuple(self.indices.shape)}, one for each index."
                 )
-            if not bool((self.weights.isfinite() & (self.weights > 0)).all()):
+            if not bool(((self.weights > 0) & (self.weights < math.inf)).all()):
                 raise ValueError("The weights of a plan must be finite and positive; leave a sample out to drop it.")
         if not (math.isfinite(self.lr_scale) and self.lr_scale > 0):
             raise ValueError(f"lr_scale={self.lr_scale} of a plan must be finite and positive.")

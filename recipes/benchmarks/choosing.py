@@ -1,11 +1,9 @@
 """What an epoch's choice costs, without a model: seconds beside torch's own sampler over all data, and the peak of memory.
 
-    python recipes/benchmarks/choosing.py --policies random epsilon-greedy ucb infobatch loss-proportional orderdp \\
-        --output recipes/results/benchmarks/choosing.json
-    python recipes/benchmarks/choosing.py --sizes 1.28e6 --policies seta kakurenbo ies \\
-        --output recipes/results/benchmarks/choosing_others.json
-    python recipes/benchmarks/choosing.py --sizes 1e8 --rounds 1 --epochs 3 --policies random epsilon-greedy ucb infobatch \\
-        --output recipes/results/benchmarks/choosing_100m.json
+    cd recipes/benchmarks; results=../results/benchmarks; rules="random epsilon-greedy ucb infobatch"
+    python choosing.py --sizes 5e4 1.28e6 --policies $rules loss-proportional orderdp --output $results/choosing.json
+    python choosing.py --sizes 1e7 --policies $rules --rounds 5 --output $results/choosing_10m.json
+    python choosing.py --sizes 1e8 --policies $rules --rounds 1 --epochs 3 --output $results/choosing_100m.json
 
 An epoch is all that the pruner does in one: begin_epoch (score, plan, order), the batches of indices, weights and observe
 for each batch, end_epoch (the table). The baseline, `RandomSampler` and `BatchSampler` over all N samples, does no more

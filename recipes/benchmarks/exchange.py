@@ -4,7 +4,7 @@ We exchange once an epoch; beside it, an all-gather of indices and losses in eve
 least is 12 bytes (an int64 index, a float32 loss) for each observation and each other rank. The InfoBatch package sends the
 index as float32, 8 bytes together, and takes samples above 2^24 for others. Only `flush` writes to a table as well.
 
-    python recipes/benchmarks/exchange.py --rounds 3 --output recipes/results/benchmarks/exchange.json
+    python recipes/benchmarks/exchange.py --rounds 2 --output recipes/results/benchmarks/exchange.json
 
 The ranks are processes on this machine that talk by gloo, over TCP. The bytes are those that the kernel counts on all its
 interfaces, headers and acknowledgements included: nothing else should use the network meanwhile, not even the loopback.

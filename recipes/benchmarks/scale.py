@@ -1,7 +1,7 @@
 """One rank of many, at sizes that fit here: its memory, the bytes it gets and its seconds an epoch, and what follows for a
 billion samples on 1,024 ranks.
 
-    python recipes/benchmarks/scale.py --output recipes/results/benchmarks/scale.json
+    python recipes/benchmarks/scale.py --sizes 1e7 3e7 --output recipes/results/benchmarks/scale.json
 
 This process plays one rank (0, which chooses, or another one): the pruner's own code runs, and in place of torch.distributed
 stands a world that hands it what the others would send, in tensors of the sizes that would arrive, and counts the bytes. No

@@ -1,7 +1,7 @@
 """What forward passes that only score cost: seconds a sample beside those of training in the same run, and of inference.
 
-    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 --samples 3000 --rounds 5 \\
-        --output recipes/results/benchmarks/scoring.json
+    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 --models resnet8_cifar bert causal_lm --samples 3000 \\
+        --rounds 3 --output recipes/results/benchmarks/scoring.json
 
 A run of DynamicPruningTrainer scores all samples, `UCB(keep_ratio=0.5, scoring="all")`, and trains on half of them for an
 epoch; its report has the seconds of both. Forward is a third of forward and backward, so scoring / training is near 1/3

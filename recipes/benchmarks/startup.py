@@ -1,6 +1,6 @@
 """Seconds of start-up: of an import, of `--help`, of building a trainer on many samples, and then until its first step.
 
-    python recipes/benchmarks/startup.py --with_transformers --rounds 5 \\
+    python recipes/benchmarks/startup.py --with_transformers --rounds 3 \\
         --output recipes/results/benchmarks/startup.json
 
 Imports and commands start in a process each. Trainers are built in this one, DynamicPruningTrainer with UCB(keep_ratio=0.3)
