@@ -95,9 +95,9 @@ def lines():
             "scale",
         )
     for name in ("resnet8_cifar", "bert", "causal_lm"):
-        row = rows("scoring", model=name)[0]
+        row = rows("scoring", model=name)[-1]  # scored in larger batches
         yield (
-            f"a scoring pass, {NAMES[name]}",
+            f"a scoring pass in batches of {row['scoring_batch']}, {NAMES[name]}",
             f"training, {row['training_ms']:.3g} ms a sample; inference alone, {row['inference_ms']:.3g}",
             f"{row['of_training']:.2f} of training, {row['of_inference']:.2f} of inference",
             "scoring",
