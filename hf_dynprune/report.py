@@ -33,8 +33,8 @@ class EpochRecord:
         scoring_passes: forward passes made only to score.
         optimizer_steps: steps made in the epoch.
         learning_rate: in force when the epoch ended, that is, for the step after its last.
-        scores: mean and quantiles of the finite scores when the plan was made, of more than 131,072 samples those of evenly
-            spaced ones; empty where there are none.
+        scores: mean and quantiles of the finite scores when the plan was made, from 262,144 samples on of evenly spaced ones
+            alone; empty where there are none.
         nonfinite: observations that were NaN or infinite.
         seconds: wall-clock by phase; `training` is the epoch less the others, so it holds logging and checkpoints.
         metrics: of the last evaluation in the epoch.

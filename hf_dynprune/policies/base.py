@@ -335,7 +335,7 @@ class PruningPolicy(ABC):
         """New values of the columns of M different samples, from their old ones and this observation. Pure.
 
         Args:
-            rows: for each column of the table (M,) values before the observation.
+            rows: for each column of the table (M,) values before the observation, read when they are asked for.
             signals: for each of `signals` (M,) finite float32.
 
         Returns:

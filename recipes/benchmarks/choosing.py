@@ -15,7 +15,6 @@ The peak is that of the process (its resident memory), above what it had before 
 """
 
 import argparse
-import multiprocessing
 import resource
 import statistics
 import sys
@@ -97,12 +96,6 @@ def run(name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, thre
     }
 
 
-def apart(*task: Any) -> dict[str, Any]:
-    """In a fresh process, whose peak of memory is its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(run, task)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[5e4, 1.28e6, 1e7], help="numbers of samples")
@@ -117,7 +110,7 @@ def main() -> None:
     rows = []
     for n in map(int, options.sizes):
         task = (n, options.keep_ratio, options.batch_size, options.epochs, options.threads)
-        turns = {name: lambda name=name, task=task: apart(name, *task) for name in options.policies}
+        turns = {name: lambda name=name, task=task: measure.apart(run, name, *task) for name in options.policies}
         for name, runs in measure.in_turns(turns, options.rounds, f"N = {n:,d}").items():
             compared = measure.ratio([one["pruned"] for one in runs], [one["full"] for one in runs])
             peak = statistics.median(one["peak"] for one in runs)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,12 @@ def in_turns(what: Mapping[str, Callable[[], Any]], rounds: int, description: st
         for name in list(what) if number % 2 == 0 else reversed(list(what)):
             results[name].append(what[name]())
     return results
+
+
+def apart(function: Callable[..., Any], *task: Any) -> Any:
+    """What the function returns in a fresh process, whose memory, its peak and its layout, is its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, task)
 
 
 def step_by_step(runs: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dict[str, Any]:

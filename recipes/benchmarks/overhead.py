@@ -15,7 +15,6 @@ figure the geometric mean. On one thread, if OMP_NUM_THREADS does not say otherw
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import sys
@@ -153,11 +152,6 @@ def prepare() -> None:
     common.keep_freed_memory()  # as the recipes do; page faults are most of the unrest otherwise
 
 
-def apart(*task: Any) -> dict[str, float]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(pair, task)
-
-
 def peak(kind: str, name: str, folder: str) -> int:
     """The most bytes of tensors at a time in three steps, beyond those before, by torch's own count."""
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -171,7 +165,7 @@ def peak(kind: str, name: str, folder: str) -> int:
 
 def row(name: str, steps: int, pairs: int, folder: str) -> dict[str, Any]:
     memory = {kind: peak(kind, name, folder) for kind in ("stock", "pruned")}
-    found = [apart(name, steps, folder) for _ in trange(pairs, desc=f"pairs, {name}")]
+    found = [measure.apart(pair, name, steps, folder) for _ in trange(pairs, desc=f"pairs, {name}")]
     compared = measure.ratio([one["ratio"] for one in found], [1.0] * pairs)
     return {
         "model": name,

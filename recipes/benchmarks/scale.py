@@ -20,7 +20,6 @@ over the sizes measured is what the simulation checks.
 """
 
 import argparse
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -98,11 +97,6 @@ def play(rank: int, ranks: int, n: int, epochs: int) -> dict[str, Any]:
     return {"seconds": seconds, "peak": choosing.peak_bytes() - before, "received": world.received}
 
 
-def apart(*task: Any) -> dict[str, Any]:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(play, task)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=float, nargs="+", default=[1e7, 3e7, 1e8], help="numbers of samples")
@@ -114,7 +108,7 @@ def main() -> None:
     rows = []
     for role, rank in (("rank 0, which chooses", 0), ("another rank", 1)):
         for n in map(int, options.sizes):
-            found = apart(rank, options.ranks, n, options.epochs)
+            found = measure.apart(play, rank, options.ranks, n, options.epochs)
             kept = round(KEEP_RATIO * n)
             row = {"role": role, "samples": n, "bytes_a_sample": found["peak"] / n, "GB": found["peak"] / 1e9}
             row |= {"received_a_kept_sample": found["received"] / kept, "received_GB": found["received"] / 1e9}
