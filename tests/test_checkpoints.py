@@ -460,7 +460,11 @@ def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, tmp_path, reliabilit
         command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), "every_save"]
         subprocess.run(command, env=environment, check=True, timeout=300)
         messages = [message for _, message in hub.commits]
-        assert messages == [f"Training in progress, step {step}" for step in (2, 4, 6, 8, 9)]
+        # The Trainer uploads in the background and writes the next save over what it uploads: then huggingface_hub gives up
+        # that upload. The last one nobody overtakes.
+        expected = [f"Training in progress, step {step}" for step in (2, 4, 6, 8, 9)]
+        assert messages == [message for message in expected if message in messages]
+        assert messages[-1] == expected[-1]
         assert not any(path.startswith(("checkpoint", "last")) for path in hub.files["user/model"])
         saved = torch.load(tmp_path / "out" / "checkpoint-9" / "optimizer.pt")
     expected = finished[0].optimizer.state_dict()
