@@ -122,6 +122,9 @@ class DynamicPruningMixin(_Trainer):
     starts a run with an empty table of scores; `resume_from_checkpoint` continues the identical run.
     """
 
+    # Floating-point operations for an element of the model's main input, once a run has counted them.
+    _operations: int | None = None
+
     def __init__(
         self,
         *args: Any,
@@ -270,7 +273,7 @@ class DynamicPruningMixin(_Trainer):
         if made is not dataloader:
             raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
         self._loss_checked = False
-        self._operations: int | None = None  # of an element of the model's main input
+        self._operations = None
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
         pruner = self.pruner
         return (
@@ -542,9 +545,10 @@ class DynamicPruningMixin(_Trainer):
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """The Trainer's count, which goes through all parameters of the model; here that is done once in a run."""
+        if self.pruning is None or _owner(type(self), "floating_point_ops") is not Trainer:
+            return super().floating_point_ops(inputs)
         main = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
-        stock = _owner(type(self), "floating_point_ops") is Trainer
-        if self.pruning is None or not stock or not isinstance(main, torch.Tensor) or main.numel() == 0:
+        if not isinstance(main, torch.Tensor) or main.numel() == 0:
             return super().floating_point_ops(inputs)
         if self._operations is None:
             self._operations = super().floating_point_ops(inputs) // main.numel()

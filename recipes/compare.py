@@ -37,9 +37,8 @@ from tqdm import tqdm
 from hf_dynprune import PruningPolicy, PruningReport, make_policy
 from hf_dynprune.advice import Measured, Settings, predict
 from hf_dynprune.plots import plot_costs
-from hf_dynprune.static import SCORES_FILE
+from hf_dynprune.static import METHODS, SCORES_FILE
 
-SCORES = ("el2n", "grand", "grand-last-layer", "forgetting", "loss", "margin", "entropy")
 RANKED = 0.02  # runs whose cost is off by more of what was wanted are not ranked
 FULL, SHORT, RANDOM = "full run", "short run", "random"
 
@@ -277,7 +276,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study")
     parser.add_argument("--rules", nargs="*", default=["random", "epsilon-greedy", "ucb"], help="see above")
-    parser.add_argument("--scores", nargs="*", default=[], choices=SCORES, help="for static pruning")
+    parser.add_argument("--scores", nargs="*", default=[], choices=METHODS, help="for static pruning")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--metric", default="eval_accuracy", help="of the last evaluation")

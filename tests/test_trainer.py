@@ -956,6 +956,13 @@ def test_operations_are_counted_once_in_a_run_and_as_by_the_stock_trainer(tmp_pa
     assert runs["pruned"][1] == runs["stock"][1] > 0
 
 
+def test_operations_of_a_batch_before_any_run(tmp_path):
+    batch = {"pixel_values": torch.zeros(2, 3, 8, 8)}
+    stock, pruned = (trainer(tmp_path, **extra) for extra in ({"cls": Trainer}, {"pruning": UCB(0.5)}))
+    assert pruned.floating_point_ops(batch) == stock.floating_point_ops(batch) > 0
+    assert pruned.floating_point_ops({"labels": torch.zeros(2)}) == 0
+
+
 def test_operations_of_a_trainers_own_count_stay_its_own(tmp_path):
     class Counting(Trainer):
         def floating_point_ops(self, inputs):
