@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import datasets
+import numpy as np
 
 Kind = Literal["image", "label", "text"]
 
@@ -23,7 +24,12 @@ _EVALUATION = ("validation", "valid", "val", "dev", "test")
 
 
 def load_splits(
-    name: str, config: str | None = None, *, train: str = "train", evaluation: str | None = None
+    name: str,
+    config: str | None = None,
+    *,
+    train: str = "train",
+    evaluation: str | None = None,
+    validation_share: float = 0.0,
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """The training split of a dataset, and the one to evaluate on.
 
@@ -33,6 +39,8 @@ def load_splits(
         config: of a dataset that has several.
         train: the name of the training split; slices as in `"train[:10%]"` are welcome.
         evaluation: the name of the other; *optional*, defaults to the first there is of validation, valid, val, dev, test.
+        validation_share: in (0, 1): hold that share of the training split out, at random but the same rows each time, and
+            return it in place of the other split, which is not read: what choices are to be made on.
 
     Returns:
         (training split, evaluation split); the latter is None where there is none and none was named.
@@ -40,8 +48,15 @@ def load_splits(
     Raises:
         FileNotFoundError: no such path or dataset, or the Hub cannot be reached.
         NotADirectoryError: a file.
-        ValueError: no such split or configuration; files that cannot be read.
+        ValueError: no such split or configuration; files that cannot be read; a share that leaves one of the two empty.
     """
+    if not 0 <= validation_share < 1:
+        raise ValueError(f"validation_share={validation_share} is out of range: wanted is a share of the rows, in [0, 1).")
+    if validation_share and evaluation:
+        raise ValueError(
+            f"Evaluation is to be on {evaluation!r} and on validation_share={validation_share} of the training rows: leave "
+            "one of the two out."
+        )
     local = Path(name).expanduser()
     # A Hub id is `name` or `owner/name`; what else looks like a path is one.
     if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
@@ -57,6 +72,8 @@ def load_splits(
             if base not in known:
                 raise ValueError(f"The dataset {name!r} has no split {base!r}; it has {', '.join(map(str, known))}.")
         train_data = datasets.load_dataset(source, config, split=train)
+        if validation_share:
+            return _held_out(train_data, validation_share)
         return train_data, None if wanted is None else datasets.load_dataset(source, config, split=wanted)
     except ConnectionError as error:
         raise FileNotFoundError(
@@ -71,6 +88,14 @@ def load_splits(
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise ValueError(f"{error} Name it: --dataset_config.") from error
         raise
+
+
+def _held_out(data: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    count = round(share * len(data))
+    if not 0 < count < len(data):
+        raise ValueError(f"validation_share={share} of {len(data)} rows leaves nothing to train or to evaluate on.")
+    order = np.random.default_rng(0).permutation(len(data))
+    return data.select(np.sort(order[count:])), data.select(np.sort(order[:count]))  # rows stay in their order
 
 
 def find_column(features: Any, kind: Kind, name: str | None = None, *, argument: str | None = None) -> str:

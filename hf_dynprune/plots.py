@@ -10,7 +10,7 @@ Each function returns a figure that belongs to no window and no global state, an
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -21,6 +21,7 @@ from .report import PruningReport
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 Against = Literal["passes", "seconds"]
 Reports = Mapping[str, PruningReport | Sequence[PruningReport]]
@@ -106,41 +107,118 @@ def plot_runs(
     return figure
 
 
-def plot_costs(runs: Mapping[str, Sequence[tuple[float, Sequence[float]]]], metric: str = "eval_accuracy") -> "Figure":
+def plot_costs(
+    runs: Mapping[str, Sequence[tuple[float, Sequence[float]]]],
+    metric: str = "eval_accuracy",
+    *,
+    full: Sequence[float] = (),
+    baseline: str = "short run",
+    lower_is_better: bool = False,
+) -> "Figure":
     """Draws what methods reached at what they cost: a point for each cost, the mean of the seeds, with a bar from the lowest
-    to the highest; points of a method are joined. The legend is in the order of the methods' best means.
+    to the highest; points of a method are joined. The legend is in the order of the methods' best means. Points of several
+    methods at one cost stand side by side.
 
     Args:
         runs: for each method pairs (cost, values): the share of the full run's passes that was spent; of each seed a value.
         metric: what the values are; an accuracy is drawn in per cent.
+        full: the values of the full run, a line across and a band from the lowest to the highest; empty: none.
+        baseline: the method that the others are to beat, which is drawn in black.
+        lower_is_better: of the metric.
 
     Raises:
         ValueError: where there is nothing to draw, or a value is not finite.
     """
-    if not runs or not all(points and all(values for _, values in points) for points in runs.values()):
-        raise ValueError("There is nothing to plot: wanted is a value of each method at a cost at least.")
-    for name, points in runs.items():
-        if not all(math.isfinite(value) for _, values in points for value in values):
-            raise ValueError(f"{name!r} has a {metric} that is not finite.")
-    everything = [value for points in runs.values() for _, values in points for value in values]
-    percent = metric.endswith("accuracy") and min(everything) >= 0 and max(everything) <= 1
-    scale = 100 if percent else 1
+    values = {name: [list(of) for _, of in points] for name, points in runs.items()}
+    scale, unit = _scale([v for of in values.values() for each in of for v in each] + list(full), values, metric)
     figure = _new_figure((8, max(4, 0.8 + 0.2 * len(runs))))
     ax = _plain(figure.subplots())
-    lines, best = {}, {}
-    for i, (name, points) in enumerate(runs.items()):
-        color, marker = _COLORS[i % 7], _MARKERS[(i + i // 7) % 7]
-        costs, values = zip(*sorted(points), strict=True)
-        means = [scale * float(np.mean(of)) for of in values]
-        ax.vlines(costs, [scale * min(of) for of in values], [scale * max(of) for of in values], color=color, linewidth=1.5)
-        (lines[name],) = ax.plot(costs, means, color=color, marker=marker, markersize=7, linewidth=1.2)
-        best[name] = max(means)
+    best = {name: (min if lower_is_better else max)(np.mean(of) for of in each) for name, each in values.items()}
+    names = sorted(runs, key=lambda name: best[name], reverse=not lower_is_better)
+    step = 0.006 * max(cost for points in runs.values() for cost, _ in points)
+    lines = {}
+    for name, (color, marker) in zip(names, _styles(names, baseline), strict=True):
+        points = sorted(runs[name])
+        costs = np.array([cost for cost, _ in points]) + step * (names.index(name) - (len(names) - 1) / 2)
+        lows, highs, means = (scale * np.array([f(of) for _, of in points]) for f in (min, max, np.mean))
+        ax.vlines(costs, lows, highs, color=color, linewidth=1.5)
+        (lines[name],) = ax.plot(costs, means, color=color, marker=marker, markersize=6, linewidth=1.2)
+    if full:
+        names = ["full run", *names]
+        lines["full run"] = _draw_full(ax.axhline, ax.axhspan, scale * np.array(full))
     ax.set_xlim(left=0)
     ax.set_xlabel("cost: passes, of those of the full run")
-    ax.set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
-    names = sorted(runs, key=lambda name: -best[name])
+    ax.set_ylabel(metric.replace("_", " ") + unit)
     figure.legend([lines[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=9)
     return figure
+
+
+def plot_methods(
+    values: Mapping[str, Sequence[float]],
+    metric: str = "eval_accuracy",
+    *,
+    full: Sequence[float] = (),
+    baseline: str = "short run",
+    lower_is_better: bool = False,
+) -> "Figure":
+    """Draws what methods reached at one cost: a row for each, the best above, with a dot for each seed and a bar at their
+    mean; a line down from the mean of the baseline.
+
+    Args: those of [`plot_costs`], of each method the values of its seeds.
+
+    Raises:
+        ValueError: where there is nothing to draw, or a value is not finite.
+    """
+    each = {name: [list(of)] for name, of in values.items()}
+    scale, unit = _scale([*(v for of in values.values() for v in of), *full], each, metric)
+    names = sorted(values, key=lambda name: float(np.mean(values[name])), reverse=lower_is_better)  # from below
+    figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
+    ax = _plain(figure.subplots())
+    ax.grid(visible=False, axis="y")
+    for row, name in enumerate(names):
+        color = "black" if name == baseline else _COLORS[0]
+        own = scale * np.array(values[name])
+        ax.plot(own, np.full(len(own), row), "o", color=color, markersize=5, alpha=0.45, markeredgewidth=0)
+        ax.vlines(own.mean(), row - 0.3, row + 0.3, color=color, linewidth=2.5)
+    if baseline in values:
+        ax.axvline(scale * float(np.mean(values[baseline])), color="black", linewidth=1, linestyle="--", zorder=0)
+    if full:
+        line = _draw_full(ax.axvline, ax.axvspan, scale * np.array(full))
+        figure.legend([line], ["full run"], loc="outside upper right", frameon=False, fontsize=9)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_xlabel(f"{metric.replace('_', ' ')}{unit}: each seed, and the mean")
+    return figure
+
+
+def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], metric: str) -> tuple[float, str]:
+    """100 and the words for per cent, of an accuracy.
+
+    Raises:
+        ValueError: without values of each method at each cost, and where one of the numbers is not finite.
+    """
+    if not values or not all(each and all(each) for each in values.values()):
+        raise ValueError("There is nothing to plot: wanted is a value of each method at a cost at least.")
+    if not all(map(math.isfinite, numbers)):
+        wrong = [name for name, each in values.items() if not all(math.isfinite(v) for of in each for v in of)]
+        raise ValueError(f"{(wrong or ['the full run'])[0]!r} has a {metric} that is not finite.")
+    percent = metric.endswith("accuracy") and min(numbers) >= 0 and max(numbers) <= 1
+    return (100, " (%)") if percent else (1, "")
+
+
+def _styles(names: Sequence[str], baseline: str) -> Iterator[tuple[str, str]]:
+    """A colour and a marker for each; black for the baseline."""
+    others = 0
+    for name in names:
+        if name == baseline:
+            yield "black", "X"
+        else:
+            yield _COLORS[others % 6], _MARKERS[(others + others // 6) % 6]
+            others += 1
+
+
+def _draw_full(line: Callable[..., "Line2D"], band: Callable[..., Any], values: np.ndarray) -> "Line2D":
+    band(values.min(), values.max(), color=_GREY, alpha=0.15, linewidth=0)
+    return line(values.mean(), color=_GREY, linewidth=1.2, linestyle=":")
 
 
 def spent(report: PruningReport, against: Against) -> list[float]:

@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 
 from hf_dynprune import DynamicPruner, FullData, PruningArguments
-from hf_dynprune.data import load_splits
 from hf_dynprune.losses import derive_rule, observe_signals
 from hf_dynprune.scoring import score_samples
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
@@ -36,7 +35,7 @@ def main() -> None:
         common.check_output(args, args)
         policy = pruning.policy() or FullData()
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
-        splits = load_splits(args.dataset, args.dataset_config, train=args.train_split, evaluation=args.eval_split)
+        splits = args.load_splits()
         train = ImageCache.from_dataset(splits[0], mean=CIFAR_MEAN, std=CIFAR_STD, augment=True, seed=args.seed)
         test = ImageCache.from_dataset(splits[1], mean=CIFAR_MEAN, std=CIFAR_STD)
         pruner = DynamicPruner(policy, len(train), batch_size=args.batch_size, num_epochs=args.epochs, seed=args.seed)

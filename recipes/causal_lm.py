@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
-from hf_dynprune.data import find_column, load_splits
+from hf_dynprune.data import find_column
 from hf_dynprune.losses import IGNORED, RULES
 
 GSM8K = "openai/gsm8k"
@@ -219,7 +219,7 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
-            train, test = load_splits(data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split)
+            train, test = data.load_splits()
             columns = filter(None, find_columns(data, train.features))
             tokenizer = make_tokenizer(recipe, chain.from_iterable(train[column] for column in columns))
             config = make_config(recipe, tokenizer)

@@ -3,13 +3,14 @@
     python recipes/cifar.py --pruning ucb --keep_ratio 0.3 --num_train_epochs 20 --output_dir runs/ucb
     python recipes/cifar.py --dataset uoft-cs/cifar100 --model resnet18_cifar --pruning random --keep_ratio 0.5
     accelerate launch recipes/cifar.py --dataset path/to/cifar10 --model resnet8_cifar --pruning full --num_train_epochs 6
+    python recipes/cifar.py --train_labels path/to/cifar10n --train_label_column worse_label   # human label noise
 
 `--dataset` is a Hub id or a local path that `datasets.load_dataset` understands. The short run, the baseline to beat, is
 `--pruning full` with fewer epochs. SGD with Nesterov momentum, no weight decay on norms and biases, LR warm-up, then
 linear to zero. Writes report.json, the model and its card to `--output_dir`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import common
 import timm.optim
@@ -18,7 +19,7 @@ from metrics import accuracy_of, best_classes
 from transformers import SchedulerType, set_seed
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, PruningPolicy, score_dataset
-from hf_dynprune.data import load_splits
+from hf_dynprune.data import find_column
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
 
@@ -30,6 +31,16 @@ class DataArguments(common.DataArguments):
     )
     label_column: str | None = field(
         default=None, metadata={"help": "Name of the label column; default: label, or fine_label (CIFAR-100)."}
+    )
+    train_labels: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub id or local path of a dataset with other labels for the training images, row by row, such as the "
+            "human ones of CIFAR-10N. The test set keeps its own."
+        },
+    )
+    train_label_column: str | None = field(
+        default=None, metadata={"help": "Column of these labels, such as worse_label; default: label."}
     )
 
 
@@ -95,13 +106,34 @@ class Images:
 
 
 def load_images(data: DataArguments, seed: int) -> Images:
-    train_split, test_split = load_splits(
-        data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split
-    )
+    train_split, test_split = data.load_splits()
     options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": data.label_column}
     train = ImageCache.from_dataset(train_split, augment=True, seed=seed, **options)
+    test = ImageCache.from_dataset(test_split, **options)
+    if data.train_labels is not None:
+        train.labels, held_out = other_labels(data, train)
+        if data.validation_share:
+            test.labels = held_out
     plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
-    return Images(train, plain, ImageCache.from_dataset(test_split, **options))
+    return Images(train, plain, test)
+
+
+def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of the training images, and of those that are held out of them."""
+    splits = replace(data, dataset=data.train_labels, dataset_config=None, eval_split=None).load_splits()
+    column = find_column(splits[0].features, "label", data.train_label_column, argument="train_label_column")
+    labels = [torch.tensor([] if split is None else split[column][:]) for split in splits]
+    classes = len(train.label_names or [])
+    if (
+        len(labels[0]) != len(train)
+        or labels[0].is_floating_point()
+        or not 0 <= labels[0].min() <= labels[0].max() < classes
+    ):
+        raise ValueError(
+            f"{data.train_labels!r} has {len(labels[0])} labels from {labels[0].min()} to {labels[0].max()} in its column "
+            f"{column!r}: wanted is one of {classes} classes for each of {len(train)} images, in their order."
+        )
+    return labels[0], labels[1]
 
 
 def make_model(recipe: RecipeArguments, images: Images) -> torch.nn.Module:

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+import datasets
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
-from hf_dynprune import DynamicPruningTrainer
+from hf_dynprune import DynamicPruningTrainer, data
 
 
 @dataclass
@@ -32,6 +33,23 @@ class DataArguments:
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on; default: validation, else test, where there is one."}
     )
+    validation_share: float = field(
+        default=0.0,
+        metadata={
+            "help": "Evaluate on that share of the training split, which is held out for it (the same rows each time), and "
+            "leave the test set alone: for whatever is chosen by trying."
+        },
+    )
+
+    def load_splits(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+        """Training split, split to evaluate on."""
+        return data.load_splits(
+            self.dataset,
+            self.dataset_config,
+            train=self.train_split,
+            evaluation=self.eval_split,
+            validation_share=self.validation_share,
+        )
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """Does it pay? Pruning rules at equal cost, through one recipe: beside the full run, and the short run, the one to beat.
 
-    python recipes/compare.py --output_dir runs/study --rules random epsilon-greedy ucb --costs 0.3 --seeds 0 1 2 -- \\
-        recipes/cifar.py --model resnet8_cifar --num_train_epochs 20
+    python recipes/compare.py --output_dir runs/study --rules random epsilon-greedy ucb --costs 0.3 --seeds 0 1 2 \\
+        --learning_rates 0.2 0.4 0.8 -- recipes/cifar.py --model resnet8_cifar --num_train_epochs 20
 
 The recipe follows the two dashes, with the options of all runs. For each seed there is the full run, and for each cost
 
@@ -12,49 +12,66 @@ The recipe follows the two dashes, with the options of all runs. For each seed t
     scores    el2n, grand, forgetting and so on (recipes with --score): static pruning, hardest first, twice: with what the
               scores cost taken from the run, and as if they had been given
 
-A rule is a name, or a name with fields: 'ucb:{"scoring": "dropped"}'. Each run is a program of its own, which leaves its
-report and its log in a folder of the study. Started again, the study goes on with the runs that have no report yet.
-summary.json, table.md and picture.png tell of those that are finished: mean and standard deviation over the seeds of the
-last evaluation, and the differences to the short run and to dynamic random pruning, seed by seed, with a 95 % interval.
+A rule is a name, with fields if it is to have some, and with options of the recipe for its runs alone:
+'ucb:{"scoring": "dropped"}', 'ucb --num_train_epochs 12' (fewer epochs, of which it then keeps more).
 
-For choices (a learning rate, a rule) hold a part of the training data out, such as --train_split 'train[:90%]' --eval_split
-'train[90%:]' for data in random order. The test set is for what is reported, once.
+--learning_rates tunes first: the full run and, for each cost, the short run and the first of the rules (for all rules) are
+run at each of the rates with --validation_share of the training data held out (always the same part), on which they are
+evaluated; the best rate is that of the runs that follow. The test set is seen once by each of these, at its end. For other
+choices give --validation_share to the recipe: then all runs of the study are evaluated on that part.
+
+Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
+seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. summary.json, table.md and
+the pictures tell of all that are (given --output_dir alone, it only renews them): mean and standard deviation
+over the seeds of the last evaluation; differences to the short run and to dynamic random pruning, seed by seed, with a 95 %
+interval; and at which cost a method reaches a given value, on the line through its means.
 """
 
 import argparse
 import json
+import math
+import os
+import queue
+import re
+import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from scipy import optimize, stats
 from tqdm import tqdm
 
 from hf_dynprune import PruningPolicy, PruningReport, make_policy
 from hf_dynprune.advice import Measured, Settings, predict
-from hf_dynprune.plots import plot_costs
+from hf_dynprune.plots import plot_costs, plot_methods
 from hf_dynprune.static import METHODS, SCORES_FILE
 
 RANKED = 0.02  # runs whose cost is off by more of what was wanted are not ranked
 FULL, SHORT, RANDOM = "full run", "short run", "random"
+SHARES = (0.95, 0.98, 0.99)  # of the full run's value, which methods are to reach
 
 
 @dataclass(frozen=True)
 class Run:
-    """The recipe with options of its own; `cost` is what is wanted of it, in full runs."""
+    """The recipe with options of its own; `cost` is what is wanted of it, in full runs; `rate` the learning rate that it
+    tries on data held out, of a run that tunes."""
 
     name: str
     cost: float
     seed: int
-    options: dict[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+    options: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def folder(self) -> str:
         words = f"{self.name} {self.cost:g}" if self.name != FULL else self.name
+        words += "" if self.rate is None else f" tuning {self.rate:g}"
         return "_".join("".join(c if c.isalnum() or c == "." else " " for c in words).split()) + f"_seed{self.seed}"
 
 
@@ -82,24 +99,76 @@ def at_cost(policy: PruningPolicy, cost: float, n: int, epochs: float) -> Prunin
     return replace(policy, keep_ratio=found if surplus(found) != -1.0 else min(1.0, found + 2 * precision))
 
 
-def rule(text: str, cost: float) -> tuple[str, dict[str, Any], PruningPolicy]:
-    """The name, the fields and the policy of a rule as it is given, with the cost for its keep_ratio, if it has one."""
-    name, _, fields = text.partition(":")
-    settings = json.loads(fields) if fields else {}
-    try:
-        return name, settings, make_policy(name, keep_ratio=cost, **settings)
-    except (TypeError, ValueError):
-        return name, settings, make_policy(name, **settings)
+@dataclass(frozen=True)
+class Rule:
+    """A policy, the fields that it was given, and options of the recipe for its runs."""
+
+    policy: PruningPolicy
+    fields: dict[str, Any]
+    options: dict[str, str]
+
+    @classmethod
+    def parse(cls, text: str, cost: float) -> "Rule":
+        """From the command line; the cost is its keep_ratio, if it has one."""
+        text, *own = re.split(r"\s+--", text.strip())
+        options = dict(re.split(r"[\s=]+", option, maxsplit=1) for option in own)
+        name, _, fields = text.partition(":")
+        settings = json.loads(fields) if fields else {}
+        if "keep_ratio" in settings:
+            raise ValueError(f"{text} has a keep_ratio, which follows from --costs here: leave it out.")
+        try:
+            policy = make_policy(name, keep_ratio=cost, **settings)
+        except (TypeError, ValueError):
+            policy = make_policy(name, **settings)
+        return cls(policy, settings, options)
+
+    def __str__(self) -> str:
+        words = [f"{name} {value}" for name, value in {**self.fields, **self.options}.items()]
+        return f"{self.policy.name} ({', '.join(words)})" if words else self.policy.name
+
+    def run(self, cost: float, seed: int, n: int, epochs: float) -> Run:
+        """At a cost in full runs of so many epochs."""
+        own = float(self.options.get("num_train_epochs", epochs))
+        policy = at_cost(self.policy, cost * epochs / own, n, own)
+        options: dict[str, Any] = {"pruning": policy.name}
+        if getattr(policy, "keep_ratio", None) is not None:
+            options["keep_ratio"] = f"{policy.keep_ratio:.9g}"
+        if self.fields:
+            options["pruning_kwargs"] = json.dumps(self.fields)
+        return Run(str(self), cost, seed, options={**options, **self.options})
 
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
 class Study:
-    """Runs of one recipe, each in its folder."""
+    """Runs of one recipe, each in its folder: report.json, log.txt and, once it is finished, run.json."""
 
-    def __init__(self, folder: Path, recipe: Sequence[str]) -> None:
+    def __init__(self, folder: Path, recipe: Sequence[str] = (), jobs: int = 1) -> None:
         self.folder, self.recipe = folder, list(recipe)
+        self.jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for job in range(jobs):
+            self.jobs.put(job)
+        self.environment = self._environment(jobs)
+
+    @staticmethod
+    def _environment(jobs: int) -> dict[str, str]:
+        """Of runs side by side on a CPU: each has its share of the cores, unless the user says how many."""
+        if jobs == 1 or torch.cuda.is_available():
+            return dict(os.environ)
+        return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // jobs)), **os.environ}
+
+    def portable(self, command: Iterable[str]) -> list[str]:
+        """Without paths of this machine: of data and models elsewhere their names alone, of this study none."""
+
+        def word(text: str) -> str:
+            option, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+            value = value.replace(f"{self.folder}/", "")
+            path = Path(value)
+            outside = len(value) < 1000 and path.exists() and not path.resolve().is_relative_to(Path.cwd())
+            return option + equals + (path.resolve().name if outside else value)
+
+        return [word(text) for text in command]
 
     def finish(self, run: Run, result: str = "report.json") -> Path:
         """The folder of the run, which is started unless it has been finished before.
@@ -109,74 +178,187 @@ class Study:
             RuntimeError: if it fails; the message has the end of its log.
         """
         folder = self.folder / run.folder
-        options = [f"--{name}={value}" for name, value in {**run.options, "seed": run.seed, "output_dir": folder}.items()]
-        command = [*self.recipe, *options]
-        noted = folder / "command.json"
-        if noted.exists() and json.loads(noted.read_text()) != command:
-            raise ValueError(
-                f"{folder} has a run of {json.loads(noted.read_text())}, wanted is {command}: choose another --output_dir, "
-                "or delete that folder."
-            )
-        if (folder / result).exists() and noted.exists():
-            return folder
+        options = [f"--{name}={value}" for name, value in {**run.options, "seed": run.seed}.items()]
+        command, noted = [*self.recipe, *options], folder / "run.json"
+        record = {**asdict(run), "command": self.portable(command)}
+        del record["options"]
+        if noted.exists():
+            before = json.loads(noted.read_text())
+            if before != record:
+                raise ValueError(
+                    f"{folder} has the run {before}, wanted is {record}: choose another --output_dir, or delete that folder."
+                )
+            if (folder / result).exists():
+                return folder
         folder.mkdir(parents=True, exist_ok=True)
-        noted.write_text(json.dumps(command))
-        with open(folder / "log.txt", "w") as log:
-            done = subprocess.run([sys.executable, *command, "--overwrite=True"], stdout=log, stderr=subprocess.STDOUT)
+        program = [sys.executable, *command, f"--output_dir={folder}", "--overwrite=True"]
+        job = self.jobs.get()
+        try:
+            environment = dict(self.environment)
+            if torch.cuda.device_count() > 1:
+                environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
+            with open(folder / "log.txt", "w") as log:
+                done = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        finally:
+            self.jobs.put(job)
         if done.returncode != 0:
             end = "\n".join((folder / "log.txt").read_text().splitlines()[-15:])
             raise RuntimeError(
                 f"{run.name}, seed {run.seed}, ended with status {done.returncode}. The end of {folder / 'log.txt'}:\n{end}"
             )
+        noted.write_text(json.dumps(record, indent=2) + "\n")
         return folder
 
-    def report(self, run: Run) -> PruningReport | None:
-        """Of a run that is finished."""
-        path = self.folder / run.folder / "report.json"
-        return PruningReport.load(path) if path.exists() else None
+    def is_finished(self, run: Run) -> bool:
+        return (self.folder / run.folder / "run.json").exists()
+
+    def report(self, run: Run) -> PruningReport:
+        return PruningReport.load(self.folder / run.folder / "report.json")
+
+    def finished(self) -> dict[Run, PruningReport]:
+        """All that are, of this or earlier sittings; those that only gave scores are none of them."""
+        found = {}
+        for path in sorted(self.folder.glob("*/run.json")):
+            record = json.loads(path.read_text())
+            del record["command"]
+            if (path.parent / "report.json").exists():
+                found[Run(**record)] = PruningReport.load(path.parent / "report.json")
+        return found
 
 
-def runs_at(cost: float, seed: int, options: argparse.Namespace, full: PruningReport, study: Study) -> Iterator[Run]:
-    """The runs of a seed at a cost; those that give scores first are finished on the way."""
-    n, epochs = full.num_samples, full.num_epochs
-    yield Run(SHORT, cost, seed, {"pruning": "full", "num_train_epochs": cost * epochs})
-    for text in options.rules:
-        name, settings, policy = rule(text, cost)
-        policy = at_cost(policy, cost, n, epochs)
-        kept = {} if getattr(policy, "keep_ratio", None) is None else {"keep_ratio": policy.keep_ratio}
-        more = {"pruning_kwargs": json.dumps(settings)} if settings else {}
-        yield Run(text, cost, seed, {"pruning": name, **kept, **more})
-    for method in options.scores:
-        file = study.finish(Run(f"scores {method}", 0, seed, {"score": method}), SCORES_FILE) / SCORES_FILE
-        for words, charge in (("charged", True), ("given", False)):
+def full_run(seed: int) -> Run:
+    return Run(FULL, 1.0, seed, options={"pruning": "full"})
+
+
+def short_run(cost: float, seed: int, epochs: float) -> Run:
+    return Run(SHORT, cost, seed, options={"pruning": "full", "num_train_epochs": cost * epochs})
+
+
+def scores_run(method: str, seed: int) -> Run:
+    return Run(f"scores {method}", 0.0, seed, options={"score": method})
+
+
+def static_runs(method: str, cost: float, seed: int, n: int, epochs: float, file: Path) -> Iterator[Run]:
+    """With the scores of a file charged, and given; where the file is not there yet, runs that only have their names."""
+    for words, charge in (("charged", True), ("given", False)):
+        options = {}
+        if file.is_file():
             policy = at_cost(make_policy("static", scores=str(file), keep_ratio=cost, charge=charge), cost, n, epochs)
             settings = json.dumps({"scores": str(file), "charge": charge})
-            kept = {"pruning": "static", "keep_ratio": policy.keep_ratio, "pruning_kwargs": settings}
-            yield Run(f"{method}, scores {words}", cost, seed, kept)
+            options = {"pruning": "static", "keep_ratio": f"{policy.keep_ratio:.9g}", "pruning_kwargs": settings}
+        yield Run(f"{method}, scores {words}", cost, seed, options=options)
 
 
-def carry_out(options: argparse.Namespace, study: Study) -> list[Run]:
-    """All runs, each finished, with a bar that counts full runs; after each the summary is renewed."""
-    done: list[Run] = []
-    each = 1 + len(options.rules) + 2 * len(options.scores)
-    total = len(options.seeds) * (1 + each * sum(options.costs) + len(options.scores))
-    with tqdm(total=total, unit=" full runs", desc="study") as bar:
-        for seed in options.seeds:
-            full = Run(FULL, 1.0, seed, {"pruning": "full"})
-            study.finish(full)
-            done.append(full)
-            bar.update(1)
-            report = study.report(full)
-            assert report is not None
-            for cost in options.costs:
-                for run in runs_at(cost, seed, options, report, study):
-                    bar.set_postfix_str(f"{run.name} {cost:g}, seed {seed}")
-                    study.finish(run)
-                    done.append(run)
-                    bar.update(cost)
-                    summarise(done, study, options)
-            bar.update(len(options.scores))
-    return done
+class Sitting:
+    """Carries out what is left of a study, some runs at once, with a bar that counts full runs."""
+
+    def __init__(self, options: argparse.Namespace, study: Study) -> None:
+        self.options, self.study = options, study
+        self.pool = ThreadPoolExecutor(options.jobs)
+        self.waiting: dict[Future[Path], tuple[Run, float]] = {}  # what is to come of each, in full runs
+        self.bar = tqdm(unit=" full runs", desc="study", total=self._units())
+
+    def _units(self) -> float:
+        """Of all that is not finished, in full runs; what scores cost is taken to be one."""
+        o, rates = self.options, self.options.learning_rates
+        of_cost = [Run(name, cost, 0) for cost in o.costs for name in (SHORT, *(str(Rule.parse(r, cost)) for r in o.rules))]
+        runs = [replace(run, seed=seed) for run in (full_run(0), *of_cost) for seed in o.seeds]
+        runs += [run for s in o.seeds for c in o.costs for m in o.scores for run in static_runs(m, c, s, 1, 1, Path())]
+        tuned = [run for run in (full_run(0), *of_cost) if run.name in (FULL, SHORT, *self._tuned_rules())]
+        runs += [replace(run, seed=seed, rate=rate) for run in tuned for seed in o.tuning_seeds for rate in rates]
+        scores = [scores_run(method, seed) for method in o.scores for seed in o.seeds]
+        left = [run for run in runs if not self.study.is_finished(run)]
+        return sum(run.cost for run in left) + sum(not self.study.is_finished(run) for run in scores)
+
+    def _tuned_rules(self) -> set[str]:
+        """The first rule, for all rules."""
+        return {str(Rule.parse(text, cost)) for text in self.options.rules[:1] for cost in self.options.costs}
+
+    def start(self, run: Run, result: str = "report.json") -> Future[Path]:
+        units = 0.0 if self.study.is_finished(run) else run.cost or 1.0
+        future = self.pool.submit(self.study.finish, run, result)
+        self.waiting[future] = run, units
+        return future
+
+    def wait(self, wanted: Iterable[Future[Path]]) -> None:
+        """Until these are finished; of all that are the summary is renewed."""
+        left = set(wanted)
+        while left:
+            for future in as_completed([*self.waiting, *left]):
+                left.discard(future)
+                future.result()
+                run, units = self.waiting.pop(future, (None, 0.0))
+                if run is not None and units:
+                    self.bar.set_postfix_str(f"{run.name} {run.cost:g}, seed {run.seed} finished", refresh=False)
+                    self.bar.update(units)
+                    summarise(self.study)
+                break
+
+    def first(self, runs: Sequence[Run]) -> PruningReport:
+        """Starts full runs; the report of the first of them, from which the others' sizes follow."""
+        futures = [self.start(run) for run in runs]
+        self.wait(futures[:1])
+        return self.study.report(runs[0])
+
+    def tune(self) -> dict[tuple[str, float], float]:
+        """The best learning rates, by name and cost."""
+        o = self.options
+        if not o.learning_rates:
+            return {}
+
+        def at_rates(run: Run) -> list[Run]:
+            held_out = {"validation_share": o.validation_share}
+            return [
+                replace(run, rate=rate, options={**run.options, **held_out, "learning_rate": rate})
+                for rate in o.learning_rates
+            ]
+
+        full = self.first([run for seed in o.tuning_seeds for run in at_rates(full_run(seed))])
+        for seed in o.tuning_seeds:
+            for cost in o.costs:
+                tuned = [short_run(cost, seed, full.num_epochs)]
+                tuned += [Rule.parse(r, cost).run(cost, seed, full.num_samples, full.num_epochs) for r in o.rules[:1]]
+                for run in tuned:
+                    for trial in at_rates(run):
+                        self.start(trial)
+        self.wait(list(self.waiting))
+        return {(row["name"], row["cost"]): row["chosen"] for row in summarise(self.study)["tuning"]}
+
+    def carry_out(self) -> None:
+        o = self.options
+        try:
+            rates = self.tune()
+            rules = self._tuned_rules()
+            pruned = {cost: rate for (name, cost), rate in rates.items() if name in rules}
+
+            def tuned(run: Run) -> Run:
+                rate = rates.get((run.name, run.cost), pruned.get(run.cost))
+                return run if rate is None else replace(run, options={"learning_rate": rate, **run.options})
+
+            scores = {
+                (method, seed): self.start(scores_run(method, seed), SCORES_FILE)
+                for method in o.scores
+                for seed in o.seeds
+                if not all(
+                    self.study.is_finished(run) for c in o.costs for run in static_runs(method, c, seed, 1, 1, Path())
+                )
+            }
+            full = self.first([tuned(full_run(seed)) for seed in o.seeds])
+            n, epochs = full.num_samples, full.num_epochs
+            for seed in o.seeds:
+                for cost in o.costs:
+                    self.start(tuned(short_run(cost, seed, epochs)))
+                    for text in o.rules:
+                        self.start(tuned(Rule.parse(text, cost).run(cost, seed, n, epochs)))
+            for (method, seed), future in scores.items():
+                self.wait([future])
+                for cost in o.costs:
+                    for run in static_runs(method, cost, seed, n, epochs, future.result() / SCORES_FILE):
+                        self.start(tuned(run))
+            self.wait(list(self.waiting))
+        finally:
+            self.pool.shutdown(cancel_futures=True)
+            self.bar.close()
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------
@@ -192,34 +374,90 @@ def paired(values: dict[int, float], others: dict[int, float]) -> dict[str, Any]
     return {"mean": mean, "interval": None if half is None else [mean - half, mean + half], "seeds": count}
 
 
-def summarise(done: Sequence[Run], study: Study, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Writes summary.json, table.md and picture.png of the runs that are finished; returns the rows."""
+def reached(points: Iterable[tuple[float, float]], value: float, lower: bool = False) -> tuple[float, bool] | None:
+    """The cost at which the line through the points (cost, mean) first reaches a value, and False; the cheapest cost, and
+    True, where that is better already; None where it does not get there."""
+    sign = -1 if lower else 1
+    (cost, mean), *others = sorted(points)
+    if sign * mean >= sign * value:
+        return cost, True
+    for next_cost, next_mean in others:
+        if sign * next_mean >= sign * value:
+            return cost + (next_cost - cost) * (value - mean) / (next_mean - mean), False
+        cost, mean = next_cost, next_mean
+    return None
+
+
+def summarise(study: Study) -> dict[str, Any]:
+    """Writes summary.json, table.md and the pictures of the runs that are finished; returns the first."""
+    settings = json.loads((study.folder / "study.json").read_text())
+    metric, lower = settings["metric"], settings["lower_is_better"]
+    found = study.finished()
+    tuning = [(run, report) for run, report in found.items() if run.rate is not None]
     reports: dict[tuple[str, float], dict[int, PruningReport]] = {}
-    for run in done:
-        report = study.report(run)
-        assert report is not None
-        reports.setdefault((run.name, run.cost), {})[run.seed] = report
-    values = {
-        key: {seed: report.metrics[options.metric] for seed, report in seeds.items()} for key, seeds in reports.items()
+    for run in sorted(set(found) - {run for run, _ in tuning}, key=lambda run: run.seed):
+        reports.setdefault((run.name, run.cost), {})[run.seed] = found[run]
+    values = {key: {seed: report.metrics[metric] for seed, report in seeds.items()} for key, seeds in reports.items()}
+    rows = []
+    if full := reports.get((FULL, 1.0)):
+        rows = [row_of(key, seeds, values, next(iter(full.values())).num_epochs) for key, seeds in reports.items()]
+        rows.sort(key=lambda row: (-row["wanted"], row["mean"] if lower else -row["mean"], row["name"]))
+    environments: list[dict[str, Any]] = []
+    for report in found.values():
+        if report.environment not in environments:
+            environments.append(report.environment)
+    content = {
+        **settings,
+        "tuning": tuned_rates([(run, report.metrics[metric]) for run, report in tuning], lower),
+        "rows": rows,
+        "targets": targets(rows, settings["targets"], lower),
+        "environments": environments,
     }
-    epochs = next(iter(reports[FULL, 1.0].values())).num_epochs
-    rows = [row_of(key, seeds, values, epochs) for key, seeds in reports.items()]
-    rows.sort(key=lambda row: (-row["wanted"], -row["mean"] if not options.lower_is_better else row["mean"]))
-    content = {"recipe": study.recipe, "metric": options.metric, "rows": rows}
-    content["environment"] = next(iter(reports[FULL, 1.0].values())).environment
     (study.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
-    (study.folder / "table.md").write_text(table(rows, options.metric) + "\n")
+    (study.folder / "table.md").write_text(tables(content) + "\n")
+    draw(study.folder, content)
+    return content
+
+
+def draw(folder: Path, summary: dict[str, Any]) -> None:
+    """picture.png, of all costs; picture_0.3.png and so on, of each."""
+    metric, better = summary["metric"], {"lower_is_better": summary["lower_is_better"]}
+    full = next((list(row["values"].values()) for row in summary["rows"] if row["name"] == FULL), [])
     points: dict[str, list[tuple[float, list[float]]]] = {}
-    for row in rows:
-        points.setdefault(row["name"], []).append((row["cost"], list(row["values"].values())))
-    plot_costs(points, options.metric).savefig(study.folder / "picture.png", dpi=150)
+    at: dict[float, dict[str, list[float]]] = {}
+    for row in summary["rows"]:
+        of = list(row["values"].values())
+        if row["name"] != FULL:
+            points.setdefault(row["name"], []).append((row["cost"], of))
+            label = row["name"] if row["ranked"] else f"{row['name']}, at cost {row['cost']:.2f}"
+            at.setdefault(row["wanted"], {})[label] = of
+    for cost, methods in at.items():
+        plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
+    if points:
+        plot_costs(points, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
+
+
+def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str, Any]]:
+    """Of each name and cost: (learning rate, mean) of those tried, the best, and whether it is the lowest or the highest."""
+    tried: dict[tuple[float, str], dict[float, list[float]]] = {}
+    for run, value in runs:
+        assert run.rate is not None
+        tried.setdefault((run.cost, run.name), {}).setdefault(run.rate, []).append(value)
+    rows = []
+    for (cost, name), at in sorted(tried.items(), reverse=True):
+        means = {rate: statistics.mean(at[rate]) for rate in sorted(at)}
+        chosen = (min if lower else max)(means, key=means.__getitem__)
+        seeds, edge = min(map(len, at.values())), chosen in (min(means), max(means))
+        rows.append(
+            {"name": name, "cost": cost, "means": list(means.items()), "chosen": chosen, "edge": edge, "seeds": seeds}
+        )
     return rows
 
 
 def row_of(
     key: tuple[str, float],
     seeds: dict[int, PruningReport],
-    values: dict[tuple[str, float], dict[int, float]],
+    values: Mapping[tuple[str, float], dict[int, float]],
     epochs: float,
 ) -> dict[str, Any]:
     name, wanted = key
@@ -239,17 +477,67 @@ def row_of(
         "to_short_run": paired(own, values[SHORT, wanted]) if (SHORT, wanted) in values and name != SHORT else None,
         "to_random": paired(own, values[RANDOM, wanted]) if (RANDOM, wanted) in values and name != RANDOM else None,
         "seconds": statistics.mean(seconds),
+        "passes": statistics.mean(report.passes for report in seeds.values()),
         "values": own,
     }
 
 
-def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
-    """As Markdown, the best of each cost first; what is not ranked stands behind, in brackets."""
+def targets(rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool) -> list[dict[str, Any]]:
+    """For each value that is wanted (default: shares of the full run's) the cost at which each method reaches it, on the
+    line through its means, which ends at the full run; and whether its cheapest runs were better already."""
+    full = next((row["mean"] for row in rows if row["name"] == FULL), None)
+    if full is None:
+        return []
+    found = []
+    for value in wanted or [full / share if lower else full * share for share in SHARES]:
+        costs = {}
+        for name in {row["name"]: None for row in rows if row["name"] != FULL}:
+            points = [(row["cost"], row["mean"]) for row in rows if row["name"] == name]
+            costs[name] = reached([*points, (1.0, full)], value, lower)
+        found.append({"value": value, "costs": costs})
+    return found
+
+
+def tables(summary: dict[str, Any]) -> str:
+    """The summary as Markdown."""
+    metric = summary["metric"]
     percent = metric.endswith("accuracy")
     scale, digits = (100, 2) if percent else (1, 4)
 
-    def number(value: float, sign: str = "") -> str:
+    def number(value: float, sign: str = "", digits: int = digits) -> str:
         return f"{scale * value:{sign}.{digits}f}"
+
+    what = f"{metric.replace('_', ' ')}{' (%)' if percent else ''}"
+    parts = [table(summary["rows"], what, number)]
+    if summary["targets"]:
+        values = [number(target["value"], digits=digits - 1) for target in summary["targets"]]
+        names = sorted(summary["targets"][0]["costs"], key=lambda name: _first(summary["targets"], name))
+        rows = [[name, *(_cost(target["costs"][name]) for target in summary["targets"])] for name in names]
+        parts.append(_markdown([f"cost at which {what} is", *values], rows))
+    if summary["tuning"]:
+        rates = sorted({rate for row in summary["tuning"] for rate, _ in row["means"]})
+        rows = []
+        for row in summary["tuning"]:
+            shown = {rate: f"**{number(mean)}**" if rate == row["chosen"] else number(mean) for rate, mean in row["means"]}
+            rows.append([f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)])
+        parts.append(_markdown([f"{what} on data held out, at learning rate", *(f"{rate:g}" for rate in rates)], rows))
+    return "\n\n".join(parts)
+
+
+def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+
+
+def _first(targets: Sequence[dict[str, Any]], name: str) -> list[float]:
+    return [math.inf if target["costs"][name] is None else target["costs"][name][0] for target in targets]
+
+
+def _cost(found: tuple[float, bool] | None) -> str:
+    return "not reached" if found is None else f"{'≤ ' if found[1] else ''}{found[0]:.2f}"
+
+
+def table(rows: Sequence[dict[str, Any]], heading: str, number: Callable[..., str]) -> str:
+    """The best of each cost first; what is not ranked stands behind, in brackets."""
 
     def difference(found: dict[str, Any] | None) -> str:
         if found is None:
@@ -257,19 +545,44 @@ def table(rows: Sequence[dict[str, Any]], metric: str) -> str:
         mean, interval = number(found["mean"], "+"), found["interval"]
         return mean if interval is None else f"{mean} ({number(interval[0], '+')} to {number(interval[1], '+')})"
 
-    unit = " (%)" if percent else ""
-    lines = [
-        f"| method | cost | {metric.replace('_', ' ')}{unit} | to the short run | to random | seconds | seeds |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    shown = []
     for row in sorted(rows, key=lambda row: (-row["wanted"], not row["ranked"])):
-        name = row["name"] if row["ranked"] else f"({row['name']})"
         spread = "" if row["deviation"] is None else f" ± {number(row['deviation'])}"
-        lines.append(
-            f"| {name} | {row['cost']:.3f} | {number(row['mean'])}{spread} | {difference(row['to_short_run'])} | "
-            f"{difference(row['to_random'])} | {row['seconds']:,.0f} | {row['seeds']} |"
+        shown.append(
+            [
+                row["name"] if row["ranked"] else f"({row['name']})",
+                f"{row['cost']:.3f}",
+                number(row["mean"]) + spread,
+                difference(row["to_short_run"]),
+                difference(row["to_random"]),
+                f"{row['seconds']:,.0f}",
+                str(row["seeds"]),
+            ]
         )
-    return "\n".join(lines)
+    return _markdown(["method", "cost", heading, "to the short run", "to random", "seconds", "seeds"], shown)
+
+
+# ---- command line ---------------------------------------------------------------------------------------------------
+
+
+def note(study: Study, options: argparse.Namespace) -> None:
+    """In study.json: what the runs have in common, and the commands.
+
+    Raises:
+        ValueError: if the folder has a study of another recipe.
+    """
+    file = study.folder / "study.json"
+    noted = {"recipe": study.portable(study.recipe), "metric": options.metric, "lower_is_better": options.lower_is_better}
+    before = json.loads(file.read_text()) if file.exists() else {}
+    for name, value in noted.items():
+        if before.get(name, value) != value:
+            raise ValueError(
+                f"{study.folder} has a study with {name} {before[name]}, wanted is {value}: choose another --output_dir."
+            )
+    study.folder.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", *study.portable(sys.argv)])
+    commands = [*(known for known in before.get("commands", []) if known != command), command]
+    file.write_text(json.dumps({**noted, "targets": options.targets, "commands": commands}, indent=2) + "\n")
 
 
 def main() -> None:
@@ -279,27 +592,53 @@ def main() -> None:
     parser.add_argument("--scores", nargs="*", default=[], choices=METHODS, help="for static pruning")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--learning_rates", type=float, nargs="*", default=[], help="to choose from; default: the recipe's")
+    parser.add_argument("--tuning_seeds", type=int, nargs="+", default=[0], help="of the runs that tune")
+    parser.add_argument("--validation_share", type=float, default=0.1, help="of the training data, held out for tuning")
     parser.add_argument("--metric", default="eval_accuracy", help="of the last evaluation")
     parser.add_argument("--lower_is_better", action="store_true")
+    parser.add_argument(
+        "--targets", type=float, nargs="*", default=[], help="values of the metric that methods are to reach"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at once, which share cores, or take a GPU each; their seconds are then those of a machine that is shared",
+    )
     arguments = sys.argv[1:]
     own = arguments.index("--") if "--" in arguments else len(arguments)
     options, recipe = parser.parse_args(arguments[:own]), arguments[own + 1 :]
-    if not recipe or not Path(recipe[0]).is_file():
-        parser.error(
-            f"{''.join(recipe[:1]) or 'nothing'} is no recipe: wanted is -- recipes/cifar.py, say, and its options."
-        )
+    study = Study(options.output_dir, recipe, options.jobs)
     try:
-        for cost in options.costs:
-            if not 0 < cost < 1:
-                raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")
-            for text in options.rules:
-                rule(text, cost)
-        study = Study(options.output_dir, recipe)
-        rows = summarise(carry_out(options, study), study, options)
+        if recipe or not (study.folder / "study.json").exists():
+            check(options, recipe)
+            note(study, options)
+            Sitting(options, study).carry_out()
+        summary = summarise(study)
     except (ValueError, TypeError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(table(rows, options.metric))
-    print(f"Written to {options.output_dir}: summary.json, table.md, picture.png, and a folder for each run.")
+    print(tables(summary))
+    for row in summary["tuning"]:
+        if row["edge"]:
+            where = f"{row['name']}, cost {row['cost']:g}"
+            print(f"{where}: the best learning rate, {row['chosen']:g}, is the lowest or highest of those tried. Try more.")
+    print(f"Written to {options.output_dir}: summary.json, table.md, pictures, and a folder for each run.")
+
+
+def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
+    """What can be known to be wrong before anything runs."""
+    if not recipe or not Path(recipe[0]).is_file():
+        raise ValueError(
+            f"{''.join(recipe[:1]) or 'nothing'} is no recipe: wanted is -- recipes/cifar.py, say, and its options."
+        )
+    if options.jobs < 1:
+        raise ValueError(f"--jobs {options.jobs} is out of range: wanted is at least 1.")
+    for cost in options.costs:
+        if not 0 < cost < 1:
+            raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")
+        for text in options.rules:
+            Rule.parse(text, cost)
 
 
 if __name__ == "__main__":

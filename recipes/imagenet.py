@@ -42,7 +42,7 @@ from transformers import SchedulerType, Trainer, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
-from hf_dynprune.data import class_names, find_column, load_splits
+from hf_dynprune.data import class_names, find_column
 from hf_dynprune.vision import create_timm_model
 
 
@@ -276,9 +276,7 @@ def main() -> None:
     with common.user_mistakes(), args.main_process_first(desc="finding the data"):
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
-        train_split, eval_split = load_splits(
-            data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split
-        )
+        train_split, eval_split = data.load_splits()
         if eval_split is None:
             raise ValueError(f"The dataset {data.dataset!r} has no validation or test split: name one with --eval_split.")
         image_column = find_column(train_split.features, "image", data.image_column)

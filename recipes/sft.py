@@ -18,7 +18,6 @@ from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_dynprune import FullData, PruningArguments
-from hf_dynprune.data import load_splits
 from hf_dynprune.sft import DynamicPruningSFTTrainer
 
 GSM8K = "openai/gsm8k"
@@ -76,7 +75,7 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, run)
         with args.main_process_first(desc="reading the data"):
-            train, test = load_splits(data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split)
+            train, test = data.load_splits()
             train, test = prompts(train), None if test is None else prompts(test)
     trainer = DynamicPruningSFTTrainer(
         model.model_name_or_path,

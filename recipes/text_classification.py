@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
-from hf_dynprune.data import class_names, find_column, load_splits
+from hf_dynprune.data import class_names, find_column
 
 
 @dataclass
@@ -116,7 +116,7 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
-            train, test = load_splits(data.dataset, data.dataset_config, train=data.train_split, evaluation=data.eval_split)
+            train, test = data.load_splits()
             columns = [find_column(train.features, "text", data.text_column)]
             if data.text_pair_column is not None:
                 columns.append(find_column(train.features, "text", data.text_pair_column, argument="text_pair_column"))

@@ -110,7 +110,7 @@ def test_perplexity_counts_each_token_once(recipe):
 def samples(causal_lm, data, *, longest=64, **settings):
     """The samples of a split, its tokenizer and the columns."""
     arguments = causal_lm.DataArguments(dataset=data, **settings)
-    train, _ = causal_lm.load_splits(data)
+    train, _ = arguments.load_splits()
     tokenizer = causal_lm.make_tokenizer(
         causal_lm.RecipeArguments(from_scratch=True, tokenizer_vocabulary=300), train[0].values()
     )
