@@ -22,9 +22,9 @@ choices give --validation_share to the recipe: then all runs of the study are ev
 
 Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
 seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. summary.json, table.md and
-the pictures tell of all that are (given --output_dir alone, it only renews them): mean and standard deviation
-over the seeds of the last evaluation; differences to the short run and to dynamic random pruning, seed by seed, with a 95 %
-interval; and at which cost a method reaches a given value, on the line through its means.
+picture.png tell of all that are, table_0.3.md and picture_0.3.png of those at a cost: mean and standard deviation over the
+seeds of the last evaluation; differences to the short run and to dynamic random pruning, seed by seed, with a 95 % interval;
+and at which cost a method reaches a given value, on the line through its means. --output_dir alone renews them.
 """
 
 import argparse
@@ -145,6 +145,8 @@ class Study:
     """Runs of one recipe, each in its folder: report.json, log.txt and, once it is finished, run.json."""
 
     def __init__(self, folder: Path, recipe: Sequence[str] = (), jobs: int = 1) -> None:
+        if jobs < 1:
+            raise ValueError(f"--jobs {jobs} is out of range: wanted is at least 1.")
         self.folder, self.recipe = folder, list(recipe)
         self.jobs: queue.SimpleQueue[int] = queue.SimpleQueue()
         for job in range(jobs):
@@ -234,8 +236,8 @@ def short_run(cost: float, seed: int, epochs: float) -> Run:
     return Run(SHORT, cost, seed, options={"pruning": "full", "num_train_epochs": cost * epochs})
 
 
-def scores_run(method: str, seed: int) -> Run:
-    return Run(f"scores {method}", 0.0, seed, options={"score": method})
+def scores_run(method: str, seed: int, **options: Any) -> Run:
+    return Run(f"scores {method}", 0.0, seed, options={"score": method, **options})
 
 
 def static_runs(method: str, cost: float, seed: int, n: int, epochs: float, file: Path) -> Iterator[Run]:
@@ -335,8 +337,9 @@ class Sitting:
                 rate = rates.get((run.name, run.cost), pruned.get(run.cost))
                 return run if rate is None else replace(run, options={"learning_rate": rate, **run.options})
 
+            of_full = {"learning_rate": rates[FULL, 1.0]} if rates else {}
             scores = {
-                (method, seed): self.start(scores_run(method, seed), SCORES_FILE)
+                (method, seed): self.start(scores_run(method, seed, **of_full), SCORES_FILE)
                 for method in o.scores
                 for seed in o.seeds
                 if not all(
@@ -389,7 +392,7 @@ def reached(points: Iterable[tuple[float, float]], value: float, lower: bool = F
 
 
 def summarise(study: Study) -> dict[str, Any]:
-    """Writes summary.json, table.md and the pictures of the runs that are finished; returns the first."""
+    """Writes summary.json, tables and pictures of the runs that are finished; returns the first."""
     settings = json.loads((study.folder / "study.json").read_text())
     metric, lower = settings["metric"], settings["lower_is_better"]
     found = study.finished()
@@ -415,6 +418,9 @@ def summarise(study: Study) -> dict[str, Any]:
     }
     (study.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
     (study.folder / "table.md").write_text(tables(content) + "\n")
+    for cost in {row["wanted"] for row in rows} - {1.0}:
+        of_cost = {**content, "rows": [row for row in rows if row["wanted"] in (cost, 1.0)], "targets": [], "tuning": []}
+        (study.folder / f"table_{cost:g}.md").write_text(tables(of_cost) + "\n")
     draw(study.folder, content)
     return content
 
@@ -609,8 +615,8 @@ def main() -> None:
     arguments = sys.argv[1:]
     own = arguments.index("--") if "--" in arguments else len(arguments)
     options, recipe = parser.parse_args(arguments[:own]), arguments[own + 1 :]
-    study = Study(options.output_dir, recipe, options.jobs)
     try:
+        study = Study(options.output_dir, recipe, options.jobs)
         if recipe or not (study.folder / "study.json").exists():
             check(options, recipe)
             note(study, options)
@@ -623,7 +629,7 @@ def main() -> None:
         if row["edge"]:
             where = f"{row['name']}, cost {row['cost']:g}"
             print(f"{where}: the best learning rate, {row['chosen']:g}, is the lowest or highest of those tried. Try more.")
-    print(f"Written to {options.output_dir}: summary.json, table.md, pictures, and a folder for each run.")
+    print(f"Written to {options.output_dir}: summary.json, tables, pictures, and a folder for each run.")
 
 
 def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
@@ -632,8 +638,6 @@ def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
         raise ValueError(
             f"{''.join(recipe[:1]) or 'nothing'} is no recipe: wanted is -- recipes/cifar.py, say, and its options."
         )
-    if options.jobs < 1:
-        raise ValueError(f"--jobs {options.jobs} is out of range: wanted is at least 1.")
     for cost in options.costs:
         if not 0 < cost < 1:
             raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")

@@ -5,6 +5,8 @@ And the record of reliability: with RELIABILITY=FILE the session notes there wha
 
 import logging
 import os
+import sys
+from importlib import import_module
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; child processes inherit it
@@ -72,3 +74,18 @@ def pytest_configure(config):
     path = os.environ.get("RELIABILITY")
     if path and not hasattr(config, "workerinput"):  # workers report to the controller
         config.pluginmanager.register(Recorder(Path(path).absolute()), "reliability")
+
+
+@pytest.fixture
+def recipe(monkeypatch):
+    """recipe("causal_lm") is the module; with options it has run, in this process."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
+
+    def load(name, *options):
+        module = import_module(name)
+        if options:
+            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
+            module.main()
+        return module
+
+    return load

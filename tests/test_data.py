@@ -61,6 +61,28 @@ def test_splits_and_slices_by_name(folder):
     assert evaluation["text"][:] == ["test 1"]
 
 
+def test_a_share_of_the_training_split_is_held_out(folder):
+    train, held_out = load_splits(str(folder / "csv"), validation_share=0.3)
+    assert (len(train), len(held_out)) == (7, 3)
+    assert sorted(train["text"][:] + held_out["text"][:]) == [f"train {i}" for i in range(10)]
+    assert train["text"][:] == sorted(train["text"])  # in their order
+    assert held_out["text"][:] != [f"train {i}" for i in range(7, 10)]  # at random
+    assert load_splits(str(folder / "csv"), validation_share=0.3)[1]["text"][:] == held_out["text"][:]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_share": 1.0}, "validation_share=1.0 is out of range"),
+        ({"validation_share": 0.01}, "validation_share=0.01 of 10 rows leaves nothing to train or to evaluate on"),
+        ({"validation_share": 0.3, "evaluation": "test"}, "'test' and on validation_share=0.3 .* leave one of the two out"),
+    ],
+)
+def test_a_share_that_cannot_be_held_out(options, message, folder):
+    with pytest.raises(ValueError, match=message):
+        load_splits(str(folder / "csv"), **options)
+
+
 def test_without_a_split_to_evaluate_on_there_is_none(folder):
     data, evaluation = load_splits(str(folder / "configs"), "second")
     assert len(data) == 10

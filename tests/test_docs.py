@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import reliability
 import speed
+import studies
 import torch
 from tiny import arguments, images, trainer, vit
 from transformers import TrainingArguments
@@ -17,6 +18,7 @@ import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, PruningArguments, PruningPolicy
 from hf_dynprune.policies import POLICIES
 from hf_dynprune.report import PruningReport
+from recipes.compare import Study, summarise
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -201,6 +203,43 @@ def test_published_f1_is_that_of_the_reports():
 
 def test_the_table_of_speed_is_that_of_the_files():
     assert reliability.put_into(README, speed.render(), "speed") == README, "run `python tests/speed.py`"
+
+
+def test_the_tables_of_the_studies_are_those_of_their_files():
+    assert studies.rendered(README) == README, "run `python tests/studies.py`"
+    for folder in studies.STUDIES.iterdir():
+        assert f"<!-- study {folder.name}" in README, f"{folder.name} is not in the README"
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in studies.STUDIES.iterdir()))
+def test_the_summary_of_a_study_is_that_of_its_reports(name, tmp_path):
+    folder = studies.STUDIES / name
+    for path in (folder / "study.json", *folder.glob("*/run.json"), *folder.glob("*/report.json")):
+        copy = tmp_path / path.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    summarise(Study(tmp_path))
+    for file in sorted(path.name for path in tmp_path.glob("*.*")):
+        if file.endswith(".png"):
+            assert (folder / file).exists()
+            continue
+        assert (tmp_path / file).read_text() == (folder / file).read_text(), (
+            f"run `python recipes/compare.py --output_dir {name}`"
+        )
+
+
+@pytest.mark.parametrize("name", sorted(folder.name for folder in studies.STUDIES.iterdir()))
+def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
+    summary = json.loads((studies.STUDIES / name / "summary.json").read_text())
+    tuned = {(row["name"], row["cost"]): row for row in summary["tuning"]}
+    for row in summary["rows"]:
+        if row["name"] in ("full run", "short run"):
+            tuning = tuned[row["name"], row["wanted"]]
+            assert len(tuning["means"]) >= 3
+            assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
+        if row["ranked"]:
+            assert row["cost"] == pytest.approx(row["wanted"], rel=0.02)
+            assert row["seeds"] >= 3
 
 
 def test_what_was_promised_of_speed_was_measured():

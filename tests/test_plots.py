@@ -10,7 +10,16 @@ import pytest
 from PIL import Image
 
 from hf_dynprune import UCB, FullData, PruningReport, RandomPruning
-from hf_dynprune.plots import plot_classes, plot_costs, plot_runs, plot_samples, plot_scores, plot_selection, spent
+from hf_dynprune.plots import (
+    plot_classes,
+    plot_costs,
+    plot_methods,
+    plot_runs,
+    plot_samples,
+    plot_scores,
+    plot_selection,
+    spent,
+)
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
 pytest.importorskip("matplotlib")
@@ -347,25 +356,51 @@ def test_what_is_no_data_for_a_contact_sheet():
 
 def test_methods_against_what_they_cost():
     runs = {"short run": [(0.5, [0.7, 0.8]), (0.3, [0.5, 0.6])], "UCB": [(0.3, [0.9])]}
-    figure = drawn(plot_costs(runs))
+    figure = drawn(plot_costs(runs, full=[0.9, 1.0]))
     (ax,) = figure.axes
     assert ax.get_ylabel() == "eval accuracy (%)"
-    assert entries(figure) == ["UCB", "short run"]  # the best first
-    short, ucb = ax.lines
-    assert short.get_xdata().tolist() == [0.3, 0.5]
+    assert entries(figure) == ["full run", "UCB", "short run"]  # the best first
+    ucb, short, full = ax.lines
+    assert short.get_color() == "black"  # the one to beat
+    assert short.get_xdata().tolist() == pytest.approx([0.3, 0.5], abs=0.01)
     assert short.get_ydata().tolist() == pytest.approx([55, 75])
     assert ucb.get_ydata().tolist() == [90]
-    bars = [segment.tolist() for segment in ax.collections[0].get_segments()]
-    assert bars == [pytest.approx(np.array(bar)) for bar in ([[0.3, 50], [0.3, 60]], [[0.5, 70], [0.5, 80]])]
+    assert ucb.get_xdata()[0] < short.get_xdata()[0]  # side by side
+    assert full.get_ydata() == pytest.approx([95, 95])
+    bars = [segment.tolist() for segment in ax.collections[1].get_segments()]
+    at = short.get_xdata()
+    assert bars == [pytest.approx(np.array(bar)) for bar in ([[at[0], 50], [at[0], 60]], [[at[1], 70], [at[1], 80]])]
 
 
 def test_costs_of_other_metrics_are_not_in_per_cent():
-    figure = drawn(plot_costs({"short run": [(0.3, [0.5])]}, "eval_perplexity"))
+    runs = {"short run": [(0.3, [0.5])], "UCB": [(0.3, [0.6])]}
+    figure = drawn(plot_costs(runs, "eval_perplexity", lower_is_better=True))
     assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5]
     assert figure.axes[0].get_ylabel() == "eval perplexity"
+    assert entries(figure) == ["short run", "UCB"]
+
+
+def test_methods_at_one_cost():
+    figure = drawn(plot_methods({"UCB": [0.7, 0.9], "short run": [0.5], "random": [0.6]}, full=[0.95]))
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["short run", "random", "UCB"]  # the best above
+    assert ax.get_xlabel() == "eval accuracy (%): each seed, and the mean"
+    seeds = ax.lines[2]
+    assert seeds.get_xdata().tolist() == pytest.approx([70, 90])
+    assert seeds.get_ydata().tolist() == [2, 2]
+    means = [collection.get_segments()[0][0].tolist() for collection in ax.collections]
+    assert means == [pytest.approx([mean, row - 0.3]) for row, mean in enumerate((50, 60, 80))]
+    baseline, full = ax.lines[3:]
+    assert baseline.get_xdata() == pytest.approx([50, 50])
+    assert full.get_xdata() == pytest.approx([95, 95])
+    assert entries(figure) == ["full run"]
+    loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
+    assert [label.get_text() for label in loss.axes[0].get_yticklabels()] == ["UCB", "random"]
 
 
 @pytest.mark.parametrize("runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}])
 def test_no_costs_to_plot(runs):
     with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
         plot_costs(runs)
+    with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
+        plot_methods({name: [value for _, values in points for value in values] for name, points in runs.items()})

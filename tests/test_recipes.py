@@ -119,6 +119,34 @@ def test_cifar_100_under_accelerate_launch_and_from_yaml(small_cifar, tmp_path):
     assert len(json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]) == 20
 
 
+def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
+    """Noisy labels for the training images, and for those of them that are held out; the test set keeps its own."""
+    cifar = recipe("cifar")
+    noisy = np.random.default_rng(1).integers(0, 10, 96)
+    datasets.Dataset.from_dict({"worse": noisy, "few": [11] * 96}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    data = {"dataset": str(small_cifar["cifar10"])}
+    labels = {"train_labels": str(tmp_path), "train_label_column": "worse"}
+    own = cifar.load_images(cifar.DataArguments(**data), 0)
+    images = cifar.load_images(cifar.DataArguments(**data, **labels), 0)
+    assert images.train.labels.tolist() == images.plain.labels.tolist() == noisy.tolist()
+    assert images.test.labels.tolist() == own.test.labels.tolist()
+
+    tuning = cifar.load_images(cifar.DataArguments(**data, **labels, validation_share=0.25), 0)
+    assert (len(tuning.train), len(tuning.test)) == (72, 24)
+    of_image = {image.numpy().tobytes(): label for image, label in zip(own.train.images, noisy, strict=True)}
+    for part in (tuning.train, tuning.test):
+        found = [of_image[image.numpy().tobytes()] for image in part.images]
+        assert part.labels.tolist() == found
+
+    wrong = cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="few")
+    with pytest.raises(
+        ValueError, match=r"96 labels from 11 to 11 in its column 'few': wanted is one of 10 classes .* 96 images"
+    ):
+        cifar.load_images(wrong, 0)
+    with pytest.raises(ValueError, match="train_label_column"):
+        cifar.load_images(cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors"), 0)
+
+
 def test_cifar_resumes(small_cifar, tmp_path):
     data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE, "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
     save = ["--save_strategy", "steps", "--save_steps", "1", "--bf16", "False"]

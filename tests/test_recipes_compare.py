@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, PruningReport, RandomPruning, Scores, StaticPruning
-from recipes.compare import Run, Study, at_cost, cost_of, main, paired, rule, table
+from recipes.compare import (
+    Rule,
+    Run,
+    Study,
+    at_cost,
+    cost_of,
+    main,
+    paired,
+    reached,
+    scores_run,
+    static_runs,
+    tables,
+    targets,
+    tuned_rates,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,14 +83,31 @@ def test_scores_are_charged_once(tmp_path):
 
 
 def test_rules_as_they_are_given():
-    assert rule('ucb:{"c": 2.0}', 0.3) == ("ucb", {"c": 2.0}, UCB(0.3, c=2.0))
-    assert rule("infobatch", 0.3)[2] == InfoBatch(keep_ratio=0.3)
-    assert rule('infobatch:{"prune_ratio": 0.5}', 0.3)[2] == InfoBatch(prune_ratio=0.5)
-    assert rule("kakurenbo", 0.3)[2] == KAKURENBO()
-    with pytest.raises(ValueError, match="ucbb"):
-        rule("ucbb", 0.3)
-    with pytest.raises((TypeError, ValueError), match="cc"):
-        rule('ucb:{"cc": 2.0}', 0.3)
+    given = Rule.parse('ucb:{"c": 2.0}', 0.3)
+    assert given == Rule(UCB(0.3, c=2.0), {"c": 2.0}, {})
+    assert str(given) == "ucb (c 2.0)"
+    assert Rule.parse("infobatch", 0.3).policy == InfoBatch(keep_ratio=0.3)
+    assert Rule.parse('infobatch:{"prune_ratio": 0.5}', 0.3).policy == InfoBatch(prune_ratio=0.5)
+    assert Rule.parse("kakurenbo", 0.3).policy == KAKURENBO()
+    for text, words in (("ucbb", "ucbb"), ('ucb:{"cc": 2.0}', "cc"), ('ucb:{"keep_ratio": 0.2}', "follows from --costs")):
+        with pytest.raises((TypeError, ValueError), match=words):
+            Rule.parse(text, 0.3)
+
+
+def test_a_rule_with_options_of_the_recipe():
+    given = Rule.parse('ucb:{"c": 2.0} --num_train_epochs 12 --learning_rate=0.8', 0.3)
+    assert given.options == {"num_train_epochs": "12", "learning_rate": "0.8"}
+    assert str(given) == "ucb (c 2.0, num_train_epochs 12, learning_rate 0.8)"
+    run = given.run(0.3, 1, 1000, 20)
+    assert run == Run("ucb (c 2.0, num_train_epochs 12, learning_rate 0.8)", 0.3, 1)
+    # As many passes in 12 epochs as 0.3 of 20.
+    assert float(run.options.pop("keep_ratio")) == pytest.approx(0.5, abs=1e-3)
+    assert run.options == {
+        "pruning": "ucb",
+        "pruning_kwargs": '{"c": 2.0}',
+        "num_train_epochs": "12",
+        "learning_rate": "0.8",
+    }
 
 
 def test_differences_are_paired_by_seed():
@@ -93,9 +125,65 @@ def test_what_missed_the_cost_is_out_of_the_ranking():
         {**row, "name": "dear", "cost": 0.63, "ranked": False, "mean": 0.9},
         {**row, "name": "fair", "cost": 0.3, "ranked": True, "mean": 0.5},
     ]
-    lines = table(rows, "eval_accuracy").splitlines()[2:]
+    summary = {"metric": "eval_accuracy", "rows": rows, "targets": [], "tuning": []}
+    lines = tables(summary).splitlines()[2:]
     assert lines[0].startswith("| fair | 0.300 | 50.00 |")
     assert lines[1].startswith("| (dear) | 0.630 | 90.00 |")
+
+
+def test_the_cost_at_which_a_value_is_reached():
+    points = [(0.5, 0.8), (0.1, 0.4), (1.0, 0.9)]  # in any order
+    assert reached(points, 0.6) == (pytest.approx(0.3), False)
+    assert reached(points, 0.85) == (pytest.approx(0.75), False)
+    assert reached(points, 0.4) == (0.1, True)  # by the cheapest: it may be reached for less
+    assert reached(points, 0.95) is None
+    assert reached([(0.1, 9.0), (1.0, 5.0)], 7.0, lower=True) == (pytest.approx(0.55), False)
+    assert reached([(0.1, 9.0), (1.0, 5.0)], 4.0, lower=True) is None
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(st.tuples(st.floats(0.01, 1), st.floats(0, 1)), min_size=1, unique_by=lambda point: point[0]), st.floats(0, 1)
+)
+def test_what_is_reached_is_on_the_line(points, value):
+    found = reached(points, value)
+    costs, means = np.array(sorted(points)).T
+    assert (found is None) == (means.max() < value)
+    if found is not None:
+        cost, cheapest = found
+        assert np.interp(cost, costs, means) == pytest.approx(value, abs=1e-9) or cheapest
+        assert all(mean < value for at, mean in points if at < cost - 1e-9)
+
+
+def test_the_targets_are_shares_of_the_full_run():
+    rows = [{"name": "full run", "cost": 1.0, "mean": 0.8}, {"name": "ucb", "cost": 0.5, "mean": 0.7}]
+    found = targets(rows, [], lower=False)
+    assert [target["value"] for target in found] == pytest.approx([0.76, 0.784, 0.792])
+    assert found[0]["costs"] == {"ucb": (pytest.approx(0.8), False)}
+    assert [target["value"] for target in targets(rows, [], lower=True)] == pytest.approx(
+        [0.8 / s for s in (0.95, 0.98, 0.99)]
+    )
+    assert targets(rows, [0.7], lower=False) == [{"value": 0.7, "costs": {"ucb": (0.5, True)}}]
+    assert targets(rows[1:], [], lower=False) == []  # the full run is not finished yet
+
+
+def test_the_best_learning_rate():
+    runs = [
+        (Run("ucb", 0.3, seed, rate), value)
+        for rate, of in ((0.8, (5, 7)), (0.4, (6, 8)), (1.6, (1, 1)))
+        for seed, value in enumerate(of)
+    ]
+    (row,) = tuned_rates(runs, lower=False)
+    assert row == {
+        "name": "ucb",
+        "cost": 0.3,
+        "means": [(0.4, 7), (0.8, 6), (1.6, 1)],
+        "chosen": 0.4,
+        "edge": True,
+        "seeds": 2,
+    }
+    assert tuned_rates(runs, lower=True)[0]["chosen"] == 1.6
+    assert tuned_rates([*runs, (Run("ucb", 0.3, 0, 0.2), 1)], lower=False)[0]["edge"] is False
 
 
 # ---- a study --------------------------------------------------------------------------------------------------------
@@ -126,9 +214,11 @@ def compare(*options, status=0):
 def test_a_study(data, tmp_path):
     recipe = ["recipes/cifar.py", "--dataset", data, "--model", "resnet8_cifar", "--num_train_epochs", 4]
     recipe += ["--per_device_train_batch_size", 8, "--score_runs", 1, "--score_epochs", 1]
-    study = ["--output_dir", tmp_path, "--rules", "random", "--scores", "el2n", "--costs", 0.5, "--seeds", 3, "--"]
-    out = compare(*study, *recipe).stdout
-    summary = json.loads((tmp_path / "summary.json").read_text())
+    folder = tmp_path / "study"
+    study = ["--output_dir", folder, "--rules", "random", "--scores", "el2n", "--costs", 0.5, "--seeds", 3, "--jobs", 2]
+    rates = ["--learning_rates", 0.1, 1e-4]
+    out = compare(*study, *rates, "--", *recipe).stdout
+    summary = json.loads((folder / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert set(rows) == {"full run", "short run", "random", "el2n, scores charged", "el2n, scores given"}
     assert rows["full run"]["cost"] == 1
@@ -138,22 +228,51 @@ def test_a_study(data, tmp_path):
     # One epoch trained and one scored, 4/3 of the 2 passes over the data that are wanted.
     assert rows["el2n, scores charged"]["cost"] == pytest.approx(0.5, abs=0.01)
     assert rows["el2n, scores charged"]["keep_ratio"] == pytest.approx((2 - 4 / 3) / 4, abs=0.01)
-    report = PruningReport.load(tmp_path / "random_0.5_seed3" / "report.json")
+    report = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert rows["random"]["values"] == {"3": report.metrics["eval_accuracy"]}
     assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
-    assert (tmp_path / "table.md").read_text().strip() in out
-    assert (tmp_path / "picture.png").stat().st_size > 1000
+    assert (folder / "table.md").read_text().strip() in out
+    assert (folder / "table_0.5.md").read_text().splitlines() == (folder / "table.md").read_text().splitlines()[:7]
+    assert all((folder / f"picture{which}.png").stat().st_size > 1000 for which in ("", "_0.5"))
 
-    # Interrupted: one run has no report. It alone is made again.
-    (tmp_path / "random_0.5_seed3" / "report.json").unlink()
-    times = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/report.json")}
-    compare(*study, *recipe)
-    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
-    again = PruningReport.load(tmp_path / "random_0.5_seed3" / "report.json")
+    # The learning rate was chosen where the test set was not seen, and is that of the runs.
+    chosen = {row["name"]: row["chosen"] for row in summary["tuning"]}
+    assert set(chosen) == {"full run", "short run", "random"}
+    for row in summary["tuning"]:
+        name = "full_run" if row["name"] == "full run" else f"{row['name'].replace(' ', '_')}_0.5"
+        for rate, mean in row["means"]:
+            tuning = PruningReport.load(folder / f"{name}_tuning_{rate:g}_seed0" / "report.json")
+            assert tuning.num_samples == 72  # of 80
+            assert tuning.metrics["eval_accuracy"] == mean
+        run = json.loads((folder / f"{name}_seed3" / "run.json").read_text())
+        assert f"--learning_rate={row['chosen']}" in run["command"]
+        assert not any("validation_share" in word for word in run["command"])
+    static = json.loads((folder / "el2n_scores_given_0.5_seed3" / "run.json").read_text())
+    assert f"--learning_rate={chosen['random']}" in static["command"]
+
+    # No path of this machine is in what is published.
+    for path in (*folder.glob("*/run.json"), folder / "summary.json", folder / "study.json"):
+        assert str(tmp_path) not in path.read_text()
+        assert str(data) not in path.read_text()
+
+    # Interrupted: one run was not finished. It alone is made again; for that the scores are not needed.
+    (folder / "random_0.5_seed3" / "run.json").unlink()
+    shutil.rmtree(folder / "scores_el2n_0_seed3")
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
+    out = compare(*study, *rates, "--", *recipe).stdout
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    again = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert again.metrics["eval_accuracy"] == report.metrics["eval_accuracy"]
 
-    done = compare(*study, *recipe, "--learning_rate", 0.1, status=2)
+    # Without a recipe it only renews what it shows.
+    (folder / "table.md").unlink()
+    assert compare("--output_dir", folder).stdout == out
+    assert (folder / "table.md").read_text().strip() in out
+
+    done = compare(*study, "--", *recipe, "--weight_decay", 0.1, status=2)
     assert "choose another --output_dir" in done.stderr
+    done = compare(*study, "--", *recipe, status=2)  # now at the learning rate of the recipe
+    assert "choose another --output_dir, or delete that folder" in done.stderr
 
 
 def test_a_run_that_fails_shows_its_log(data, tmp_path):
@@ -170,6 +289,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
         (["--", "recipes/none.py"], "recipes/none.py is no recipe"),
         (["--costs", "1.5", "--", "recipes/cifar.py"], "1.5 is out of range"),
         (["--rules", "ucbb", "--", "recipes/cifar.py"], "ucbb"),
+        (["--jobs", "0", "--", "recipes/cifar.py"], "--jobs 0"),
     ):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), *options])
@@ -181,7 +301,25 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
 
 
 def test_each_run_has_a_folder_of_its_own():
-    runs = [Run("full run", 1, 0), Run("ucb", 0.3, 0), Run('ucb:{"c": 2.0}', 0.3, 0), Run("ucb", 0.5, 0), Run("ucb", 0.3, 1)]
-    assert len({run.folder for run in runs}) == 5
-    assert Run('ucb:{"c": 2.0}', 0.3, 1).folder == "ucb_c_2.0_0.3_seed1"
-    assert Study(Path("s"), ["r.py"]).report(Run("ucb", 0.3, 0)) is None
+    runs = [
+        Run("full run", 1, 0),
+        Run("full run", 1, 0, 0.4),
+        Run("ucb", 0.3, 0),
+        Run("ucb", 0.3, 0, 0.4),
+        Run("ucb", 0.3, 0, 0.8),
+        Run("ucb (c 2.0)", 0.3, 0),
+        Run("ucb", 0.5, 0),
+        Run("ucb", 0.3, 1),
+        scores_run("el2n", 0),
+        *static_runs("el2n", 0.3, 0, 100, 4, Path()),
+    ]
+    assert len({run.folder for run in runs}) == len(runs)
+    assert Run("ucb (c 2.0)", 0.3, 1).folder == "ucb_c_2.0_0.3_seed1"
+
+
+def test_runs_share_the_cores(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert "OMP_NUM_THREADS" not in Study(tmp_path).environment
+    assert Study(tmp_path, jobs=1000).environment["OMP_NUM_THREADS"] == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert Study(tmp_path, jobs=1000).environment["OMP_NUM_THREADS"] == "3"

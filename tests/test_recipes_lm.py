@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import sys
-from importlib import import_module
 from pathlib import Path
 
 import datasets
@@ -37,21 +35,6 @@ def data(tmp_path_factory):
         text = " ".join(f"line {i} of {i * i}" for i in range(n * 3))
         datasets.Dataset.from_dict({"text": [text]}).to_parquet(folders["text"] / f"{split}-00000-of-00001.parquet")
     return {name: str(folder) for name, folder in folders.items()}
-
-
-@pytest.fixture
-def recipe(monkeypatch):
-    """recipe("causal_lm") is the module; with options it has run, in this process."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-
-    def load(name, *options):
-        module = import_module(name)
-        if options:
-            monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, options)])
-            module.main()
-        return module
-
-    return load
 
 
 def report_of(folder):
