@@ -212,7 +212,7 @@ def predict(policy: PruningPolicy, settings: Settings, measured: Measured, *, ch
     Raises:
         ValueError: what DynamicPruner raises, such as for a plan that does not fill a batch with `drop_last`.
     """
-    if all(size is not None for size in settings.pruner(policy)._plans()):
+    if all(planned.size is not None for planned in settings.pruner(policy).schedule()):
         return _predict(policy, policy, settings, measured, choosing)
     assumed = assumed_share(policy, settings.num_samples)
     common = {f.name: getattr(policy, f.name) for f in fields(_OfShare) if f.name in ("period", "first", "last", "scoring")}
@@ -292,16 +292,16 @@ def _epochs(pruner: DynamicPruner, num_epochs: float | None) -> Iterator[_Epoch]
     n, scoring = len(pruner.table), pruner.policy.scoring
     held: int | None = None
     spent = 0
-    for epoch, size in enumerate(pruner._plans()):
+    for epoch, (size, _, chooses) in enumerate(pruner.schedule()):
         assert size is not None  # `predict` gives a share to what has no size of its own
         length = pruner.steps(size)
         if num_epochs is not None:
-            progress, steps = epoch / num_epochs, math.ceil(round(length * min(1.0, num_epochs - epoch), 9))
+            steps = math.ceil(round(length * min(1.0, num_epochs - epoch), 9))
         else:
             assert pruner.max_steps is not None
-            progress, steps = spent / pruner.max_steps, min(length, pruner.max_steps - spent)
+            steps = min(length, pruner.max_steps - spent)
         scored = 0
-        if not pruner._is_full(epoch, progress) and (held is None or pruner._is_choice(epoch)):
+        if chooses:
             scored = {"trained": 0, "all": n, "dropped": 0 if held is None else n - held}[scoring]
             held = size
         spent += steps

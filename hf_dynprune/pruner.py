@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -85,6 +85,15 @@ class Clock:
         done = step - self.start
         v = self.mean * self.epoch + (done if self.length == self.mean else self.mean * done / self.length)
         return min(v, self.total)
+
+
+class PlannedEpoch(NamedTuple):
+    """What is known of an epoch before the run: `size`, the samples it trains on, None where that depends on the data;
+    `full_data`, whether it trains on everything by `first` or `last`; `chooses`, whether a choice is made when it begins."""
+
+    size: int | None
+    full_data: bool
+    chooses: bool
 
 
 class DynamicPruner:
@@ -192,32 +201,35 @@ class DynamicPruner:
         # The first choice is made where there is no plan yet; static pruning makes no other.
         return not self.policy.static and (epoch - self.policy.first) % self.policy.period == 0
 
-    def _plans(self) -> Iterator[int | None]:
-        """The size of each epoch in turn, as far as it is known beforehand, until the budget is spent."""
+    def schedule(self) -> Iterator[PlannedEpoch]:
+        """The epochs of the run in turn, as far as they are known beforehand, until the budget is spent.
+
+        Raises:
+            ValueError: at an epoch that is less than one batch, with `drop_last`.
+        """
         held: int | None = None
-        epoch, spent = 0, 0
+        epoch, spent, has_plan = 0, 0, False
         while epoch < self._epochs if self._epochs is not None else spent < self.max_steps:  # type: ignore[operator]
             progress = epoch / self._epochs if self._epochs is not None else spent / self.max_steps  # type: ignore
-            if self._is_full(epoch, progress):
-                size: int | None = len(self.table)
-            else:
-                if held is None or self._is_choice(epoch):
-                    held = self.policy.planned_size(len(self.table), epoch, progress)
-                size = held
+            full = self._is_full(epoch, progress)
+            chooses = not full and (not has_plan or self._is_choice(epoch))
+            if chooses:
+                held, has_plan = self.policy.planned_size(len(self.table), epoch, progress), True
+            size = len(self.table) if full else held
             if size is not None and self.batches(size) == 0:
                 raise ValueError(
                     f"Epoch {epoch} keeps {size} of {len(self.table)} samples, less than one batch of "
                     f"{self.global_batch} on all ranks together, and drop_last leaves that out: raise keep_ratio, lower "
                     "the batch size, or set dataloader_drop_last=False."
                 )
-            yield size
+            yield PlannedEpoch(size, full, chooses)
             epoch, spent = epoch + 1, spent + (self.steps(size) if size is not None else 1)
 
     def _make_clock(self) -> Clock:
         if self.max_steps is not None:
-            self.num_epochs = sum(1 for _ in self._plans())
+            self.num_epochs = sum(1 for _ in self.schedule())
             return Clock(self.max_steps, None)
-        self._steps = steps = [self.steps(len(self.table) if size is None else size) for size in self._plans()]
+        self._steps = steps = [self.steps(len(self.table) if size is None else size) for size, *_ in self.schedule()]
         self.num_epochs = len(steps)
         mean = sum(steps) // len(steps) if sum(steps) % len(steps) == 0 else sum(steps) / len(steps)
         return Clock(math.ceil(round(mean * self._epochs, 9)), mean, length=steps[0])  # type: ignore[operator]

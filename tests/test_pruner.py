@@ -183,6 +183,23 @@ def test_budget_of_steps(policy, max_steps, epochs):
     assert seen[:max_steps] == list(range(1, max_steps + 1))
 
 
+def test_the_schedule_says_what_each_epoch_will_be():
+    pruner = DynamicPruner(UCB(0.3, first=1, period=2, last=0.25), 100, num_epochs=8)
+    planned = list(pruner.schedule())
+    assert [epoch.size for epoch in planned] == [100, 30, 30, 30, 30, 30, 100, 100]
+    assert [epoch.full_data for epoch in planned] == [True, False, False, False, False, False, True, True]
+    assert [epoch.chooses for epoch in planned] == [False, True, False, True, False, True, False, False]
+    kept_before, choices = None, []
+    for epoch, (size, full_data, _) in enumerate(planned):  # and so they are
+        now = kept(pruner, epoch, torch.rand(100))
+        assert len(now) == size
+        choices.append(not full_data and now != kept_before)
+        kept_before = kept_before if full_data else now
+    assert choices == [epoch.chooses for epoch in planned]
+    unknown = DynamicPruner(Given((plan_of(1), plan_of(2)), period=2), 100, num_epochs=4)
+    assert list(unknown.schedule()) == [(None, False, True), (None, False, False)] * 2
+
+
 def test_unknown_sizes_are_taken_for_all_data():
     policy = Given((plan_of(*range(20)), plan_of(*range(50)), plan_of(*range(90))))
     pruner = DynamicPruner(policy, 100, batch_size=10, num_epochs=3)
