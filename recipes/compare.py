@@ -17,8 +17,9 @@ A rule is a name, with fields if it is to have some, and with options of the rec
 
 --learning_rates tunes first: the full run and, for each cost, the short run and the first of the rules (for all rules) are
 run at each of the rates with --validation_share of the training data held out (always the same part), on which they are
-evaluated; the best rate is that of the runs that follow. The test set is seen once by each of these, at its end. For other
-choices give --validation_share to the recipe: then all runs of the study are evaluated on that part.
+evaluated; where the best rate is the lowest or the highest, at the next one, too. It is that of the runs that follow. The
+test set is seen once by each of these, at its end. For other choices give --validation_share to the recipe: then all runs of
+the study are evaluated on that part.
 
 Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
 seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. summary.json, table.md and
@@ -37,7 +38,7 @@ import shlex
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -54,6 +55,7 @@ from hf_dynprune.static import METHODS, SCORES_FILE
 
 RANKED = 0.02  # runs whose cost is off by more of what was wanted are not ranked
 FULL, SHORT, RANDOM = "full run", "short run", "random"
+MOST_RATES = 4  # that tuning adds to those given
 SHARES = (0.95, 0.98, 0.99)  # of the full run's value, which methods are to reach
 
 
@@ -308,23 +310,39 @@ class Sitting:
         if not o.learning_rates:
             return {}
 
-        def at_rates(run: Run) -> list[Run]:
-            held_out = {"validation_share": o.validation_share}
-            return [
-                replace(run, rate=rate, options={**run.options, **held_out, "learning_rate": rate})
-                for rate in o.learning_rates
-            ]
+        held_out = {"validation_share": o.validation_share}
 
-        full = self.first([run for seed in o.tuning_seeds for run in at_rates(full_run(seed))])
-        for seed in o.tuning_seeds:
+        def at(rate: float, run: Run) -> Run:
+            return replace(run, rate=rate, options={**run.options, **held_out, "learning_rate": rate})
+
+        seeds = o.tuning_seeds
+        full = self.first([at(rate, full_run(seed)) for seed in seeds for rate in o.learning_rates])
+        tuned = [full_run(seed) for seed in seeds]
+        for seed in seeds:
             for cost in o.costs:
-                tuned = [short_run(cost, seed, full.num_epochs)]
-                tuned += [Rule.parse(r, cost).run(cost, seed, full.num_samples, full.num_epochs) for r in o.rules[:1]]
-                for run in tuned:
-                    for trial in at_rates(run):
-                        self.start(trial)
+                rules = [Rule.parse(text, cost) for text in o.rules[:1]]
+                tuned.append(short_run(cost, seed, full.num_epochs))
+                tuned += [rule.run(cost, seed, full.num_samples, full.num_epochs) for rule in rules]
+        for rate in o.learning_rates:
+            for run in tuned:
+                self.start(at(rate, run))
         self.wait(list(self.waiting))
-        return {(row["name"], row["cost"]): row["chosen"] for row in summarise(self.study)["tuning"]}
+        rows = self._tuned(tuned)
+        for _ in range(MOST_RATES):  # until there is a worse one on either side
+            for name, cost in [key for key, row in rows.items() if row["edge"]]:
+                beyond = next_rate([rate for rate, _ in rows[name, cost]["means"]], rows[name, cost]["chosen"])
+                for run in tuned:
+                    if (run.name, run.cost) == (name, cost):
+                        self.bar.total += 0 if self.study.is_finished(at(beyond, run)) else run.cost
+                        self.start(at(beyond, run))
+            self.wait(list(self.waiting))
+            rows = self._tuned(tuned)
+        return {key: row["chosen"] for key, row in rows.items()}
+
+    def _tuned(self, runs: Iterable[Run]) -> dict[tuple[str, float], dict[str, Any]]:
+        wanted = {(run.name, run.cost) for run in runs}
+        rows = {(row["name"], row["cost"]): row for row in summarise(self.study)["tuning"]}
+        return {key: row for key, row in rows.items() if key in wanted}
 
     def carry_out(self) -> None:
         o = self.options
@@ -452,12 +470,19 @@ def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str
     rows = []
     for (cost, name), at in sorted(tried.items(), reverse=True):
         means = {rate: statistics.mean(at[rate]) for rate in sorted(at)}
-        chosen = (min if lower else max)(means, key=means.__getitem__)
+        finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)} or means
+        chosen = (min if lower else max)(finite, key=finite.__getitem__)
         seeds, edge = min(map(len, at.values())), chosen in (min(means), max(means))
         rows.append(
             {"name": name, "cost": cost, "means": list(means.items()), "chosen": chosen, "edge": edge, "seeds": seeds}
         )
     return rows
+
+
+def next_rate(rates: Collection[float], best: float) -> float:
+    """Beyond the best of them, which is the lowest or the highest, by the ratio of the last two."""
+    *_, neighbour, end = sorted(rates, reverse=best == min(rates))
+    return float(f"{end * end / neighbour:.6g}")
 
 
 def row_of(
@@ -638,6 +663,8 @@ def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
         raise ValueError(
             f"{''.join(recipe[:1]) or 'nothing'} is no recipe: wanted is -- recipes/cifar.py, say, and its options."
         )
+    if len(set(options.learning_rates)) == 1 or min(options.learning_rates, default=1) <= 0:
+        raise ValueError(f"--learning_rates {options.learning_rates}: wanted are several above 0 to choose from, or none.")
     for cost in options.costs:
         if not 0 < cost < 1:
             raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")

@@ -22,6 +22,7 @@ from recipes.compare import (
     at_cost,
     cost_of,
     main,
+    next_rate,
     paired,
     reached,
     scores_run,
@@ -167,6 +168,12 @@ def test_the_targets_are_shares_of_the_full_run():
     assert targets(rows[1:], [], lower=False) == []  # the full run is not finished yet
 
 
+def test_the_next_learning_rate_is_as_far_beyond():
+    assert next_rate([0.8, 0.4, 1.6], 1.6) == 3.2
+    assert next_rate([0.8, 0.4, 1.6], 0.4) == 0.2
+    assert next_rate([1e-4, 3e-4], 1e-4) == pytest.approx(1e-4 / 3, rel=1e-5)
+
+
 def test_the_best_learning_rate():
     runs = [
         (Run("ucb", 0.3, seed, rate), value)
@@ -290,6 +297,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
         (["--costs", "1.5", "--", "recipes/cifar.py"], "1.5 is out of range"),
         (["--rules", "ucbb", "--", "recipes/cifar.py"], "ucbb"),
         (["--jobs", "0", "--", "recipes/cifar.py"], "--jobs 0"),
+        (["--learning_rates", "0.1", "--", "recipes/cifar.py"], "--learning_rates [0.1]: wanted are several"),
     ):
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), *options])
