@@ -12,8 +12,9 @@ The recipe follows the two dashes, with the options of all runs. For each seed t
     scores    el2n, grand, forgetting and so on (recipes with --score): static pruning, hardest first, twice: with what the
               scores cost taken from the run, and as if they had been given
 
-A rule is a name, with fields if it is to have some, and with options of the recipe for its runs alone:
-'ucb:{"scoring": "dropped"}', 'ucb --num_train_epochs 12' (fewer epochs, of which it then keeps more).
+A rule is a name, with fields if it is to have some, and with options of the recipe for its runs alone (scores can have such,
+too): 'ucb:{"scoring": "dropped"}'; 'ucb --num_train_epochs 12', which are fewer epochs, of which it then keeps more;
+'el2n --score_runs 2'.
 
 --learning_rates tunes first: the full run and, for each cost, the short run and the first of the rules (for all rules) are
 run at each of the rates with --validation_share of the training data held out (always the same part), on which they are
@@ -101,6 +102,16 @@ def at_cost(policy: PruningPolicy, cost: float, n: int, epochs: float) -> Prunin
     return replace(policy, keep_ratio=found if surplus(found) != -1.0 else min(1.0, found + 2 * precision))
 
 
+def own_options(text: str) -> tuple[str, dict[str, str]]:
+    """What stands before the options of the recipe in 'ucb --num_train_epochs 12', and these."""
+    text, *own = re.split(r"\s+--", text.strip())
+    return text, dict(re.split(r"[\s=]+", option, maxsplit=1) for option in own)
+
+
+def label(name: str, settings: Mapping[str, Any]) -> str:
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else name
+
+
 @dataclass(frozen=True)
 class Rule:
     """A policy, the fields that it was given, and options of the recipe for its runs."""
@@ -112,8 +123,7 @@ class Rule:
     @classmethod
     def parse(cls, text: str, cost: float) -> "Rule":
         """From the command line; the cost is its keep_ratio, if it has one."""
-        text, *own = re.split(r"\s+--", text.strip())
-        options = dict(re.split(r"[\s=]+", option, maxsplit=1) for option in own)
+        text, options = own_options(text)
         name, _, fields = text.partition(":")
         settings = json.loads(fields) if fields else {}
         if "keep_ratio" in settings:
@@ -125,8 +135,7 @@ class Rule:
         return cls(policy, settings, options)
 
     def __str__(self) -> str:
-        words = [f"{name} {value}" for name, value in {**self.fields, **self.options}.items()]
-        return f"{self.policy.name} ({', '.join(words)})" if words else self.policy.name
+        return label(self.policy.name, {**self.fields, **self.options})
 
     def run(self, cost: float, seed: int, n: int, epochs: float) -> Run:
         """At a cost in full runs of so many epochs."""
@@ -238,11 +247,12 @@ def short_run(cost: float, seed: int, epochs: float) -> Run:
     return Run(SHORT, cost, seed, options={"pruning": "full", "num_train_epochs": cost * epochs})
 
 
-def scores_run(method: str, seed: int, **options: Any) -> Run:
-    return Run(f"scores {method}", 0.0, seed, options={"score": method, **options})
+def scores_run(text: str, seed: int, **options: Any) -> Run:
+    method, own = own_options(text)
+    return Run(f"scores {label(method, own)}", 0.0, seed, options={"score": method, **options, **own})
 
 
-def static_runs(method: str, cost: float, seed: int, n: int, epochs: float, file: Path) -> Iterator[Run]:
+def static_runs(text: str, cost: float, seed: int, n: int, epochs: float, file: Path) -> Iterator[Run]:
     """With the scores of a file charged, and given; where the file is not there yet, runs that only have their names."""
     for words, charge in (("charged", True), ("given", False)):
         options = {}
@@ -250,7 +260,7 @@ def static_runs(method: str, cost: float, seed: int, n: int, epochs: float, file
             policy = at_cost(make_policy("static", scores=str(file), keep_ratio=cost, charge=charge), cost, n, epochs)
             settings = json.dumps({"scores": str(file), "charge": charge})
             options = {"pruning": "static", "keep_ratio": f"{policy.keep_ratio:.9g}", "pruning_kwargs": settings}
-        yield Run(f"{method}, scores {words}", cost, seed, options=options)
+        yield Run(f"{label(*own_options(text))}, scores {words}", cost, seed, options=options)
 
 
 class Sitting:
@@ -620,7 +630,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study")
     parser.add_argument("--rules", nargs="*", default=["random", "epsilon-greedy", "ucb"], help="see above")
-    parser.add_argument("--scores", nargs="*", default=[], choices=METHODS, help="for static pruning")
+    parser.add_argument("--scores", nargs="*", default=[], help=f"for static pruning: {', '.join(METHODS)}")
     parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], help="to choose from; default: the recipe's")
@@ -670,6 +680,9 @@ def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
             raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")
         for text in options.rules:
             Rule.parse(text, cost)
+    for text in options.scores:
+        if own_options(text)[0] not in METHODS:
+            raise ValueError(f"--scores {text}: wanted are some of {', '.join(METHODS)}, with options of the recipe behind.")
 
 
 if __name__ == "__main__":

@@ -220,21 +220,40 @@ def compare(*options, status=0):
 
 def test_a_study(data, tmp_path):
     recipe = ["recipes/cifar.py", "--dataset", data, "--model", "resnet8_cifar", "--num_train_epochs", 4]
-    recipe += ["--per_device_train_batch_size", 8, "--score_runs", 1, "--score_epochs", 1]
+    recipe += ["--per_device_train_batch_size", 8, "--score_epochs", 1]
     folder = tmp_path / "study"
-    study = ["--output_dir", folder, "--rules", "random", "--scores", "el2n", "--costs", 0.5, "--seeds", 3, "--jobs", 2]
+    study = [
+        "--output_dir",
+        folder,
+        "--rules",
+        "random",
+        "--scores",
+        "el2n --score_runs 1",
+        "--costs",
+        0.5,
+        "--seeds",
+        3,
+        "--jobs",
+        2,
+    ]
     rates = ["--learning_rates", 0.1, 1e-4]
     out = compare(*study, *rates, "--", *recipe).stdout
     summary = json.loads((folder / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
-    assert set(rows) == {"full run", "short run", "random", "el2n, scores charged", "el2n, scores given"}
+    assert set(rows) == {
+        "full run",
+        "short run",
+        "random",
+        "el2n (score_runs 1), scores charged",
+        "el2n (score_runs 1), scores given",
+    }
     assert rows["full run"]["cost"] == 1
-    for name in ("short run", "random", "el2n, scores given"):
+    for name in ("short run", "random", "el2n (score_runs 1), scores given"):
         assert rows[name]["cost"] == pytest.approx(0.5)
         assert rows[name]["ranked"]
     # One epoch trained and one scored, 4/3 of the 2 passes over the data that are wanted.
-    assert rows["el2n, scores charged"]["cost"] == pytest.approx(0.5, abs=0.01)
-    assert rows["el2n, scores charged"]["keep_ratio"] == pytest.approx((2 - 4 / 3) / 4, abs=0.01)
+    assert rows["el2n (score_runs 1), scores charged"]["cost"] == pytest.approx(0.5, abs=0.01)
+    assert rows["el2n (score_runs 1), scores charged"]["keep_ratio"] == pytest.approx((2 - 4 / 3) / 4, abs=0.01)
     report = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert rows["random"]["values"] == {"3": report.metrics["eval_accuracy"]}
     assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
@@ -254,7 +273,7 @@ def test_a_study(data, tmp_path):
         run = json.loads((folder / f"{name}_seed3" / "run.json").read_text())
         assert f"--learning_rate={row['chosen']}" in run["command"]
         assert not any("validation_share" in word for word in run["command"])
-    static = json.loads((folder / "el2n_scores_given_0.5_seed3" / "run.json").read_text())
+    static = json.loads((folder / "el2n_score_runs_1_scores_given_0.5_seed3" / "run.json").read_text())
     assert f"--learning_rate={chosen['random']}" in static["command"]
 
     # No path of this machine is in what is published.
@@ -264,7 +283,7 @@ def test_a_study(data, tmp_path):
 
     # Interrupted: one run was not finished. It alone is made again; for that the scores are not needed.
     (folder / "random_0.5_seed3" / "run.json").unlink()
-    shutil.rmtree(folder / "scores_el2n_0_seed3")
+    shutil.rmtree(folder / "scores_el2n_score_runs_1_0_seed3")
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
     out = compare(*study, *rates, "--", *recipe).stdout
     assert {path: path.stat().st_mtime_ns for path in times} == times
@@ -297,6 +316,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
         (["--costs", "1.5", "--", "recipes/cifar.py"], "1.5 is out of range"),
         (["--rules", "ucbb", "--", "recipes/cifar.py"], "ucbb"),
         (["--jobs", "0", "--", "recipes/cifar.py"], "--jobs 0"),
+        (["--scores", "el3n", "--", "recipes/cifar.py"], "--scores el3n: wanted are some of el2n, "),
         (["--learning_rates", "0.1", "--", "recipes/cifar.py"], "--learning_rates [0.1]: wanted are several"),
     ):
         monkeypatch.chdir(ROOT)
