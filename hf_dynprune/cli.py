@@ -352,7 +352,9 @@ def _policy(fields_of: Mapping[str, Any]) -> str:
 
 
 def _metric(name: str, value: float) -> str:
-    return f"{100 * value:.2f} %" if name.endswith("accuracy") and 0 <= value <= 1 else f"{value:.4g}"
+    from .report import in_percent
+
+    return f"{100 * value:.2f} %" if in_percent(name, [value]) else f"{value:.4g}"
 
 
 def plot(argv: Sequence[str]) -> None:

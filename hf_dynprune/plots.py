@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from .report import PruningReport
+from .report import PruningReport, in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def plot_runs(
     runs = _seeds(reports)
     curves = {panel: {name: _curve(name, seeds, metric, panel) for name, seeds in runs.items()} for panel in panels}
     values = np.concatenate([curve.y.ravel() for curve in curves[panels[0]].values()])
-    percent = metric.endswith("accuracy") and values.min() >= 0 and values.max() <= 1
+    percent = in_percent(metric, values)
     if percent:
         curves = {p: {n: curve._replace(y=100 * curve.y) for n, curve in of.items()} for p, of in curves.items()}
     figure = _new_figure((3 + 3.7 * len(panels), max(4, 0.8 + 0.2 * len(runs))))
@@ -201,8 +201,7 @@ def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], me
     if not all(map(math.isfinite, numbers)):
         wrong = [name for name, each in values.items() if not all(math.isfinite(v) for of in each for v in of)]
         raise ValueError(f"{(wrong or ['the full run'])[0]!r} has a {metric} that is not finite.")
-    percent = metric.endswith("accuracy") and min(numbers) >= 0 and max(numbers) <= 1
-    return (100, " (%)") if percent else (1, "")
+    return (100, " (%)") if in_percent(metric, numbers) else (1, "")
 
 
 def _styles(names: Sequence[str], baseline: str) -> Iterator[tuple[str, str]]:

@@ -151,6 +151,11 @@ class PruningReport:
             raise ValueError(f"{path} is no report of hf_dynprune, or is damaged ({reason}).") from error
 
 
+def in_percent(metric: str, values: Iterable[float]) -> bool:
+    """Whether a person is shown these values of a metric in per cent: an accuracy in [0, 1] is."""
+    return metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
+
+
 def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:
     """Probabilities (C + 1,) that a sample is kept 0, ..., C times, if each of C choices draws its samples uniformly and
     independently: the binomial; the Poisson-binomial where choices differ in size. `before` are those of earlier choices,

@@ -19,6 +19,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, data
+from hf_dynprune.report import in_percent
 
 
 @dataclass
@@ -265,8 +266,10 @@ def train(
     if trainer.is_world_process_zero():
         seconds = report.totals["seconds"]
         value = report.metrics.get(f"eval_{metric}")
-        share = metric.endswith("accuracy")
-        reached = "" if value is None else f"{metric} {f'{100 * value:.2f} %' if share else f'{value:.4f}'} (last epoch), "
+        reached = ""
+        if value is not None:
+            shown = f"{100 * value:.2f} %" if in_percent(metric, [value]) else f"{value:.4f}"
+            reached = f"{metric} {shown} (last epoch), "
         print(
             f"{report.policy['name']}: {reached}cost {report.cost_ratio:.4f} of the full run of {report.num_epochs:g} "
             f"epochs, {report.totals['optimizer_steps']} steps, {seconds['training']:.1f} s training, "

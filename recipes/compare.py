@@ -52,6 +52,7 @@ from tqdm import tqdm
 from hf_dynprune import PruningPolicy, PruningReport, make_policy
 from hf_dynprune.advice import Measured, Settings, predict
 from hf_dynprune.plots import plot_costs, plot_methods
+from hf_dynprune.report import in_percent
 from hf_dynprune.static import METHODS, SCORES_FILE
 
 RANKED = 0.02  # runs whose cost is off by more of what was wanted are not ranked
@@ -542,7 +543,7 @@ def targets(rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool
 def tables(summary: dict[str, Any]) -> str:
     """The summary as Markdown."""
     metric = summary["metric"]
-    percent = metric.endswith("accuracy")
+    percent = in_percent(metric, [row["mean"] for row in summary["rows"]])
     scale, digits = (100, 2) if percent else (1, 4)
 
     def number(value: float, sign: str = "", digits: int = digits) -> str:
