@@ -16,11 +16,11 @@ A rule is a name, with fields if it is to have some, and with options of the rec
 too): 'ucb:{"scoring": "dropped"}'; 'ucb --num_train_epochs 12', which are fewer epochs, of which it then keeps more;
 'el2n --score_runs 2'.
 
---learning_rates tunes first: the full run and, for each cost, the short run and the first of the rules (for all rules) are
-run at each of the rates with --validation_share of the training data held out (always the same part), on which they are
-evaluated; where the best rate is the lowest or the highest, at the next one, too. It is that of the runs that follow. The
-test set is seen once by each of these, at its end. For other choices give --validation_share to the recipe: then all runs of
-the study are evaluated on that part.
+--learning_rates tunes first: the full run and, for each cost, the short run and each rule (with --tune first, the first for
+all) are run at each of the rates with --validation_share of the training data held out (always the same part), on which they
+are evaluated; where the best rate is the lowest or the highest, at the next one, too. It is that of the runs that follow;
+scores take the full run's, static pruning by them the first rule's. The test set is seen once by each of these, at its end.
+For other choices give --validation_share to the recipe: then all runs of the study are evaluated on that part.
 
 Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
 seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. summary.json, table.md and
@@ -279,15 +279,16 @@ class Sitting:
         of_cost = [Run(name, cost, 0) for cost in o.costs for name in (SHORT, *(str(Rule.parse(r, cost)) for r in o.rules))]
         runs = [replace(run, seed=seed) for run in (full_run(0), *of_cost) for seed in o.seeds]
         runs += [run for s in o.seeds for c in o.costs for m in o.scores for run in static_runs(m, c, s, 1, 1, Path())]
-        tuned = [run for run in (full_run(0), *of_cost) if run.name in (FULL, SHORT, *self._tuned_rules())]
+        tuned = [full_run(0)]
+        tuned += [Run(name, c, 0) for c in o.costs for name in (SHORT, *map(str, self._tuned_rules(c)))]
         runs += [replace(run, seed=seed, rate=rate) for run in tuned for seed in o.tuning_seeds for rate in rates]
         scores = [scores_run(method, seed) for method in o.scores for seed in o.seeds]
         left = [run for run in runs if not self.study.is_finished(run)]
         return sum(run.cost for run in left) + sum(not self.study.is_finished(run) for run in scores)
 
-    def _tuned_rules(self) -> set[str]:
-        """The first rule, for all rules."""
-        return {str(Rule.parse(text, cost)) for text in self.options.rules[:1] for cost in self.options.costs}
+    def _tuned_rules(self, cost: float) -> list[Rule]:
+        rules = [Rule.parse(text, cost) for text in self.options.rules]
+        return rules[:1] if self.options.tune == "first" else rules
 
     def start(self, run: Run, result: str = "report.json") -> Future[Path]:
         units = 0.0 if self.study.is_finished(run) else run.cost or 1.0
@@ -331,9 +332,8 @@ class Sitting:
         tuned = [full_run(seed) for seed in seeds]
         for seed in seeds:
             for cost in o.costs:
-                rules = [Rule.parse(text, cost) for text in o.rules[:1]]
                 tuned.append(short_run(cost, seed, full.num_epochs))
-                tuned += [rule.run(cost, seed, full.num_samples, full.num_epochs) for rule in rules]
+                tuned += [rule.run(cost, seed, full.num_samples, full.num_epochs) for rule in self._tuned_rules(cost)]
         for rate in o.learning_rates:
             for run in tuned:
                 self.start(at(rate, run))
@@ -359,11 +359,10 @@ class Sitting:
         o = self.options
         try:
             rates = self.tune()
-            rules = self._tuned_rules()
-            pruned = {cost: rate for (name, cost), rate in rates.items() if name in rules}
+            first = {cost: str(rule) for cost in o.costs for rule in self._tuned_rules(cost)[:1]}
 
             def tuned(run: Run) -> Run:
-                rate = rates.get((run.name, run.cost), pruned.get(run.cost))
+                rate = rates.get((run.name, run.cost), rates.get((first.get(run.cost, ""), run.cost)))
                 return run if rate is None else replace(run, options={"learning_rate": rate, **run.options})
 
             of_full = {"learning_rate": rates[FULL, 1.0]} if rates else {}
@@ -635,6 +634,7 @@ def main() -> None:
     parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], help="to choose from; default: the recipe's")
+    parser.add_argument("--tune", choices=("each", "first"), default="each", help="each rule, or the first for all rules")
     parser.add_argument("--tuning_seeds", type=int, nargs="+", default=[0], help="of the runs that tune")
     parser.add_argument("--validation_share", type=float, default=0.1, help="of the training data, held out for tuning")
     parser.add_argument("--metric", default="eval_accuracy", help="of the last evaluation")

@@ -33,7 +33,7 @@ def program(word):
 def commands():
     """The commands of the README, as (program, what follows it): ("hf-dynprune plot", "runs runs/full runs/ucb")."""
     blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.split("\n")]
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.replace("\\\n", " ").split("\n")]
     programs = r"make \w+|hf-dynprune \w+|(?:python|accelerate launch|torchrun --nproc_per_node 2) recipes/\w+\.py"
     for line in filter(None, lines):
         found = re.match(rf"({programs})\b ?(.*)", line)
