@@ -13,7 +13,8 @@ from hf_dynprune.cli import main
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
-UCB, FULL, SHORT = (RESULTS / "cifar10_resnet8" / f"{name}.json" for name in ("ucb", "full", "short"))
+STUDY = RESULTS / "studies" / "cifar10_resnet8"
+UCB, FULL, SHORT = (STUDY / f"{name}_seed0" / "report.json" for name in ("ucb_0.3", "full_run", "short_run_0.3"))
 
 
 def commands():
@@ -48,7 +49,7 @@ def test_without_output_the_card_is_printed(capsys):
     assert main(["card", str(UCB)]) == 0
     card = ModelCard(capsys.readouterr().out)
     assert card.data.tags == ["dynamic-data-pruning", "ucb"]
-    assert "\n# ucb\n" in card.content
+    assert "\n# ucb_0.3_seed0\n" in card.content  # the folder of the report
     assert "model-index" not in card.data.to_dict()
 
 
