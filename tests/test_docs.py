@@ -241,6 +241,18 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
             assert row["seeds"] >= 3
 
 
+def test_what_the_readme_says_of_the_study_is_what_it_found():
+    summary = json.loads((studies.STUDIES / "cifar10_resnet8" / "summary.json").read_text())
+    rows = {row["name"]: row for row in summary["rows"] if row["wanted"] in (0.3, 1.0)}
+    for name in ("loss-proportional", "ucb", "epsilon-greedy"):  # "more than a point over the short run"
+        assert rows[name]["to_short_run"]["mean"] > 0.01
+    clear = [name for name, row in rows.items() if row["to_short_run"] and row["to_short_run"]["interval"][0] > 0]
+    assert clear == ["loss-proportional"]
+    assert abs(rows["random"]["to_short_run"]["mean"]) < 0.005
+    best = max(row["mean"] for row in rows.values() if row["cost"] < 1)
+    assert 0.025 < rows["full run"]["mean"] - best < 0.035  # "some three points"
+
+
 def test_what_was_promised_of_speed_was_measured():
     for row in (speed.one("overhead", model="resnet8_cifar"), speed.one("overhead_bert", model="bert")):
         assert row["pairs"] >= 7
