@@ -472,7 +472,7 @@ def draw(folder: Path, summary: dict[str, Any]) -> None:
 
 
 def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str, Any]]:
-    """Of each name and cost: (learning rate, mean) of those tried, the best, and whether it is the lowest or the highest."""
+    """Of each name and cost: (learning rate, mean) of those tried, the best, and whether it alone is, at their end."""
     tried: dict[tuple[float, str], dict[float, list[float]]] = {}
     for run, value in runs:
         assert run.rate is not None
@@ -482,7 +482,9 @@ def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str
         means = {rate: statistics.mean(at[rate]) for rate in sorted(at)}
         finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)} or means
         chosen = (min if lower else max)(finite, key=finite.__getitem__)
-        seeds, edge = min(map(len, at.values())), chosen in (min(means), max(means))
+        ends = (min(means), max(means))
+        edge = chosen in ends and all(mean != means[chosen] for rate, mean in means.items() if rate != chosen)
+        seeds = min(map(len, at.values()))
         rows.append(
             {"name": name, "cost": cost, "means": list(means.items()), "chosen": chosen, "edge": edge, "seeds": seeds}
         )

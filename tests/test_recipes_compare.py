@@ -191,6 +191,7 @@ def test_the_best_learning_rate():
     }
     assert tuned_rates(runs, lower=True)[0]["chosen"] == 1.6
     assert tuned_rates([*runs, (Run("ucb", 0.3, 0, 0.2), 1)], lower=False)[0]["edge"] is False
+    assert tuned_rates([*runs, (Run("ucb", 0.3, 0, 3.2), 7)], lower=False)[0]["edge"] is False  # as good as another
 
 
 # ---- a study --------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_a_study(data, tmp_path):
         "--jobs",
         2,
     ]
-    rates = ["--learning_rates", 0.1, 1e-4]
+    rates = ["--learning_rates", 0.1, 0.05]
     out = compare(*study, *rates, "--", *recipe).stdout
     summary = json.loads((folder / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
@@ -265,12 +266,11 @@ def test_a_study(data, tmp_path):
     chosen = {row["name"]: row["chosen"] for row in summary["tuning"]}
     assert set(chosen) == {"full run", "short run", "random"}
     for row in summary["tuning"]:
-        name = "full_run" if row["name"] == "full run" else f"{row['name'].replace(' ', '_')}_0.5"
         for rate, mean in row["means"]:
-            tuning = PruningReport.load(folder / f"{name}_tuning_{rate:g}_seed0" / "report.json")
+            tuning = PruningReport.load(folder / Run(row["name"], row["cost"], 0, rate).folder / "report.json")
             assert tuning.num_samples == 72  # of 80
             assert tuning.metrics["eval_accuracy"] == mean
-        run = json.loads((folder / f"{name}_seed3" / "run.json").read_text())
+        run = json.loads((folder / Run(row["name"], row["cost"], 3).folder / "run.json").read_text())
         assert f"--learning_rate={row['chosen']}" in run["command"]
         assert not any("validation_share" in word for word in run["command"])
     static = json.loads((folder / "el2n_score_runs_1_scores_given_0.5_seed3" / "run.json").read_text())
