@@ -123,7 +123,7 @@ def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, 
     splits = replace(data, dataset=data.train_labels, dataset_config=None, eval_split=None).load_splits()
     column = find_column(splits[0].features, "label", data.train_label_column, argument="train_label_column")
     labels = [torch.tensor([] if split is None else split[column][:]) for split in splits]
-    classes = len(train.label_names or [])
+    classes = int(train.labels.max()) + 1
     if (
         len(labels[0]) != len(train)
         or labels[0].is_floating_point()

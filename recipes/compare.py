@@ -270,6 +270,7 @@ class Sitting:
     def __init__(self, options: argparse.Namespace, study: Study) -> None:
         self.options, self.study = options, study
         self.pool = ThreadPoolExecutor(options.jobs)
+        self.started: dict[Run, Future[Path]] = {}
         self.waiting: dict[Future[Path], tuple[Run, float]] = {}  # what is to come of each, in full runs
         self.bar = tqdm(unit=" full runs", desc="study", total=self._units())
 
@@ -291,24 +292,25 @@ class Sitting:
         return rules[:1] if self.options.tune == "first" else rules
 
     def start(self, run: Run, result: str = "report.json") -> Future[Path]:
-        units = 0.0 if self.study.is_finished(run) else run.cost or 1.0
-        future = self.pool.submit(self.study.finish, run, result)
-        self.waiting[future] = run, units
-        return future
+        """Unless it was: two programs must not write into one folder."""
+        if run not in self.started:
+            units = 0.0 if self.study.is_finished(run) else run.cost or 1.0
+            self.started[run] = self.pool.submit(self.study.finish, run, result)
+            self.waiting[self.started[run]] = run, units
+        return self.started[run]
 
     def wait(self, wanted: Iterable[Future[Path]]) -> None:
         """Until these are finished; of all that are the summary is renewed."""
         left = set(wanted)
         while left:
-            for future in as_completed([*self.waiting, *left]):
-                left.discard(future)
-                future.result()
-                run, units = self.waiting.pop(future, (None, 0.0))
-                if run is not None and units:
-                    self.bar.set_postfix_str(f"{run.name} {run.cost:g}, seed {run.seed} finished", refresh=False)
-                    self.bar.update(units)
-                    summarise(self.study)
-                break
+            future = next(as_completed([*self.waiting, *left]))
+            left.discard(future)
+            future.result()
+            run, units = self.waiting.pop(future, (None, 0.0))
+            if run is not None and units:
+                self.bar.set_postfix_str(f"{run.name} {run.cost:g}, seed {run.seed} finished", refresh=False)
+                self.bar.update(units)
+                summarise(self.study)
 
     def first(self, runs: Sequence[Run]) -> PruningReport:
         """Starts full runs; the report of the first of them, from which the others' sizes follow."""
@@ -463,8 +465,8 @@ def draw(folder: Path, summary: dict[str, Any]) -> None:
         of = list(row["values"].values())
         if row["name"] != FULL:
             points.setdefault(row["name"], []).append((row["cost"], of))
-            label = row["name"] if row["ranked"] else f"{row['name']}, at cost {row['cost']:.2f}"
-            at.setdefault(row["wanted"], {})[label] = of
+            words = row["name"] if row["ranked"] else f"{row['name']}, at cost {row['cost']:.2f}"
+            at.setdefault(row["wanted"], {})[words] = of
     for cost, methods in at.items():
         plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
     if points:

@@ -232,10 +232,9 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
     summary = json.loads((studies.STUDIES / name / "summary.json").read_text())
     tuned = {(row["name"], row["cost"]): row for row in summary["tuning"]}
     for row in summary["rows"]:
-        if row["name"] in ("full run", "short run"):
-            tuning = tuned[row["name"], row["wanted"]]
-            assert len(tuning["means"]) >= 3
-            assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
+        tuning = tuned[row["name"], row["wanted"]]
+        assert len(tuning["means"]) >= 3
+        assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
         if row["ranked"]:
             assert row["cost"] == pytest.approx(row["wanted"], rel=0.02)
             assert row["seeds"] >= 3

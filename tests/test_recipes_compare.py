@@ -1,5 +1,6 @@
 """Studies: equal cost is equal, what is finished is not run again, and the summary says what the reports say."""
 
+import argparse
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, PruningReport, Rand
 from recipes.compare import (
     Rule,
     Run,
+    Sitting,
     Study,
     at_cost,
     cost_of,
+    full_run,
     main,
     next_rate,
     paired,
@@ -343,6 +346,19 @@ def test_each_run_has_a_folder_of_its_own():
     ]
     assert len({run.folder for run in runs}) == len(runs)
     assert Run("ucb (c 2.0)", 0.3, 1).folder == "ucb_c_2.0_0.3_seed1"
+
+
+def test_a_run_is_started_once(tmp_path):
+    program = tmp_path / "recipe.py"
+    program.write_text(f"import time\ntime.sleep(0.3)\nopen({str(tmp_path / 'log')!r}, 'a').write('started ')\n")
+    options = {"rules": [], "costs": [], "scores": [], "seeds": [0], "learning_rates": [], "tuning_seeds": [0], "jobs": 2}
+    sitting = Sitting(argparse.Namespace(**options, tune="each"), Study(tmp_path / "study", [str(program)], 2))
+    futures = [sitting.start(full_run(0)), sitting.start(full_run(0))]
+    for future in futures:
+        future.result()
+    sitting.pool.shutdown()
+    sitting.bar.close()
+    assert (tmp_path / "log").read_text() == "started "
 
 
 def test_runs_share_the_cores(tmp_path, monkeypatch):
