@@ -23,10 +23,17 @@ scores take the full run's, static pruning by them the first rule's. The test se
 For other choices give --validation_share to the recipe: then all runs of the study are evaluated on that part.
 
 Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
-seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. summary.json, table.md and
-picture.png tell of all that are, table_0.3.md and picture_0.3.png of those at a cost: mean and standard deviation over the
-seeds of the last evaluation; differences to the short run and to dynamic random pruning, seed by seed, with a 95 % interval;
-and at which cost a method reaches a given value, on the line through its means. --output_dir alone renews them.
+seeds, rules, costs or rates if wanted, the study goes on with the runs that are not finished. Of those that are tell
+
+    table_0.3.md, picture_0.3.png          (and so on, for each cost) mean and standard deviation over the seeds of the last
+                                           evaluation; differences to the short run and to dynamic random pruning, seed by
+                                           seed, with a 95 % interval
+    selection_0.3.png                      how often each rule kept the samples, beside chance
+    targets.md, picture.png                at which cost a method reaches a given value, on the line through its means
+    tuning.md                              what was reached at which learning rate on the data held out
+    summary.json                           all of it
+
+--output_dir alone renews them.
 """
 
 import argparse
@@ -51,7 +58,7 @@ from tqdm import tqdm
 
 from hf_dynprune import PruningPolicy, PruningReport, make_policy
 from hf_dynprune.advice import Measured, Settings, predict
-from hf_dynprune.plots import plot_costs, plot_methods
+from hf_dynprune.plots import plot_costs, plot_methods, plot_selection
 from hf_dynprune.report import in_percent
 from hf_dynprune.static import METHODS, SCORES_FILE
 
@@ -88,19 +95,24 @@ def cost_of(policy: PruningPolicy, n: int, epochs: float) -> float:
 
 
 def at_cost(policy: PruningPolicy, cost: float, n: int, epochs: float) -> PruningPolicy:
-    """The policy with the keep_ratio whose run costs that much, to a sample an epoch; as it is where there is none."""
+    """The policy with the keep_ratio whose run costs that much, to a sample an epoch; where there is none, with the one
+    that comes closest of those the policy takes; as it is where it has none, or scoring alone costs more."""
+    own = getattr(policy, "keep_ratio", None)
 
     def surplus(keep_ratio: float) -> float:
         try:
             return cost_of(replace(policy, keep_ratio=keep_ratio), n, epochs) - cost
-        except ValueError:  # fewer than the policy can keep
-            return -1.0
+        except ValueError:  # less, or more, than the policy can keep
+            return -math.inf if keep_ratio < own else math.inf
 
-    if getattr(policy, "keep_ratio", None) is None or surplus(1 / n) > 0:
+    if own is None or surplus(1 / n) > 0:
         return policy
     precision = 0.1 / n
-    found = 1.0 if surplus(1.0) <= 0 else optimize.bisect(surplus, 1 / n, 1.0, xtol=precision)
-    return replace(policy, keep_ratio=found if surplus(found) != -1.0 else min(1.0, found + 2 * precision))
+    found = 1.0
+    if surplus(found) > 0:
+        found = optimize.bisect(lambda ratio: math.copysign(1, surplus(ratio)), 1 / n, 1.0, xtol=precision)
+    near = (found, min(1.0, found + 2 * precision), found - 2 * precision)
+    return replace(policy, keep_ratio=next(r for r in near if math.isfinite(surplus(r))))
 
 
 def own_options(text: str) -> tuple[str, dict[str, str]]:
@@ -123,17 +135,18 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str, cost: float) -> "Rule":
-        """From the command line; the cost is its keep_ratio, if it has one."""
+        """From the command line; the cost is its keep_ratio, if it has one, and takes that."""
         text, options = own_options(text)
         name, _, fields = text.partition(":")
         settings = json.loads(fields) if fields else {}
         if "keep_ratio" in settings:
             raise ValueError(f"{text} has a keep_ratio, which follows from --costs here: leave it out.")
-        try:
-            policy = make_policy(name, keep_ratio=cost, **settings)
-        except (TypeError, ValueError):
-            policy = make_policy(name, **settings)
-        return cls(policy, settings, options)
+        for keep_ratio in ({"keep_ratio": cost}, {"keep_ratio": 1.0}):
+            try:
+                return cls(make_policy(name, **keep_ratio, **settings), settings, options)
+            except (TypeError, ValueError):
+                continue
+        return cls(make_policy(name, **settings), settings, options)
 
     def __str__(self) -> str:
         return label(self.policy.name, {**self.fields, **self.options})
@@ -447,28 +460,31 @@ def summarise(study: Study) -> dict[str, Any]:
         "environments": environments,
     }
     (study.folder / "summary.json").write_text(json.dumps(content, indent=2) + "\n")
-    (study.folder / "table.md").write_text(tables(content) + "\n")
-    for cost in {row["wanted"] for row in rows} - {1.0}:
-        of_cost = {**content, "rows": [row for row in rows if row["wanted"] in (cost, 1.0)], "targets": [], "tuning": []}
-        (study.folder / f"table_{cost:g}.md").write_text(tables(of_cost) + "\n")
-    draw(study.folder, content)
+    for name, text in tables(content).items():
+        (study.folder / f"{name}.md").write_text(text + "\n")
+    draw(study.folder, content, reports)
     return content
 
 
-def draw(folder: Path, summary: dict[str, Any]) -> None:
-    """picture.png, of all costs; picture_0.3.png and so on, of each."""
+def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, float], dict[int, PruningReport]]) -> None:
+    """picture.png, of all costs; of each picture_0.3.png and, how often its rules kept the samples, selection_0.3.png."""
     metric, better = summary["metric"], {"lower_is_better": summary["lower_is_better"]}
     full = next((list(row["values"].values()) for row in summary["rows"] if row["name"] == FULL), [])
     points: dict[str, list[tuple[float, list[float]]]] = {}
     at: dict[float, dict[str, list[float]]] = {}
+    choosing: dict[float, dict[str, list[PruningReport]]] = {}
     for row in summary["rows"]:
-        of = list(row["values"].values())
+        of, seeds = list(row["values"].values()), list(reports[row["name"], row["wanted"]].values())
         if row["name"] != FULL:
             points.setdefault(row["name"], []).append((row["cost"], of))
             words = row["name"] if row["ranked"] else f"{row['name']}, at cost {row['cost']:.2f}"
             at.setdefault(row["wanted"], {})[words] = of
+        if all(report.selection.get("choices", 0) > 1 and report.selection["always"] < 1 for report in seeds):
+            choosing.setdefault(row["wanted"], {})[row["name"]] = seeds
     for cost, methods in at.items():
         plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
+    for cost, rules in choosing.items():
+        plot_selection(rules).savefig(folder / f"selection_{cost:g}.png", dpi=100)
     if points:
         plot_costs(points, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
 
@@ -543,8 +559,9 @@ def targets(rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool
     return found
 
 
-def tables(summary: dict[str, Any]) -> str:
-    """The summary as Markdown."""
+def tables(summary: dict[str, Any]) -> dict[str, str]:
+    """The summary as Markdown: table_0.3 and so on, of the methods at each cost; targets; tuning. What is empty is left
+    out."""
     metric = summary["metric"]
     percent = in_percent(metric, [row["mean"] for row in summary["rows"]])
     scale, digits = (100, 2) if percent else (1, 4)
@@ -553,20 +570,23 @@ def tables(summary: dict[str, Any]) -> str:
         return f"{scale * value:{sign}.{digits}f}"
 
     what = f"{metric.replace('_', ' ')}{' (%)' if percent else ''}"
-    parts = [table(summary["rows"], what, number)]
+    parts = {}
+    for cost in sorted({row["wanted"] for row in summary["rows"] if row["name"] != FULL}, reverse=True):
+        rows = [row for row in summary["rows"] if row["wanted"] == cost or row["name"] == FULL]
+        parts[f"table_{cost:g}"] = table(rows, what, number)
     if summary["targets"]:
         values = [number(target["value"], digits=digits - 1) for target in summary["targets"]]
         names = sorted(summary["targets"][0]["costs"], key=lambda name: _first(summary["targets"], name))
-        rows = [[name, *(_cost(target["costs"][name]) for target in summary["targets"])] for name in names]
-        parts.append(_markdown([f"cost at which {what} is", *values], rows))
+        cells = [[name, *(_cost(target["costs"][name]) for target in summary["targets"])] for name in names]
+        parts["targets"] = _markdown([f"cost at which {what} is", *values], cells)
     if summary["tuning"]:
         rates = sorted({rate for row in summary["tuning"] for rate, _ in row["means"]})
-        rows = []
+        cells = []
         for row in summary["tuning"]:
             shown = {rate: f"**{number(mean)}**" if rate == row["chosen"] else number(mean) for rate, mean in row["means"]}
-            rows.append([f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)])
-        parts.append(_markdown([f"{what} on data held out, at learning rate", *(f"{rate:g}" for rate in rates)], rows))
-    return "\n\n".join(parts)
+            cells.append([f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)])
+        parts["tuning"] = _markdown([f"{what} on data held out, at learning rate", *(f"{rate:g}" for rate in rates)], cells)
+    return parts
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -664,7 +684,7 @@ def main() -> None:
         summary = summarise(study)
     except (ValueError, TypeError, RuntimeError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(tables(summary))
+    print(*tables(summary).values(), sep="\n\n")
     for row in summary["tuning"]:
         if row["edge"]:
             where = f"{row['name']}, cost {row['cost']:g}"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, PruningReport, RandomPruning, Scores, StaticPruning
+from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, OrderDP, PruningReport, RandomPruning, Scores, StaticPruning
 from recipes.compare import (
     Rule,
     Run,
@@ -52,6 +52,7 @@ ROOT = Path(__file__).parents[1]
             UCB(0.5, scoring="dropped"),
             UCB(0.5, scoring="all", period=4),
             InfoBatch(keep_ratio=0.5, max_rescale=20.0),
+            OrderDP(0.5, draw_ratio=0.96),
         ]
     ),
     st.floats(0.4, 0.95),
@@ -76,6 +77,7 @@ def test_what_cannot_meet_the_cost_stays_as_it_is():
     least = at_cost(InfoBatch(keep_ratio=0.5), 0.3, 1000, 20)  # 1 / max_rescale, and an eighth of the run on all data
     assert least.keep_ratio == pytest.approx(0.25, abs=1e-3)
     assert cost_of(least, 1000, 20) > 0.3
+    assert at_cost(OrderDP(0.3, draw_ratio=0.6), 0.7, 1000, 20).keep_ratio == pytest.approx(0.6, abs=1e-3)
 
 
 def test_scores_are_charged_once(tmp_path):
@@ -92,6 +94,8 @@ def test_rules_as_they_are_given():
     assert str(given) == "ucb (c 2.0)"
     assert Rule.parse("infobatch", 0.3).policy == InfoBatch(keep_ratio=0.3)
     assert Rule.parse('infobatch:{"prune_ratio": 0.5}', 0.3).policy == InfoBatch(prune_ratio=0.5)
+    least = Rule.parse("infobatch", 0.1).run(0.1, 0, 1000, 20)  # no default that costs more
+    assert float(least.options["keep_ratio"]) == pytest.approx(0.25, abs=1e-3)
     assert Rule.parse("kakurenbo", 0.3).policy == KAKURENBO()
     for text, words in (("ucbb", "ucbb"), ('ucb:{"cc": 2.0}', "cc"), ('ucb:{"keep_ratio": 0.2}', "follows from --costs")):
         with pytest.raises((TypeError, ValueError), match=words):
@@ -130,7 +134,7 @@ def test_what_missed_the_cost_is_out_of_the_ranking():
         {**row, "name": "fair", "cost": 0.3, "ranked": True, "mean": 0.5},
     ]
     summary = {"metric": "eval_accuracy", "rows": rows, "targets": [], "tuning": []}
-    lines = tables(summary).splitlines()[2:]
+    lines = tables(summary)["table_0.3"].splitlines()[2:]
     assert lines[0].startswith("| fair | 0.300 | 50.00 |")
     assert lines[1].startswith("| (dear) | 0.630 | 90.00 |")
 
@@ -261,9 +265,9 @@ def test_a_study(data, tmp_path):
     report = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert rows["random"]["values"] == {"3": report.metrics["eval_accuracy"]}
     assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
-    assert (folder / "table.md").read_text().strip() in out
-    assert (folder / "table_0.5.md").read_text().splitlines() == (folder / "table.md").read_text().splitlines()[:7]
-    assert all((folder / f"picture{which}.png").stat().st_size > 1000 for which in ("", "_0.5"))
+    shown = [(folder / f"{name}.md").read_text().strip() for name in ("table_0.5", "targets", "tuning")]
+    assert "\n\n".join(shown) in out
+    assert all((folder / f"{name}.png").stat().st_size > 1000 for name in ("picture", "picture_0.5", "selection_0.5"))
 
     # The learning rate was chosen where the test set was not seen, and is that of the runs.
     chosen = {row["name"]: row["chosen"] for row in summary["tuning"]}
@@ -294,9 +298,9 @@ def test_a_study(data, tmp_path):
     assert again.metrics["eval_accuracy"] == report.metrics["eval_accuracy"]
 
     # Without a recipe it only renews what it shows.
-    (folder / "table.md").unlink()
+    (folder / "targets.md").unlink()
     assert compare("--output_dir", folder).stdout == out
-    assert (folder / "table.md").read_text().strip() in out
+    assert (folder / "targets.md").read_text().strip() == shown[1]
 
     done = compare(*study, "--", *recipe, "--weight_decay", 0.1, status=2)
     assert "choose another --output_dir" in done.stderr

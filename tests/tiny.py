@@ -1,6 +1,7 @@
 """Tiny models, data and trainers for the tests: from configs, on the CPU, a few thousand parameters."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import torch
 import transformers
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
@@ -179,16 +181,26 @@ def trainer(folder: Path, *, cls=DynamicPruningTrainer, model=None, data=None, p
     )
 
 
-def torchrun(script, *arguments, ranks):
-    """Runs a program on so many real processes that talk by gloo; with 1 without torchrun."""
+def torchrun(script, *arguments, ranks, timeout=300):
+    """Runs a program on so many real processes that talk by gloo; with 1 without torchrun. Where they are not done in
+    time the error says where each of them was."""
     with socket.socket() as free:  # a port that nobody listens on
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port] if ranks > 1 else []
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "ACCELERATE_USE_CPU": "true"}
+    environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT makes a process print its stacks
     command = [str(part) for part in (sys.executable, "-W", "ignore", *launch, script, *arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        out, err = started.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        for process in [*psutil.Process(started.pid).children(recursive=True), started]:
+            process.send_signal(signal.SIGABRT)
+        out, err = started.communicate()
+        raise AssertionError(f"{script} was not done after {timeout} s.\n{out}\n{err}") from None
+    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def learning_rates(run):
