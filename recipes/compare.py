@@ -52,6 +52,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy import optimize, stats
 from tqdm import tqdm
@@ -110,7 +111,7 @@ def at_cost(policy: PruningPolicy, cost: float, n: int, epochs: float) -> Prunin
     precision = 0.1 / n
     found = 1.0
     if surplus(found) > 0:
-        found = optimize.bisect(lambda ratio: math.copysign(1, surplus(ratio)), 1 / n, 1.0, xtol=precision)
+        found = optimize.bisect(lambda ratio: np.sign(surplus(ratio)), 1 / n, 1.0, xtol=precision)
     near = (found, min(1.0, found + 2 * precision), found - 2 * precision)
     return replace(policy, keep_ratio=next(r for r in near if math.isfinite(surplus(r))))
 
