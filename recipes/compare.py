@@ -536,6 +536,7 @@ def row_of(
         "seeds": len(own),
         "mean": statistics.mean(own.values()),
         "deviation": statistics.stdev(own.values()) if len(own) > 1 else None,
+        "to_full_run": paired(own, values[FULL, 1.0]) if name != FULL else None,
         "to_short_run": paired(own, values[SHORT, wanted]) if (SHORT, wanted) in values and name != SHORT else None,
         "to_random": paired(own, values[RANDOM, wanted]) if (RANDOM, wanted) in values and name != RANDOM else None,
         "seconds": statistics.mean(seconds),

@@ -3,12 +3,13 @@
     python tests/studies.py    # renders recipes/results/studies/*/ into README.md and recipes/results/README.md
 
 Between the markers `<!-- study NAME table_0.3 -->` stands table_0.3.md of a study, and so on; between `<!-- overview -->`
-what the rules gave in all of them. No figure is written by hand; test_docs.py compares, and makes each summary anew from the
-reports.
+what the rules gave in all of them, between `<!-- claims -->` what became of the claims of the central paper. No figure is
+written by hand; test_docs.py compares, and makes each summary anew from the reports.
 """
 
 import json
 import re
+import statistics
 
 from reliability import README, ROOT, put_into
 
@@ -53,11 +54,130 @@ def overview():
     return "\n".join(lines)
 
 
+# ---- the claims of the central paper --------------------------------------------------------------------------------
+
+REPRODUCED, IN_PART, NOT = "reproduced", "in part", "not reproduced"
+RULES = {"epsilon-greedy": "ε-greedy", "ucb": "UCB"}  # of the paper
+SCORES = {"el2n": "EL2N", "grand": "GraNd", "forgetting": "forgetting"}
+
+
+def points(found):
+    """A paired difference with its interval, in points."""
+    low, high = found["interval"]
+    return f"{100 * found['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def by_scores(rows, words):
+    """Static pruning with its scores charged, or given: (name of the method, row)."""
+    return [(SCORES[name.split()[0]], row) for name, row in rows.items() if name.endswith(f", scores {words}")]
+
+
+def costs(name):
+    return sorted({row["wanted"] for row in summary(name)["rows"]} - {1.0}, reverse=True)
+
+
+def verdict(*held):
+    if not held:
+        return "not measured"
+    return REPRODUCED if all(held) else IN_PART if any(held) else NOT
+
+
+def static_scores_cost_more(name):
+    words, held = [], []
+    for cost in costs(name):
+        rows = rows_at(name, cost)
+        if found := by_scores(rows, "charged"):
+            shown = [f"{method} {points(row['to_short_run'])} at a cost of {row['cost']:.2f}" for method, row in found]
+            words.append(f"difference to the short run of cost {cost:g}, with the scores counted: {', '.join(shown)}")
+            held += [row["to_short_run"]["interval"][1] < 0 for _, row in found]
+    return "; ".join(words), verdict(*held)
+
+
+def random_beats_static_scores(name):
+    words, held = [], []
+    for cost in costs(name):
+        if found := by_scores(rows_at(name, cost), "given"):
+            shown = [f"{method} {points(row['to_random'])}" for method, row in found]
+            words.append(f"difference to dynamic random at {cost:g} of the samples, scores given: {', '.join(shown)}")
+            held += [row["to_random"]["interval"][1] < 0 for _, row in found]
+    return "; ".join(words), verdict(*held)
+
+
+def kept(name, rule, cost):
+    """Shares of the samples that were kept in at most a tenth, and at least nine tenths, of the choices: of a rule, by
+    chance. Means over the seeds."""
+    shares = []
+    for path in (STUDIES / name).glob(f"{rule.replace('-', '_')}_{cost:g}_seed*/report.json"):
+        report = json.loads(path.read_text())
+        n, choices = report["num_samples"], report["selection"]["choices"]
+        row = []
+        for kind in ("histogram", "chance"):
+            times = report["selection"][kind]
+            row += [sum(times[: choices // 10 + 1]) / n, sum(times[-(choices // 10) - 1 :]) / n]
+        shares.append(row)
+    return [statistics.mean(column) for column in zip(*shares, strict=True)]
+
+
+def most_are_sometimes(name):
+    words = []
+    for rule, shown in RULES.items():
+        rarely, often, by_chance, often_by_chance = kept(name, rule, 0.3)
+        words.append(
+            f"{shown} at 0.3 kept {100 * rarely:.1f} % of the samples in at most two of its 20 choices (by chance "
+            f"{100 * by_chance:.1f} %), {100 * often:.1f} % in at least 18 (by chance {100 * often_by_chance:.1f} %)"
+        )
+    return "; ".join(words) + ". Next to none was kept always or never, but so it is by chance", IN_PART
+
+
+def rules_beat_random(name):
+    words, held = [], []
+    for cost in costs(name):
+        rows = rows_at(name, cost)
+        found = [(shown, rows[rule]["to_random"]) for rule, shown in RULES.items() if rule in rows]
+        words.append(f"at {cost:g} {', '.join(f'{shown} {points(difference)}' for shown, difference in found)}")
+        held += [difference["interval"][0] > 0 for _, difference in found]
+    return "difference to dynamic random " + "; ".join(words), verdict(*held)
+
+
+def as_good_as_the_full_run(name):
+    words, held = [], []
+    for cost in costs(name):
+        rows = rows_at(name, cost)
+        best = max((rows[rule] for rule in RULES if rule in rows), key=lambda row: row["mean"])
+        words.append(f"at {cost:g} {RULES[best['name']]} {points(best['to_full_run'])}")
+        held.append(best["to_full_run"]["interval"][1] > 0)
+    return "the better of the two rules against the full run: " + "; ".join(words), verdict(*held)
+
+
+CLAIMS = {
+    "Static scores cost more than they save": static_scores_cost_more,
+    "At aggressive rates dynamic random pruning beats static scores": random_beats_static_scores,
+    "Many samples matter but sometimes": most_are_sometimes,
+    "ε-greedy and UCB beat dynamic random pruning": rules_beat_random,
+    "Up to twice (first version), ten times (second) less training without significant loss": as_good_as_the_full_run,
+}
+
+
+def claims():
+    """The claims in the abstracts of the central paper, what was measured, what became of them."""
+    lines = ["| claim | measured here (points of accuracy; 95 %) | |", "| --- | --- | --- |"]
+    for words, judge in CLAIMS.items():
+        found, judgement = judge("cifar10_resnet8")
+        lines.append(f"| {words} | {found} | {judgement} |")
+    lines.append("| The same on ImageNet | not on two CPU cores | not testable here |")
+    return "\n".join(lines)
+
+
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+
 def rendered(text):
     for words in re.findall(r"<!-- (study [\w. ]+) -->", text):
         _, name, table = words.split()
         text = put_into(text, (STUDIES / name / f"{table}.md").read_text().strip(), words)
-    return put_into(text, overview(), "overview") if "<!-- overview -->" in text else text
+    for name, render in (("overview", overview), ("claims", claims)):
+        text = put_into(text, render(), name) if f"<!-- {name} -->" in text else text
+    return text
 
 
 if __name__ == "__main__":
