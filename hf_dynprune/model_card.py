@@ -31,7 +31,7 @@ from transformers.modelcard import TASK_MAPPING, TrainingSummary
 from . import __all__ as public_names
 from .arguments import TRAINING_SETTINGS
 from .policies import POLICIES, FullData, PruningPolicy, StaticPruning, make_policy
-from .report import PHASES, PruningReport
+from .report import PHASES, PruningReport, differences
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,20 +105,11 @@ def _runs(name: str, reports: Reports) -> list[PruningReport]:
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise ValueError(f"Two reports of {name} have the seed {one.seed}: wanted is one report for each seed.")
-        settings, others = _settings(one), _settings(other)
-        differing = [f"{key}: {value} and {others.get(key)}" for key, value in settings.items() if value != others.get(key)]
-        if differing:
-            raise ValueError(
-                f"The reports of {name} differ in more than the seed ({'; '.join(differing)}): wanted are runs of the same "
-                "settings."
-            )
+    if differing := differences(runs):
+        raise ValueError(
+            f"The reports of {name} differ in more than the seed ({differing}): wanted are runs of the same settings."
+        )
     return runs
-
-
-def _settings(report: PruningReport) -> dict[str, Any]:
-    """What runs of several seeds have in common; the scores of [`StaticPruning`] may be other ones for each."""
-    policy = {name: value for name, value in report.policy.items() if name not in ("scores", "digest")}
-    return {**policy, "samples": report.num_samples, "epochs": report.num_epochs}
 
 
 def _facts(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:

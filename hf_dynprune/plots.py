@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from .report import PruningReport, in_percent
+from .report import PruningReport, differences, in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -489,20 +489,11 @@ def _seeds(reports: Reports) -> dict[str, list[PruningReport]]:
     for name, seeds in runs.items():
         if not seeds:
             raise ValueError(f"There is no report of the run {name!r}: wanted is at least one.")
-        kinds = [_kind(report) for report in seeds]
-        for kind in kinds:
-            if differing := [f"{key}: {kinds[0][key]} and {kind[key]}" for key in kind if kind[key] != kinds[0][key]]:
-                raise ValueError(
-                    f"The runs called {name!r} differ in more than the seed ({'; '.join(differing)}): give them names of "
-                    "their own."
-                )
+        if differing := differences(seeds):
+            raise ValueError(
+                f"The runs called {name!r} differ in more than the seed ({differing}): give them names of their own."
+            )
     return runs
-
-
-def _kind(report: PruningReport) -> dict[str, Any]:
-    policy = {key: value for key, value in report.policy.items() if key not in ("scores", "digest")}  # a file for each seed
-    counts = {"epochs": len(report.epochs), "choices": report.selection.get("choices")}
-    return {"policy": policy, "samples": report.num_samples, **counts}
 
 
 def _curve(name: str, seeds: Sequence[PruningReport], metric: str, against: Against) -> _Curve:

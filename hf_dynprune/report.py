@@ -3,7 +3,7 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -154,6 +154,25 @@ class PruningReport:
 def in_percent(metric: str, values: Iterable[float]) -> bool:
     """Whether a person is shown these values of a metric in per cent: an accuracy in [0, 1] is."""
     return metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
+
+
+def differences(reports: Sequence[PruningReport]) -> str:
+    """In what runs differ that are to differ in their seed alone: "keep_ratio: 0.3 and 0.5"; "" where in nothing. Static
+    scores may be other ones for each seed."""
+
+    def settings(report: PruningReport) -> dict[str, Any]:
+        policy = {name: value for name, value in report.policy.items() if name not in ("scores", "digest")}
+        counts = {"num_epochs": report.num_epochs, "epochs": len(report.epochs), "choices": report.selection.get("choices")}
+        return {**policy, "samples": report.num_samples, **counts}
+
+    all_of = [settings(report) for report in reports]
+    names = dict.fromkeys(name for of in all_of for name in of)
+    return "; ".join(
+        f"{name}: {all_of[0].get(name)} and {of.get(name)}"
+        for name in names
+        for of in all_of[1:]
+        if of.get(name) != all_of[0].get(name)
+    )
 
 
 def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:

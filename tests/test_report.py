@@ -16,6 +16,7 @@ from hf_dynprune.report import (
     PruningReport,
     chance_of,
     describe_environment,
+    differences,
     selection_of,
 )
 
@@ -245,6 +246,16 @@ def test_records_do_not_share_their_values():
     a.epochs.append(one)
     a.resumed.append({})
     assert b.epochs == b.resumed == []
+
+
+def test_differences_beyond_the_seed():
+    def report(seed, **policy):
+        return PruningReport({"name": "ucb", "keep_ratio": 0.3, **policy}, 10, seed, seed)
+
+    assert differences([report(0), report(1), report(2)]) == ""
+    assert differences([report(0, scores="a.safetensors"), report(1, scores="b.safetensors")]) == ""
+    assert differences([report(0), report(1, keep_ratio=0.5)]) == "keep_ratio: 0.3 and 0.5"
+    assert differences([report(0), report(1, c=2.0)]) == "c: None and 2.0"
 
 
 def test_environment():
