@@ -246,13 +246,16 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
 
 def test_what_the_readme_says_of_the_study_is_what_it_found():
     rows = studies.rows_at("cifar10_resnet8", 0.3)
-    for name in ("loss-proportional", "ucb", "epsilon-greedy"):  # "more than a point over the short run"
-        assert rows[name]["to_short_run"]["mean"] > 0.01
+    three = ("loss-proportional", "epsilon-greedy", "ucb")
+    assert all(rows[name]["to_short_run"]["mean"] > 0.01 for name in three)  # "more than a point over the short run"
     clear = [name for name, row in rows.items() if row["to_short_run"] and row["to_short_run"]["interval"][0] > 0]
-    assert clear == ["loss-proportional"]
-    assert abs(rows["random"]["to_short_run"]["mean"]) < 0.005
+    assert sorted(clear) == sorted(three)
+    means = [rows[name]["mean"] for name in three]
+    assert max(means) - min(means) < min(rows[name]["deviation"] for name in three)  # "no telling"
+    low, high = rows["random"]["to_short_run"]["interval"]
+    assert low < 0 < high
     best = max(row["mean"] for row in rows.values() if row["cost"] < 1)
-    assert 0.025 < rows["full run"]["mean"] - best < 0.035  # "some three points"
+    assert 0.03 < rows["full run"]["mean"] - best < 0.04  # "more than three points"
 
 
 def test_what_was_promised_of_speed_was_measured():
