@@ -20,6 +20,8 @@ too): 'ucb:{"scoring": "dropped"}'; 'ucb --num_train_epochs 12', which are fewer
 all) are run at each of the rates with --validation_share of the training data held out (always the same part), on which they
 are evaluated; where the best rate is the lowest or the highest, at the next one, too. It is that of the runs that follow;
 scores take the full run's, static pruning by them the first rule's. The test set is seen once by each of these, at its end.
+--rates_of takes the rates that another study chose: those of a short run for a long one, say. What it did not tune takes
+that of the same policy without fields, or of the first rule.
 For other choices give --validation_share to the recipe: then all runs of the study are evaluated on that part.
 
 Each run is a program of its own, which leaves its report and its log in a folder of the study. Started again, with more
@@ -335,6 +337,8 @@ class Sitting:
     def tune(self) -> dict[tuple[str, float], float]:
         """The best learning rates, by name and cost."""
         o = self.options
+        if o.rates_of is not None:
+            return chosen_rates(o.rates_of)
         if not o.learning_rates:
             return {}
 
@@ -378,7 +382,8 @@ class Sitting:
             first = {cost: str(rule) for cost in o.costs for rule in self._tuned_rules(cost)[:1]}
 
             def tuned(run: Run) -> Run:
-                rate = rates.get((run.name, run.cost), rates.get((first.get(run.cost, ""), run.cost)))
+                names = (run.name, run.name.partition(" (")[0], first.get(run.cost, ""))
+                rate = next((rates[name, run.cost] for name in names if (name, run.cost) in rates), None)
                 return run if rate is None else replace(run, options={"learning_rate": rate, **run.options})
 
             of_full = {"learning_rate": rates[FULL, 1.0]} if rates else {}
@@ -508,6 +513,14 @@ def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str
             {"name": name, "cost": cost, "means": list(means.items()), "chosen": chosen, "edge": edge, "seeds": seeds}
         )
     return rows
+
+
+def chosen_rates(folder: Path) -> dict[tuple[str, float], float]:
+    """The best learning rates that a study tuned, by name and cost."""
+    if not (folder / "summary.json").is_file():
+        raise ValueError(f"{folder} has no summary.json: wanted is the folder of a study that tuned learning rates.")
+    tuning = json.loads((folder / "summary.json").read_text())["tuning"]
+    return {(row["name"], row["cost"]): row["chosen"] for row in tuning}
 
 
 def next_rate(rates: Collection[float], best: float) -> float:
@@ -660,6 +673,9 @@ def main() -> None:
     parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--learning_rates", type=float, nargs="*", default=[], help="to choose from; default: the recipe's")
+    parser.add_argument(
+        "--rates_of", type=Path, help="folder of the study that chose the learning rates, in place of tuning"
+    )
     parser.add_argument("--tune", choices=("each", "first"), default="each", help="each rule, or the first for all rules")
     parser.add_argument("--tuning_seeds", type=int, nargs="+", default=[0], help="of the runs that tune")
     parser.add_argument("--validation_share", type=float, default=0.1, help="of the training data, held out for tuning")
@@ -702,6 +718,14 @@ def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
         )
     if len(set(options.learning_rates)) == 1 or min(options.learning_rates, default=1) <= 0:
         raise ValueError(f"--learning_rates {options.learning_rates}: wanted are several above 0 to choose from, or none.")
+    if options.rates_of is not None:
+        if options.learning_rates:
+            raise ValueError("--rates_of takes rates, --learning_rates tries them: leave out one of them.")
+        first = str(Rule.parse(options.rules[0], 0.5)) if options.rules else SHORT
+        known = chosen_rates(options.rates_of)
+        wanted = [(FULL, 1.0), *((name, cost) for cost in options.costs for name in (SHORT, first))]
+        if missing := [f"{name} at cost {cost:g}" for name, cost in wanted if (name, cost) not in known]:
+            raise ValueError(f"{options.rates_of} has no learning rates of {', '.join(missing)}: tune them there.")
     for cost in options.costs:
         if not 0 < cost < 1:
             raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")

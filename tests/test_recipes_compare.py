@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, OrderDP, PruningReport, RandomPruning, Scores, StaticPruning
+from hf_dynprune.report import EpochRecord
 from recipes.compare import (
     Rule,
     Run,
@@ -335,6 +336,66 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+RECIPE = """
+import json, math, pathlib, sys
+options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
+best = {"full": 1.0, "random": 2.0, "ucb": 4.0}[options["pruning"]]
+report = json.loads(pathlib.Path("TEMPLATE").read_text())
+report["epochs"][-1]["metrics"]["eval_accuracy"] = 0.9 - 0.1 * abs(math.log2(float(options["learning_rate"]) / best))
+pathlib.Path(options["output_dir"], "report.json").write_text(json.dumps(report))
+"""
+
+
+def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monkeypatch, capsys):
+    report = PruningReport({"name": "any"}, 100, 0, 0, num_epochs=4.0)
+    report.epochs = [EpochRecord(i, True, 100, 100, 100) for i in range(4)]
+    report.save(tmp_path / "template.json")
+    (tmp_path / "recipe.py").write_text(RECIPE.replace("TEMPLATE", str(tmp_path / "template.json")))
+    monkeypatch.chdir(tmp_path)
+
+    def study(*options):
+        options = ["--rules", *rules, "--costs", "0.5", "--seeds", "0", "1", "--jobs", "2", *options]
+        monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--", "recipe.py"])
+        main()
+
+    def rate(folder, name, cost, seed):
+        command = json.loads((tmp_path / folder / Run(name, cost, seed).folder / "run.json").read_text())["command"]
+        return float(dict(word[2:].split("=", 1) for word in command if "=" in word)["learning_rate"])
+
+    rules = ["random", "ucb"]
+    study("--output_dir", "tuned", "--learning_rates", "0.5", "1")
+    found = {row["name"]: row for row in json.loads((tmp_path / "tuned/summary.json").read_text())["tuning"]}
+    assert {name: (row["chosen"], len(row["means"]), row["edge"]) for name, row in found.items()} == {
+        "full run": (1.0, 3, False),
+        "short run": (1.0, 3, False),
+        "random": (2.0, 4, False),
+        "ucb": (4.0, 5, False),
+    }
+    for name, cost in (("full run", 1.0), ("short run", 0.5), ("random", 0.5), ("ucb", 0.5)):
+        assert rate("tuned", name, cost, 1) == found[name]["chosen"]
+
+    rules = ["random", 'ucb:{"c": 2.0}', "ucb --learning_rate 0.25", "ucb"]
+    study("--output_dir", "taken", "--rates_of", "tuned")
+    assert json.loads((tmp_path / "taken/summary.json").read_text())["tuning"] == []
+    for name, cost, wanted in (
+        ("full run", 1.0, 1.0),
+        ("random", 0.5, 2.0),
+        ("ucb", 0.5, 4.0),
+        ("ucb (c 2.0)", 0.5, 4.0),  # that of the policy
+        ("ucb (learning_rate 0.25)", 0.5, 0.25),
+    ):
+        assert rate("taken", name, cost, 1) == wanted
+
+    for options, words in (
+        (["--learning_rates", "1", "2"], "leave out one of them"),
+        (["--costs", "0.25"], "tuned has no learning rates of short run at cost 0.25, random at cost 0.25: tune them there"),
+    ):
+        with pytest.raises(SystemExit):
+            study("--output_dir", "none", "--rates_of", "tuned", *options)
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_each_run_has_a_folder_of_its_own():
     runs = [
         Run("full run", 1, 0),
@@ -355,8 +416,9 @@ def test_each_run_has_a_folder_of_its_own():
 def test_a_run_is_started_once(tmp_path):
     program = tmp_path / "recipe.py"
     program.write_text(f"import time\ntime.sleep(0.3)\nopen({str(tmp_path / 'log')!r}, 'a').write('started ')\n")
-    options = {"rules": [], "costs": [], "scores": [], "seeds": [0], "learning_rates": [], "tuning_seeds": [0], "jobs": 2}
-    sitting = Sitting(argparse.Namespace(**options, tune="each"), Study(tmp_path / "study", [str(program)], 2))
+    lists: dict = {name: [] for name in ("rules", "costs", "scores", "learning_rates")}
+    options = argparse.Namespace(**lists, seeds=[0], tuning_seeds=[0], jobs=2, tune="each", rates_of=None)
+    sitting = Sitting(options, Study(tmp_path / "study", [str(program)], 2))
     futures = [sitting.start(full_run(0)), sitting.start(full_run(0))]
     for future in futures:
         future.result()
