@@ -256,6 +256,10 @@ def test_what_the_readme_says_of_the_study_is_what_it_found():
     assert low < 0 < high
     best = max(row["mean"] for row in rows.values() if row["cost"] < 1)
     assert 0.03 < rows["full run"]["mean"] - best < 0.04  # "more than three points"
+    rows = studies.rows_at("cifar10_resnet8", 0.1)
+    assert rows["ucb"]["to_short_run"]["interval"][1] < 0  # "loses"
+    assert rows["epsilon-greedy"]["to_short_run"]["mean"] < 0
+    assert rows["loss-proportional"]["to_short_run"]["mean"] > 0.01  # "holds its lead"
 
 
 def test_what_was_promised_of_speed_was_measured():
