@@ -256,6 +256,9 @@ def test_what_the_readme_says_of_the_study_is_what_it_found():
     assert low < 0 < high
     best = max(row["mean"] for row in rows.values() if row["cost"] < 1)
     assert 0.03 < rows["full run"]["mean"] - best < 0.04  # "more than three points"
+    for name, row in rows.items():  # "whatever they cost"
+        if name.endswith(", scores given"):
+            assert row["to_short_run"]["interval"][1] < 0
     rows = studies.rows_at("cifar10_resnet8", 0.1)
     assert rows["ucb"]["to_short_run"]["interval"][1] < 0  # "loses"
     assert rows["epsilon-greedy"]["to_short_run"]["mean"] < 0
