@@ -162,7 +162,8 @@ def plot_methods(
     lower_is_better: bool = False,
 ) -> "Figure":
     """Draws what methods reached at one cost: a row for each, the best above, with a dot for each seed and a bar at their
-    mean; a line down from the mean of the baseline.
+    mean; a line down from the mean of the baseline. Of a method that is further behind the baseline than twice the full
+    run's lead its mean alone is told, at the border, lest the others be drawn on a heap.
 
     Args: those of [`plot_costs`], of each method the values of its seeds.
 
@@ -175,9 +176,19 @@ def plot_methods(
     figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
     ax = _plain(figure.subplots())
     ax.grid(visible=False, axis="y")
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    behind = -1 if lower_is_better else 1
+    compared = bool(full) and baseline in values
+    limit = 2 * abs(float(np.mean(full)) - float(np.mean(values[baseline]))) if compared else math.inf
     for row, name in enumerate(names):
         color = "black" if name == baseline else _COLORS[0]
         own = scale * np.array(values[name])
+        if name != baseline and behind * (np.mean(values.get(baseline, own)) - np.mean(values[name])) > limit:
+            words, x, side = (
+                (f"{own.mean():.4g} →", 0.99, "right") if lower_is_better else (f"← {own.mean():.4g}", 0.01, "left")
+            )
+            ax.text(x, row, words, transform=ax.get_yaxis_transform(), ha=side, va="center", fontsize=9, color=color)
+            continue
         ax.plot(own, np.full(len(own), row), "o", color=color, markersize=5, alpha=0.45, markeredgewidth=0)
         ax.vlines(own.mean(), row - 0.3, row + 0.3, color=color, linewidth=2.5)
     if baseline in values:

@@ -491,8 +491,9 @@ def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, floa
         plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
     for cost, rules in choosing.items():
         plot_selection(rules).savefig(folder / f"selection_{cost:g}.png", dpi=100)
-    if points:
-        plot_costs(points, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
+    lines = {name: of for name, of in points.items() if len(of) > 1} or points  # the others are in the picture of their cost
+    if lines:
+        plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
 
 
 def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str, Any]]:

@@ -394,6 +394,15 @@ def test_methods_at_one_cost():
     assert baseline.get_xdata() == pytest.approx([50, 50])
     assert full.get_xdata() == pytest.approx([95, 95])
     assert entries(figure) == ["full run"]
+    # What lies far behind is told at the border.
+    values = {"UCB": [0.8], "short run": [0.75], "EL2N": [0.5, 0.6], "random": [0.66]}
+    (ax,) = drawn(plot_methods(values, full=[0.8])).axes
+    assert [text.get_text() for text in ax.texts] == ["← 55"]
+    assert ax.get_xlim()[0] > 60
+    assert ax.get_ylim() == (-0.6, 3.6)
+    (ax,) = drawn(plot_methods({"short run": [2.0], "EL2N": [9.0]}, "eval_loss", full=[1.0], lower_is_better=True)).axes
+    assert [text.get_text() for text in ax.texts] == ["9 →"]
+    assert ax.get_xlim()[1] < 3
     loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
     assert [label.get_text() for label in loss.axes[0].get_yticklabels()] == ["UCB", "random"]
 
