@@ -177,22 +177,20 @@ def plot_methods(
     ax = _plain(figure.subplots())
     ax.grid(visible=False, axis="y")
     ax.set_ylim(-0.6, len(names) - 0.4)
-    behind = -1 if lower_is_better else 1
-    compared = bool(full) and baseline in values
-    limit = 2 * abs(float(np.mean(full)) - float(np.mean(values[baseline]))) if compared else math.inf
+    base = scale * float(np.mean(values[baseline])) if baseline in values else math.nan
+    far = 2 * abs(scale * float(np.mean(full)) - base) if full else math.nan  # nothing is further than nan
     for row, name in enumerate(names):
         color = "black" if name == baseline else _COLORS[0]
         own = scale * np.array(values[name])
-        if name != baseline and behind * (np.mean(values.get(baseline, own)) - np.mean(values[name])) > limit:
-            words, x, side = (
-                (f"{own.mean():.4g} →", 0.99, "right") if lower_is_better else (f"← {own.mean():.4g}", 0.01, "left")
-            )
+        mean = float(own.mean())
+        if (mean - base if lower_is_better else base - mean) > far:
+            x, side, words = (0.99, "right", f"{mean:.4g} →") if lower_is_better else (0.01, "left", f"← {mean:.4g}")
             ax.text(x, row, words, transform=ax.get_yaxis_transform(), ha=side, va="center", fontsize=9, color=color)
             continue
         ax.plot(own, np.full(len(own), row), "o", color=color, markersize=5, alpha=0.45, markeredgewidth=0)
-        ax.vlines(own.mean(), row - 0.3, row + 0.3, color=color, linewidth=2.5)
+        ax.vlines(mean, row - 0.3, row + 0.3, color=color, linewidth=2.5)
     if baseline in values:
-        ax.axvline(scale * float(np.mean(values[baseline])), color="black", linewidth=1, linestyle="--", zorder=0)
+        ax.axvline(base, color="black", linewidth=1, linestyle="--", zorder=0)
     if full:
         line = _draw_full(ax.axvline, ax.axvspan, scale * np.array(full))
         figure.legend([line], ["full run"], loc="outside upper right", frameon=False, fontsize=9)

@@ -25,6 +25,10 @@ def summary(name):
     return json.loads((STUDIES / name / "summary.json").read_text())
 
 
+def costs(name):
+    return sorted({row["wanted"] for row in summary(name)["rows"]} - {1.0}, reverse=True)
+
+
 def rows_at(name, cost):
     """The rows of a study at a cost, and that of its full run, by their names."""
     return {row["name"]: row for row in summary(name)["rows"] if row["wanted"] == cost or row["name"] == "full run"}
@@ -46,7 +50,7 @@ def overview():
         f"| --- | ---: | ---: | ---: | {' | '.join(['---:'] * len(SHOWN))} | ---: |",
     ]
     for name, title in TITLES.items():
-        for cost in sorted({row["wanted"] for row in summary(name)["rows"]} - {1.0}, reverse=True):
+        for cost in costs(name):
             rows = rows_at(name, cost)
             reached = [f"{100 * rows[run]['mean']:.2f}" for run in ("full run", "short run")]
             cells = [*reached, *(difference(rows.get(rule)) for rule in SHOWN), str(rows["short run"]["seeds"])]
@@ -70,10 +74,6 @@ def points(found):
 def by_scores(rows, words):
     """Static pruning with its scores charged, or given: (name of the method, row)."""
     return [(SCORES[name.split()[0]], row) for name, row in rows.items() if name.endswith(f", scores {words}")]
-
-
-def costs(name):
-    return sorted({row["wanted"] for row in summary(name)["rows"]} - {1.0}, reverse=True)
 
 
 def verdict(*held):
@@ -104,29 +104,31 @@ def random_beats_static_scores(name):
 
 
 def kept(name, rule, cost):
-    """Shares of the samples that were kept in at most a tenth, and at least nine tenths, of the choices: of a rule, by
-    chance. Means over the seeds."""
+    """Shares of the samples that a rule kept in at most a tenth of the choices, in at least nine tenths, and neither always
+    nor never: as it was, and by chance. Means over the seeds."""
     shares = []
-    for path in (STUDIES / name).glob(f"{rule.replace('-', '_')}_{cost:g}_seed*/report.json"):
-        report = json.loads(path.read_text())
-        n, choices = report["num_samples"], report["selection"]["choices"]
-        row = []
-        for kind in ("histogram", "chance"):
-            times = report["selection"][kind]
-            row += [sum(times[: choices // 10 + 1]) / n, sum(times[-(choices // 10) - 1 :]) / n]
-        shares.append(row)
-    return [statistics.mean(column) for column in zip(*shares, strict=True)]
+    for path in (STUDIES / name).glob("*/run.json"):
+        run = json.loads(path.read_text())
+        if (run["name"], run["cost"], run["rate"]) == (rule, cost, None):
+            report = json.loads((path.parent / "report.json").read_text())
+            tenth, row = report["selection"]["choices"] // 10, []
+            for kind in ("histogram", "chance"):
+                times = [count / report["num_samples"] for count in report["selection"][kind]]
+                row += [sum(times[: tenth + 1]), sum(times[-tenth - 1 :]), sum(times[1:-1])]
+            shares.append(row)
+    means = [statistics.mean(column) for column in zip(*shares, strict=True)]
+    return means[:3], means[3:]
 
 
 def most_are_sometimes(name):
-    words = []
+    words, held = [], []
     for rule, shown in RULES.items():
-        rarely, often, by_chance, often_by_chance = kept(name, rule, 0.3)
-        words.append(
-            f"{shown} at 0.3 kept {100 * rarely:.1f} % of the samples in at most two of its 20 choices (by chance "
-            f"{100 * by_chance:.1f} %), {100 * often:.1f} % in at least 18 (by chance {100 * often_by_chance:.1f} %)"
-        )
-    return "; ".join(words) + ". Next to none was kept always or never, but so it is by chance", IN_PART
+        found, chance = (tuple(100 * share for share in shares) for shares in kept(name, rule, 0.3))
+        kinds = ("in at most a tenth of its choices", "in at least nine tenths", "neither always nor never")
+        of = [f"{a:.1f} % {kind} (by chance {b:.1f} %)" for kind, a, b in zip(kinds, found, chance, strict=True)]
+        words.append(f"{shown} at 0.3 kept of the samples {', '.join(of)}")
+        held += [found[2] > 50, found[2] > chance[2] + 1]  # most are; more than a coin would have it
+    return "; ".join(words), verdict(*held)
 
 
 def rules_beat_random(name):
