@@ -30,7 +30,7 @@ seeds, rules, costs or rates if wanted, the study goes on with the runs that are
     table_0.3.md, picture_0.3.png          (and so on, for each cost) mean and standard deviation over the seeds of the last
                                            evaluation; differences to the short run and to dynamic random pruning, seed by
                                            seed, with a 95 % interval
-    selection_0.3.png                      how often each rule kept the samples, beside chance
+    selection_0.3.png                      how often each rule (the nine best) kept the samples, beside chance
     targets.md, picture.png                at which cost a method reaches a given value, on the line through its means
     tuning.md                              what was reached at which learning rate on the data held out
     summary.json                           all of it
@@ -68,6 +68,7 @@ from hf_dynprune.static import METHODS, SCORES_FILE
 RANKED = 0.02  # runs whose cost is off by more of what was wanted are not ranked
 FULL, SHORT, RANDOM = "full run", "short run", "random"
 MOST_RATES = 4  # that tuning adds to those given
+PANELS = 9  # of a picture of selections
 SHARES = (0.95, 0.98, 0.99)  # of the full run's value, which methods are to reach
 
 
@@ -490,7 +491,8 @@ def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, floa
     for cost, methods in at.items():
         plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
     for cost, rules in choosing.items():
-        plot_selection(rules).savefig(folder / f"selection_{cost:g}.png", dpi=100)
+        best = dict(list(rules.items())[:PANELS])  # the rows are sorted
+        plot_selection(best).savefig(folder / f"selection_{cost:g}.png", dpi=100)
     lines = {name: of for name, of in points.items() if len(of) > 1} or points  # the others are in the picture of their cost
     if lines:
         plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)

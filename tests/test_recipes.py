@@ -16,6 +16,7 @@ from PIL import Image
 from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
+from hf_dynprune import SampleTable
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # and the pipeline knows the architectures
 from recipes.metrics import accuracy_of
 
@@ -130,6 +131,8 @@ def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
     images = cifar.load_images(cifar.DataArguments(**data, **labels), 0)
     assert images.train.labels.tolist() == images.plain.labels.tolist() == noisy.tolist()
     assert images.test.labels.tolist() == own.test.labels.tolist()
+    assert own.relabelled is None
+    assert images.relabelled.tolist() == (own.train.labels != torch.from_numpy(noisy)).tolist()
 
     tuning = cifar.load_images(cifar.DataArguments(**data, **labels, validation_share=0.25), 0)
     assert (len(tuning.train), len(tuning.test)) == (72, 24)
@@ -145,6 +148,31 @@ def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
         cifar.load_images(wrong, 0)
     with pytest.raises(ValueError, match="train_label_column"):
         cifar.load_images(cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors"), 0)
+
+
+def test_cifar_at_a_smaller_size(small_cifar, recipe):
+    cifar = recipe("cifar")
+    data = {"dataset": str(small_cifar["cifar10"])}
+    own, small = (cifar.load_images(cifar.DataArguments(**data, image_size=size), 0) for size in (None, 16))
+    assert own.train.images.shape == (96, 3, 32, 32)
+    for images in (small.train, small.plain, small.test):
+        assert images.images.shape[1:] == (3, 16, 16)
+    assert (own.train.shift, small.train.shift) == (4, 2)  # an eighth of a side
+    means = own.train.images.float().mean((2, 3)), small.train.images.float().mean((2, 3))
+    assert torch.allclose(*means, atol=2)  # the same images in the same order
+
+
+def test_cifar_tells_how_many_of_the_kept_samples_have_another_label(small_cifar, tmp_path):
+    own = datasets.load_dataset(str(small_cifar["cifar10"]), split="train")["label"][:]
+    noisy = [(label + (i < 24)) % 10 for i, label in enumerate(own)]  # a quarter of 96
+    datasets.Dataset.from_dict({"worse": noisy}).to_parquet(tmp_path / "labels/train-00000-of-00001.parquet")
+    options = ["--dataset", str(small_cifar["cifar10"]), "--model", "resnet8_cifar", "--num_train_epochs", "2"]
+    options += ["--train_labels", str(tmp_path / "labels"), "--train_label_column", "worse", "--bf16", "False"]
+    options += ["--per_device_train_batch_size", "16", "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
+    run("recipes/cifar.py", *options, "--output_dir", tmp_path / "run")
+    kept = SampleTable.load(tmp_path / "run" / "table.safetensors")["times_kept"]
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]["train_relabelled_share"]
+    assert found == pytest.approx(int(kept[:24].sum()) / int(kept.sum()))
 
 
 def test_cifar_resumes(small_cifar, tmp_path):
