@@ -31,7 +31,8 @@ seeds, rules, costs or rates if wanted, the study goes on with the runs that are
                                            evaluation; differences to the short run and to dynamic random pruning, seed by
                                            seed, with a 95 % interval
     selection_0.3.png                      how often each rule (the nine best) kept the samples, beside chance
-    targets.md, picture.png                at which cost a method reaches a given value, on the line through its means
+    targets.md, picture.png                of several costs: at which a method reaches a given value, on the line through
+                                           its means (with --targets, of one cost, too)
     tuning.md                              what was reached at which learning rate on the data held out
     summary.json                           all of it
 
@@ -562,10 +563,12 @@ def row_of(
 
 
 def targets(rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool) -> list[dict[str, Any]]:
-    """For each value that is wanted (default: shares of the full run's) the cost at which each method reaches it, on the
-    line through its means, which ends at the full run; and whether its cheapest runs were better already."""
+    """For each value that is wanted (default: shares of the full run's, where methods have several costs) the cost at which
+    each reaches it, on the line through its means, which ends at the full run; and whether its cheapest runs were better
+    already."""
     full = next((row["mean"] for row in rows if row["name"] == FULL), None)
-    if full is None:
+    several = len(rows) > len({row["name"] for row in rows})
+    if full is None or not (wanted or several):
         return []
     found = []
     for value in wanted or [full / share if lower else full * share for share in SHARES]:

@@ -3,7 +3,8 @@
     python tests/studies.py    # renders recipes/results/studies/*/ into README.md and recipes/results/README.md
 
 Between the markers `<!-- study NAME table_0.3 -->` stands table_0.3.md of a study, and so on; between `<!-- overview -->`
-what the rules gave in all of them, between `<!-- claims -->` what became of the claims of the central paper. No figure is
+what the rules gave in all of them, between `<!-- claims -->` what became of the claims of the central paper, between
+`<!-- settings -->` what each setting gave, between `<!-- noise -->` how the rules fared with wrong labels. No figure is
 written by hand; test_docs.py compares, and makes each summary anew from the reports.
 """
 
@@ -16,8 +17,14 @@ from reliability import README, ROOT, put_into
 RESULTS = ROOT / "recipes" / "results" / "README.md"
 STUDIES = ROOT / "recipes" / "results" / "studies"
 PAGES = (README, RESULTS)
-# In the order of the overview.
-TITLES = {"cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs"}
+# In the order of the overview; those whose learning rates were tuned in the study itself.
+TITLES = {
+    "cifar10_resnet8": "CIFAR-10, 20 epochs",
+    "cifar10_long": "CIFAR-10 at 16 pixels, 100 epochs",
+    "cifar10n_worse": "CIFAR-10N at 16 pixels, 20 epochs, 40 % of the labels wrong",
+}
+TUNED = ("cifar10_resnet8",)
+SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
 SHOWN = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "loss-proportional": "loss-proportional"}
 
 
@@ -66,9 +73,12 @@ SCORES = {"el2n": "EL2N", "grand": "GraNd", "forgetting": "forgetting"}
 
 
 def points(found):
-    """A paired difference with its interval, in points."""
+    """A paired difference with its interval, in points; of one seed there is none."""
+    mean = f"{100 * found['mean']:+.1f}"
+    if found["interval"] is None:
+        return mean
     low, high = found["interval"]
-    return f"{100 * found['mean']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    return f"{mean} ({100 * low:+.1f} to {100 * high:+.1f})"
 
 
 def by_scores(rows, words):
@@ -170,6 +180,71 @@ def claims():
     return "\n".join(lines)
 
 
+# ---- settings, one at a time; wrong labels --------------------------------------------------------------------------
+
+# What is varied, the rule as it is, its value of that, the rows with others.
+VARIED = (
+    ("learning rate", "short run", "1.6", "full (num_train_epochs 6, learning_rate {})"),
+    ("learning rate", "epsilon-greedy", "0.8", "epsilon-greedy (learning_rate {})"),
+    ("learning rate", "loss-proportional", "1.6", "loss-proportional (learning_rate {})"),
+    ("epochs, at the same cost", "epsilon-greedy", "20", "epsilon-greedy (num_train_epochs {})"),
+    ("epochs, at the same cost", "loss-proportional", "20", "loss-proportional (num_train_epochs {})"),
+    ("`alpha`", "loss-proportional", "1.0", "loss-proportional (alpha {})"),
+    ("`epsilon`", "epsilon-greedy", "0.1", "epsilon-greedy (epsilon {})"),
+    ("`c`", "ucb", "1.0", "ucb (c {})"),
+    ("`decay`", "epsilon-greedy", "0.8", "epsilon-greedy (decay {})"),
+    ("`period`", "epsilon-greedy", "1", "epsilon-greedy (period {})"),
+    ("`scoring`, with `period` 5", "epsilon-greedy (period 5)", "trained", "epsilon-greedy (period 5, scoring {})"),
+    ("`first`", "epsilon-greedy", "0", "epsilon-greedy (first {})"),
+    ("`last`", "epsilon-greedy", "0", "epsilon-greedy (last {})"),
+    ("`last`", "loss-proportional", "0", "loss-proportional (last {})"),
+)
+
+
+def settings():
+    """What each setting gave: the value of the rule as it is in italics, the best in bold. Those that the study does not
+    have yet are left out."""
+    rows = rows_at(SETTINGS, 0.3)
+    lines = ["| what is varied | rule | accuracy (%) at each value |", "| --- | --- | --- |"]
+    for what, rule, own, pattern in VARIED:
+        wanted = re.escape(pattern).replace(re.escape("{}"), r"([^,)]+)")
+        found = {match[1]: row for name, row in rows.items() if (match := re.fullmatch(wanted, name))}
+        if not found:
+            continue
+        found = {f"*{own}*": rows[rule], **found}
+        best = max(row["mean"] for row in found.values())
+        of_number = {value: float(value.strip("*")) for value in found if value.strip("*")[0].isdigit()}
+        found = {value: found[value] for value in sorted(found, key=lambda value: of_number.get(value, 0))}
+        marks = {value: "**" if row["mean"] == best else "" for value, row in found.items()}
+        cells = [f"{value}: {marks[value]}{100 * row['mean']:.1f}{marks[value]}" for value, row in found.items()]
+        lines.append(f"| {what} | {SHOWN.get(rule.partition(' (')[0], rule)} | {', '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def relabelled():
+    """Of each method that trained on labels some of which are wrong the share of these among all that its choices kept."""
+    found = {}
+    for path in (STUDIES / NOISE).glob("*/run.json"):
+        report = json.loads((path.parent / "report.json").read_text())
+        found.setdefault(json.loads(path.read_text())["name"], []).append(report["metrics"]["train_relabelled_share"])
+    return {name: statistics.mean(shares) for name, shares in found.items()}
+
+
+def noise():
+    """Of each method that trained on labels some of which are wrong: what it reached by the right ones, and how many of the
+    wrong ones its choices kept."""
+    trained = relabelled()
+    lines = [
+        "| method | accuracy (%) | to the short run | wrong labels among what it trained on (%) | seeds |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, row in rows_at(NOISE, 0.3).items():
+        difference = points(row["to_short_run"]) if row["to_short_run"] else ""
+        cells = (name, f"{100 * row['mean']:.2f}", difference, f"{100 * trained[name]:.1f}", str(row["seeds"]))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
 
@@ -177,7 +252,7 @@ def rendered(text):
     for words in re.findall(r"<!-- (study [\w. ]+) -->", text):
         _, name, table = words.split()
         text = put_into(text, (STUDIES / name / f"{table}.md").read_text().strip(), words)
-    for name, render in (("overview", overview), ("claims", claims)):
+    for name, render in (("overview", overview), ("claims", claims), ("settings", settings), ("noise", noise)):
         text = put_into(text, render(), name) if f"<!-- {name} -->" in text else text
     return text
 

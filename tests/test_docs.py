@@ -18,7 +18,7 @@ import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, PruningArguments, PruningPolicy
 from hf_dynprune.policies import POLICIES
 from hf_dynprune.report import PruningReport
-from recipes.compare import Study, summarise
+from recipes.compare import Study, chosen_rates, summarise
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -210,7 +210,7 @@ def test_the_table_of_speed_is_that_of_the_files():
 def test_the_tables_of_the_studies_are_those_of_their_files():
     for page in studies.PAGES:
         assert studies.rendered(page.read_text()) == page.read_text(), "run `python tests/studies.py`"
-    assert set(studies.TITLES) == {folder.name for folder in studies.STUDIES.iterdir()}
+    assert {*studies.TITLES, studies.SETTINGS} == {folder.name for folder in studies.STUDIES.iterdir()}
     for file in studies.STUDIES.glob("*/*.md"):
         assert f"<!-- study {file.parent.name} {file.stem} -->" in RESULTS, f"{file} is not on the page of the results"
 
@@ -230,7 +230,7 @@ def test_the_summary_of_a_study_is_that_of_its_reports(name, tmp_path):
             assert made.read_text() == there.read_text(), f"run `python recipes/compare.py --output_dir {folder}`"
 
 
-@pytest.mark.parametrize("name", sorted(folder.name for folder in studies.STUDIES.iterdir()))
+@pytest.mark.parametrize("name", studies.TUNED)
 def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
     summary = studies.summary(name)
     tuned = {(row["name"], row["cost"]): row for row in summary["tuning"]}
@@ -242,6 +242,21 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
         if row["ranked"]:
             assert row["cost"] == pytest.approx(row["wanted"], rel=0.02)
             assert row["seeds"] >= 3
+
+
+@pytest.mark.parametrize("name", [studies.SETTINGS, studies.NOISE])
+def test_a_study_of_details_is_at_equal_cost_and_at_learning_rates_that_were_tuned(name):
+    rates = chosen_rates(studies.STUDIES / "cifar10_resnet8")
+    for file in (studies.STUDIES / name).glob("*/run.json"):
+        run = json.loads(file.read_text())
+        options = dict(word[2:].split("=", 1) for word in run["command"] if "=" in word)
+        if "learning_rate" not in run["name"]:
+            rate = rates.get((run["name"].partition(" (")[0], run["cost"]), rates["random", 0.3])
+            assert float(options["learning_rate"]) == rate
+        assert ("--validation_share" in run["command"]) == (name == studies.SETTINGS)  # choices are made on held-out data
+    for row in studies.summary(name)["rows"]:
+        if row["ranked"]:
+            assert row["cost"] == pytest.approx(row["wanted"], rel=0.02)
 
 
 def test_what_the_readme_says_of_the_study_is_what_it_found():
@@ -268,6 +283,44 @@ def test_what_the_readme_says_of_the_study_is_what_it_found():
     for seed in range(3):  # "most samples are seen once"
         selection = PruningReport.load(studies.STUDIES / f"cifar10_resnet8/ucb_0.1_seed{seed}/report.json").selection
         assert selection["histogram"][1] > 50_000 / 2
+
+
+def test_what_the_pages_say_of_wrong_labels_is_what_was_found():
+    rows, wrong = studies.rows_at(studies.NOISE, 0.3), studies.relabelled()
+    lost = {name: -100 * row["to_short_run"]["mean"] for name, row in rows.items() if row["to_short_run"]}
+    assert round(100 * wrong["full run"]) == 40
+    for name in ("ucb", "epsilon-greedy"):  # "train on the wrong labels above all", "chases noise"
+        assert wrong[name] > 0.55
+        assert lost[name] > 14
+    assert lost["ucb"] > 30
+    for name in ("epsilon-greedy (exclude_hardest 0.4)", "loss-proportional (exclude_hardest 0.4)"):
+        assert wrong[name] < wrong["random"] - 0.02  # "leaves out more wrong labels than chance does"
+        assert lost[name] > max(1, lost["random"])  # "no better than what chance gives"
+    assert lost["epsilon-greedy (exclude_hardest 0.4)"] < lost["epsilon-greedy"] / 2  # "gives back most of that"
+    assert 0 < lost["loss-proportional"] < 1  # "less than a point"
+
+
+def test_what_the_pages_say_of_long_runs_is_what_was_found():
+    rows, short = studies.rows_at("cifar10_long", 0.3), studies.rows_at("cifar10_resnet8", 0.3)
+    assert set(rows) == {"full run", "short run", "loss-proportional"}  # "were not finished"
+    assert abs(rows["loss-proportional"]["to_short_run"]["mean"]) < 0.005  # "the lead is gone", "as good again"
+    for name in ("short run", "loss-proportional"):  # "closer to the full run"
+        assert 0 > rows[name]["to_full_run"]["mean"] > short[name]["to_full_run"]["mean"]
+
+
+def test_what_the_readme_says_of_settings_is_what_was_found():
+    of = {name: 100 * row["mean"] for name, row in studies.rows_at(studies.SETTINGS, 0.3).items()}
+    drawn = [of["loss-proportional"], *(of[f"loss-proportional (num_train_epochs {epochs})"] for epochs in (12, 60))]
+    assert max(drawn) - min(drawn) < 0.5  # "the same to it"
+    assert 3.5 < of["epsilon-greedy"] - of["epsilon-greedy (num_train_epochs 60)"] < 4.5  # "four points"
+    every_fifth = of["epsilon-greedy (period 5)"]
+    assert abs(every_fifth - of["epsilon-greedy"]) < 0.5  # "no difference that shows"
+    lost = [every_fifth - of[f"epsilon-greedy (period 5, scoring {which})"] for which in ("dropped", "all")]
+    assert [round(points) for points in lost] == [14, 28]
+    tuned = {(row["name"], row["cost"]): row["chosen"] for row in studies.summary("cifar10_resnet8")["tuning"]}
+    rates = [rate for (_, cost), rate in tuned.items() if cost < 1]
+    assert tuned["short run", 0.3] == tuned["short run", 0.1] == 2 * tuned["full run", 1.0]  # "twice the full run's"
+    assert rates.count(2 * tuned["full run", 1.0]) > len(rates) / 2
 
 
 def test_what_was_promised_of_speed_was_measured():

@@ -166,13 +166,15 @@ def test_what_is_reached_is_on_the_line(points, value):
 
 def test_the_targets_are_shares_of_the_full_run():
     rows = [{"name": "full run", "cost": 1.0, "mean": 0.8}, {"name": "ucb", "cost": 0.5, "mean": 0.7}]
+    assert targets(rows, [], lower=False) == []  # no line can be drawn through one cost
+    rows.append({"name": "ucb", "cost": 0.25, "mean": 0.6})
     found = targets(rows, [], lower=False)
     assert [target["value"] for target in found] == pytest.approx([0.76, 0.784, 0.792])
     assert found[0]["costs"] == {"ucb": (pytest.approx(0.8), False)}
     assert [target["value"] for target in targets(rows, [], lower=True)] == pytest.approx(
         [0.8 / s for s in (0.95, 0.98, 0.99)]
     )
-    assert targets(rows, [0.7], lower=False) == [{"value": 0.7, "costs": {"ucb": (0.5, True)}}]
+    assert targets(rows[:2], [0.7], lower=False) == [{"value": 0.7, "costs": {"ucb": (0.5, True)}}]
     assert targets(rows[1:], [], lower=False) == []  # the full run is not finished yet
 
 
@@ -244,6 +246,8 @@ def test_a_study(data, tmp_path):
         3,
         "--jobs",
         2,
+        "--targets",
+        0.02,
     ]
     rates = ["--learning_rates", 0.1, 0.05]
     out = compare(*study, *rates, "--", *recipe).stdout
