@@ -438,7 +438,7 @@ def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, tmp_path, rel
         tests = Path(__file__).parent
         environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": f"{tests}:{tests.parent}"}
         command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), strategy]
-        subprocess.run(command, env=environment, check=True, timeout=900)
+        subprocess.run(command, env=environment, check=True, timeout=300)
         names = ["last-checkpoint"] if strategy == "checkpoint" else [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
         files = hub.files["user/model"]
     for name in names:
@@ -458,7 +458,7 @@ def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, tmp_path, reliabilit
         tests = Path(__file__).parent
         environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": f"{tests}:{tests.parent}"}
         command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), "every_save"]
-        subprocess.run(command, env=environment, check=True, timeout=900)
+        subprocess.run(command, env=environment, check=True, timeout=300)
         messages = [message for _, message in hub.commits]
         # The Trainer uploads in the background and writes the next save over what it uploads: then huggingface_hub gives up
         # that upload. The last one nobody overtakes.

@@ -24,7 +24,7 @@ def hf_dynprune(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
     command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ def test_a_recipe_advises(images, tmp_path):
     root = Path(__file__).parents[1]
     data = ["--dataset", images[1], "--eval_split", "train[:8]", "--model", "resnet8_cifar", "--output_dir", tmp_path]
     command = [sys.executable, root / "recipes/cifar.py", *data, "--num_train_epochs", 2, "--advise", "True"]
-    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, timeout=900)
+    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "Answer: " in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

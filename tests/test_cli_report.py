@@ -290,7 +290,7 @@ def test_a_reader_that_goes_away():
     os.close(reading)
     command = [sys.executable, "-c", program, "report", *map(str, files)]
     done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600
+        command, stdout=writing, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")

@@ -301,7 +301,7 @@ def test_thousands_of_epochs_leak_nothing_and_keep_the_scores_right(tmp_path, re
     script = tmp_path / "soak.py"
     script.write_text(SOAK)
     folder = tmp_path / "run"
-    status, printed = run(script, folder, epochs, timeout=900)
+    status, printed = run(script, folder, epochs, timeout=400)
     assert status == 0, printed[-5000:]
     seen = json.loads((folder / "seen.json").read_text())
     assert seen["epochs"] == epochs
@@ -355,7 +355,7 @@ def test_the_session_notes_what_its_tests_tried(workers, tmp_path):
     kept = {"soak": {"tried": 9, "failed": 0}}
     record.write_text(json.dumps({**kept, "resume": {"tried": 1000, "failed": 1}}))
     command = ["-m", "pytest", "-p", "conftest", *workers, tests]
-    status, printed = run(*command, timeout=600, environment={**ENVIRONMENT, "RELIABILITY": str(record)})
+    status, printed = run(*command, timeout=200, environment={**ENVIRONMENT, "RELIABILITY": str(record)})
     assert status == 1, printed
     assert json.loads(record.read_text()) == {
         **kept,
@@ -369,7 +369,7 @@ def test_without_a_file_nothing_is_noted(tmp_path):
     tests = tmp_path / "test_tries.py"
     tests.write_text(TRIES)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RELIABILITY"}
-    status, printed = run("-m", "pytest", "-p", "conftest", tests, timeout=600, environment=environment)
+    status, printed = run("-m", "pytest", "-p", "conftest", tests, timeout=200, environment=environment)
     assert status == 1, printed
     assert [path.name for path in tmp_path.glob("*.json")] == []
 

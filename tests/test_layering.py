@@ -40,7 +40,7 @@ def imported_by(*modules: str) -> dict[str, list[str]]:
         "print(json.dumps(seen))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=300
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=120
     )
     return json.loads(done.stdout.splitlines()[-1])
 
