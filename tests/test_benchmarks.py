@@ -41,7 +41,7 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
         [sys.executable, ROOT / f"recipes/benchmarks/{script}.py", *options.split(), "--output", file],
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr

@@ -42,7 +42,7 @@ def run(*command, timeout, environment=ENVIRONMENT):
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
     options = ["--kills", 5, "--kills_in_checkpoint", 2, "--num_epochs", 12, "--folder", tmp_path / "torture"]
-    status, printed = run(TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=900)
+    status, printed = run(TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=400)
     assert status == 0, printed
     record = json.loads((tmp_path / "record.json").read_text())["torture"]
     assert record["tried"] >= 5
@@ -150,7 +150,7 @@ def test_a_rank_that_dies_ends_the_run(fault, tmp_path, reliability):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port]
-    status, printed = run(*launch, script, tmp_path, fault, timeout=300)
+    status, printed = run(*launch, script, tmp_path, fault, timeout=150)
     ended = time.time()
     assert status != 0, printed
     assert (tmp_path / "happened").exists(), printed

@@ -224,7 +224,7 @@ def data(tmp_path_factory):
 def compare(*options, status=0):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, ROOT / "recipes/compare.py", *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

@@ -181,7 +181,7 @@ def trainer(folder: Path, *, cls=DynamicPruningTrainer, model=None, data=None, p
     )
 
 
-def torchrun(script, *arguments, ranks, timeout=600):
+def torchrun(script, *arguments, ranks, timeout=300):
     """Runs a program on so many real processes that talk by gloo; with 1 without torchrun. Where they are not done in
     time the error says where each of them was."""
     with socket.socket() as free:  # a port that nobody listens on
