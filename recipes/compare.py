@@ -31,8 +31,9 @@ seeds, rules, costs or rates if wanted, the study goes on with the runs that are
                                            evaluation; differences to the short run and to dynamic random pruning, seed by
                                            seed, with a 95 % interval
     selection_0.3.png                      how often each rule (the nine best) kept the samples, beside chance
-    targets.md, picture.png                of several costs: at which a method reaches a given value, on the line through
-                                           its means (with --targets, of one cost, too)
+    picture.png                            what was reached against cost
+    targets.md                             at which cost a method reaches a given value, on the line through its means: where
+                                           methods have several costs, or with --targets
     tuning.md                              what was reached at which learning rate on the data held out
     summary.json                           all of it
 
@@ -52,6 +53,7 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -492,8 +494,8 @@ def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, floa
     for cost, methods in at.items():
         plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
     for cost, rules in choosing.items():
-        best = dict(list(rules.items())[:PANELS])  # the rows are sorted
-        plot_selection(best).savefig(folder / f"selection_{cost:g}.png", dpi=100)
+        best = islice(rules.items(), PANELS)  # the rows are sorted
+        plot_selection(dict(best)).savefig(folder / f"selection_{cost:g}.png", dpi=100)
     lines = {name: of for name, of in points.items() if len(of) > 1} or points  # the others are in the picture of their cost
     if lines:
         plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)

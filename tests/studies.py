@@ -19,9 +19,9 @@ STUDIES = ROOT / "recipes" / "results" / "studies"
 PAGES = (README, RESULTS)
 # In the order of the overview; those whose learning rates were tuned in the study itself.
 TITLES = {
-    "cifar10_resnet8": "CIFAR-10, 20 epochs",
-    "cifar10_long": "CIFAR-10 at 16 pixels, 100 epochs",
-    "cifar10n_worse": "CIFAR-10N at 16 pixels, 20 epochs, 40 % of the labels wrong",
+    "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
+    "cifar10_long": "CIFAR-10 at 16 pixels, ResNet-8, 100 epochs",
+    "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
 }
 TUNED = ("cifar10_resnet8",)
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
@@ -30,6 +30,12 @@ SHOWN = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "loss-
 
 def summary(name):
     return json.loads((STUDIES / name / "summary.json").read_text())
+
+
+def runs(name):
+    """What run.json and report.json tell of each run of a study."""
+    for path in (STUDIES / name).glob("*/report.json"):
+        yield json.loads((path.parent / "run.json").read_text()), json.loads(path.read_text())
 
 
 def costs(name):
@@ -117,10 +123,8 @@ def kept(name, rule, cost):
     """Shares of the samples that a rule kept in at most a tenth of the choices, in at least nine tenths, and neither always
     nor never: as it was, and by chance. Means over the seeds."""
     shares = []
-    for path in (STUDIES / name).glob("*/run.json"):
-        run = json.loads(path.read_text())
+    for run, report in runs(name):
         if (run["name"], run["cost"], run["rate"]) == (rule, cost, None):
-            report = json.loads((path.parent / "report.json").read_text())
             tenth, row = report["selection"]["choices"] // 10, []
             for kind in ("histogram", "chance"):
                 times = [count / report["num_samples"] for count in report["selection"][kind]]
@@ -182,41 +186,27 @@ def claims():
 
 # ---- settings, one at a time; wrong labels --------------------------------------------------------------------------
 
-# What is varied, the rule as it is, its value of that, the rows with others.
+# What is varied, the rule as it is, the rows with other values; the values, that of the rule as it is between stars.
 VARIED = (
-    ("learning rate", "short run", "1.6", "full (num_train_epochs 6, learning_rate {})"),
-    ("learning rate", "epsilon-greedy", "0.8", "epsilon-greedy (learning_rate {})"),
-    ("learning rate", "loss-proportional", "1.6", "loss-proportional (learning_rate {})"),
-    ("epochs, at the same cost", "epsilon-greedy", "20", "epsilon-greedy (num_train_epochs {})"),
-    ("epochs, at the same cost", "loss-proportional", "20", "loss-proportional (num_train_epochs {})"),
-    ("`alpha`", "loss-proportional", "1.0", "loss-proportional (alpha {})"),
-    ("`epsilon`", "epsilon-greedy", "0.1", "epsilon-greedy (epsilon {})"),
-    ("`c`", "ucb", "1.0", "ucb (c {})"),
-    ("`decay`", "epsilon-greedy", "0.8", "epsilon-greedy (decay {})"),
-    ("`period`", "epsilon-greedy", "1", "epsilon-greedy (period {})"),
-    ("`scoring`, with `period` 5", "epsilon-greedy (period 5)", "trained", "epsilon-greedy (period 5, scoring {})"),
-    ("`first`", "epsilon-greedy", "0", "epsilon-greedy (first {})"),
-    ("`last`", "epsilon-greedy", "0", "epsilon-greedy (last {})"),
-    ("`last`", "loss-proportional", "0", "loss-proportional (last {})"),
+    ("learning rate", "short run", "full (num_train_epochs 6, learning_rate {})", "0.8 *1.6*"),
+    ("epochs, at the same cost", "epsilon-greedy", "epsilon-greedy (num_train_epochs {})", "12 *20* 60"),
+    ("epochs, at the same cost", "loss-proportional", "loss-proportional (num_train_epochs {})", "12 *20* 60"),
+    ("`alpha`", "loss-proportional", "loss-proportional (alpha {})", "0.5 *1.0* 2.0"),
+    ("`epsilon`", "epsilon-greedy", "epsilon-greedy (epsilon {})", "0.0 *0.1* 0.3"),
+    ("`period`", "epsilon-greedy", "epsilon-greedy (period {})", "*1* 5"),
+    ("`scoring`, `period` 5", "epsilon-greedy (period 5)", "epsilon-greedy (period 5, scoring {})", "*trained* dropped all"),
 )
 
 
 def settings():
-    """What each setting gave: the value of the rule as it is in italics, the best in bold. Those that the study does not
-    have yet are left out."""
+    """What each setting gave: the value of the rule as it is in italics, the best in bold."""
     rows = rows_at(SETTINGS, 0.3)
     lines = ["| what is varied | rule | accuracy (%) at each value |", "| --- | --- | --- |"]
-    for what, rule, own, pattern in VARIED:
-        wanted = re.escape(pattern).replace(re.escape("{}"), r"([^,)]+)")
-        found = {match[1]: row for name, row in rows.items() if (match := re.fullmatch(wanted, name))}
-        if not found:
-            continue
-        found = {f"*{own}*": rows[rule], **found}
-        best = max(row["mean"] for row in found.values())
-        of_number = {value: float(value.strip("*")) for value in found if value.strip("*")[0].isdigit()}
-        found = {value: found[value] for value in sorted(found, key=lambda value: of_number.get(value, 0))}
-        marks = {value: "**" if row["mean"] == best else "" for value, row in found.items()}
-        cells = [f"{value}: {marks[value]}{100 * row['mean']:.1f}{marks[value]}" for value, row in found.items()]
+    for what, rule, pattern, values in VARIED:
+        names = {value: rule if "*" in value else pattern.format(value) for value in values.split()}
+        reached = {value: 100 * rows[name]["mean"] for value, name in names.items()}
+        best = max(reached.values())
+        cells = [f"{value}: **{mean:.1f}**" if mean == best else f"{value}: {mean:.1f}" for value, mean in reached.items()]
         lines.append(f"| {what} | {SHOWN.get(rule.partition(' (')[0], rule)} | {', '.join(cells)} |")
     return "\n".join(lines)
 
@@ -224,9 +214,8 @@ def settings():
 def relabelled():
     """Of each method that trained on labels some of which are wrong the share of these among all that its choices kept."""
     found = {}
-    for path in (STUDIES / NOISE).glob("*/run.json"):
-        report = json.loads((path.parent / "report.json").read_text())
-        found.setdefault(json.loads(path.read_text())["name"], []).append(report["metrics"]["train_relabelled_share"])
+    for run, report in runs(NOISE):
+        found.setdefault(run["name"], []).append(report["metrics"]["train_relabelled_share"])
     return {name: statistics.mean(shares) for name, shares in found.items()}
 
 
