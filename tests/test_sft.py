@@ -270,10 +270,11 @@ def test_the_gradient_is_that_of_the_weighted_losses_however_batches_are_accumul
     assert len({weight for samples, _, _ in whole for _, weight in samples}) == (5 if weighted else 1)
     for _, gradient, wanted in whole:
         assert_same_gradient(gradient, wanted)
-    run, steps = train(tmp_path, 2, 4, pruning=policy, loss_type=loss_type)
-    for (samples, gradient, _), (expected, big_gradient, _) in zip(steps, whole, strict=True):
-        assert samples == expected
-        assert_same_gradient(gradient, big_gradient)
+    run, steps = train(tmp_path, 2, 4, pruning=policy, define=True, loss_type=loss_type)
+    assert [samples for samples, _, _ in steps] == [samples for samples, _, _ in whole]
+    assert_same_gradient(steps[0][1], whole[0][1])
+    for _, gradient, wanted in steps:  # by its own weights: from step to step the two runs' rounding grows apart
+        assert_same_gradient(gradient, wanted)
     torch.testing.assert_close(run.pruner.table["last"], big.pruner.table["last"], rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
