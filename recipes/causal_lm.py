@@ -105,7 +105,7 @@ class CausalTrainingArguments(common.TrainerArguments):
     )
     warmup_steps: float = field(default=0.05, metadata={"help": "LR warm-up: a share below 1, or steps."})
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
+    bf16: bool = field(**common.BF16)
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
 
 

@@ -95,7 +95,7 @@ class CifarTrainingArguments(common.TrainerArguments):
     warmup_steps: float = field(default=0.15, metadata={"help": "LR warm-up: a share below 1, or steps."})
     lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
+    bf16: bool = field(**common.BF16)
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Costs a device synchronisation a step."})
     # A batch is made at once from the cache; unused columns do not exist.

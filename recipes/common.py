@@ -22,6 +22,17 @@ from hf_dynprune import DynamicPruningTrainer, data
 from hf_dynprune.report import in_percent
 
 
+def computes_in_bf16() -> bool:
+    """Whether bfloat16 is computed in here. Where it is emulated, as by a CPU without AVX-512, autocast takes ten times as
+    long as float32: the recipes' --bf16 is off there, unless the user says otherwise."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+
+
+BF16 = {"default": computes_in_bf16(), "metadata": {"help": "bfloat16 autocast; so where it is computed in, not emulated."}}
+
+
 @dataclass
 class DataArguments:
     """The data; a recipe gives `dataset` its default."""

@@ -121,7 +121,7 @@ class ImageNetTrainingArguments(common.TrainerArguments):
     warmup_steps: float = field(default=0.055, metadata={"help": "LR warm-up: a share below 1, or steps."})
     lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule behind the warm-up."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
-    bf16: bool = field(default=True, metadata={"help": "bfloat16 autocast."})
+    bf16: bool = field(**common.BF16)
     dataloader_num_workers: int = field(
         default=min(8, os.cpu_count() or 1), metadata={"help": "Processes of one rank that load and augment images."}
     )

@@ -52,6 +52,7 @@ class SFTArguments(SFTConfig):
     use_cpu: bool = field(
         default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
     )
+    bf16: bool | None = field(**common.BF16)
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
     )

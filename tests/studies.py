@@ -49,23 +49,24 @@ def rows_at(name, cost):
 
 def overview():
     """A row for each study and cost: what the full and the short run reached, and how far the rules were from the latter, in
-    bold where the interval of 95 % leaves zero out."""
-
-    def difference(row):
-        if row is None:
-            return ""
-        found = row["to_short_run"]
-        clear = found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0
-        return f"**{100 * found['mean']:+.2f}**" if clear else f"{100 * found['mean']:+.2f}"
-
+    bold where the interval of 95 % leaves zero out. Accuracies in per cent and points, other metrics as they are."""
     lines = [
-        f"| data, model, full run | cost | full run (%) | short run (%) | {' | '.join(SHOWN.values())} | seeds |",
+        f"| data, model, full run | cost | full run | short run | {' | '.join(SHOWN.values())} | seeds |",
         f"| --- | ---: | ---: | ---: | {' | '.join(['---:'] * len(SHOWN))} | ---: |",
     ]
     for name, title in TITLES.items():
+        scale, unit = (100, " %") if summary(name)["metric"].endswith("accuracy") else (1, "")
+
+        def difference(row, scale=scale):
+            if row is None:
+                return ""
+            found = row["to_short_run"]
+            clear = found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0
+            return f"**{scale * found['mean']:+.2f}**" if clear else f"{scale * found['mean']:+.2f}"
+
         for cost in costs(name):
             rows = rows_at(name, cost)
-            reached = [f"{100 * rows[run]['mean']:.2f}" for run in ("full run", "short run")]
+            reached = [f"{scale * rows[run]['mean']:.2f}{unit}" for run in ("full run", "short run")]
             cells = [*reached, *(difference(rows.get(rule)) for rule in SHOWN), str(rows["short run"]["seeds"])]
             lines.append(f"| {title} | {cost:g} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -226,6 +226,21 @@ def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path):
     assert report["preparation"]["method"] == "el2n"
 
 
+@pytest.mark.parametrize(("capability", "expected"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recipe, monkeypatch):
+    common = recipe("common")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert common.computes_in_bf16() is expected
+
+
+def test_bf16_is_off_where_a_gpu_emulates_it(recipe, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    assert not recipe("common").computes_in_bf16()
+
+
 def test_the_accuracy_metric():
     best = np.array([[3, 1, 0], [2, 0, 1], [1, 2, 3], [0, 1, 2]])
     prediction = EvalPrediction(predictions=best, label_ids=np.array([3, 0, 0, 2]))

@@ -10,7 +10,8 @@ figure the geometric mean. On one thread, if OMP_NUM_THREADS does not say otherw
     python recipes/benchmarks/overhead.py --models bert --pairs 12 --output recipes/results/benchmarks/overhead_bert.json
 
 `causal_lm` is a small Llama with a vocabulary of 32,000, where the loss is the dearest part of a step; `bert` and
-`resnet8_cifar`, in bf16 on images of the shape of CIFAR as recipes/cifar.py trains it, are small, so that what we add shows.
+`resnet8_cifar`, in bf16 (float32 where that is emulated) on images of the shape of CIFAR as recipes/cifar.py trains it, are
+small, so that what we add shows.
 """
 
 import argparse
@@ -81,7 +82,12 @@ class Model(NamedTuple):
     settings: dict[str, Any]  # of the Trainer: arguments, and its collator
 
 
-IMAGES = {"bf16": True, "remove_unused_columns": False, "logging_nan_inf_filter": False, "data_collator": batch_collator}
+IMAGES = {
+    "bf16": common.computes_in_bf16(),
+    "remove_unused_columns": False,
+    "logging_nan_inf_filter": False,
+    "data_collator": batch_collator,
+}
 MODELS = {
     "causal_lm": Model(causal_lm, 8, 6, {}),
     "bert": Model(bert, 16, 60, {}),
@@ -186,6 +192,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=7, help="at least 2")
     parser.add_argument("--steps", type=int, help="of a run; the first fifth is not counted; default: by the model")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:

@@ -9,8 +9,8 @@ where computing takes the time, and less where an optimizer step costs beside th
 over the same batches in `torch.inference_mode()`, labels included, so that it computes its loss as scoring does: scoring /
 inference is what scoring adds. Twice, in turns: with scoring batches of the training batch's size, and with larger ones.
 
-The ResNets train in bf16 on augmented images and score plain ones, as recipes/cifar.py does; the texts, in float32, are
-those of overhead.py.
+The ResNets train in bf16 (float32 where that is emulated) on augmented images and score plain ones, as recipes/cifar.py does;
+the texts, in float32, are those of overhead.py.
 """
 
 import argparse
@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("eval", "train"), default="eval", help="of the model, in scoring and inference")
     parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
     disable_progress_bar()
     common.keep_freed_memory()  # as the recipes do

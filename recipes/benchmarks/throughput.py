@@ -9,7 +9,7 @@
     stock path    the stock Trainer on the encoded images of a `datasets.Dataset`: decoded by PIL and transformed by
                   torchvision one by one, whenever they are trained; without a worker and with one
 
-All train the same model on the same images with the same optimizer, in bf16 autocast. In each round each has a run of one
+All train the same model on the same images with the same optimizer, in bf16 autocast unless that is emulated. In each round each has a run of one
 epoch; on a CPU they take turns step by step, but for the one with a worker. Counted are full batches: the first fifth of the
 steps is left out (warm-up, workers that start), and the last one. The ratio is that of images a second, to the bare loop in
 the same round: above 1 is faster.
@@ -143,7 +143,7 @@ def bare_loop(
         batch = data.__getitems__(indices)
         if DEVICE.type == "cuda":
             batch = {name: values.pin_memory().to(DEVICE, non_blocking=True) for name, values in batch.items()}
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
             loss = F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
         loss.backward()
         optimizer.step()
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone")
     parser.add_argument("--default_allocator", action="store_true", help="without common.keep_freed_memory")
     parser.add_argument("--output", type=Path, help="JSON file")
+    parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
     if math.ceil(options.samples / options.batch_size) < 4:
         parser.error("too few --samples for 4 steps of --batch_size")
