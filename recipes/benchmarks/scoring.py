@@ -9,8 +9,8 @@ where computing takes the time, and less where an optimizer step costs beside th
 over the same batches in `torch.inference_mode()`, labels included, so that it computes its loss as scoring does: scoring /
 inference is what scoring adds. Twice, in turns: with scoring batches of the training batch's size, and with larger ones.
 
-The ResNets train in bf16 (float32 where that is emulated) on augmented images and score plain ones, as recipes/cifar.py does;
-the texts, in float32, are those of overhead.py.
+The ResNets train in bf16 (float32 where that is emulated) on augmented images and score plain ones, as recipes/cifar.py
+does; the texts, in float32, are those of overhead.py.
 """
 
 import argparse
