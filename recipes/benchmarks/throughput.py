@@ -9,10 +9,10 @@
     stock path    the stock Trainer on the encoded images of a `datasets.Dataset`: decoded by PIL and transformed by
                   torchvision one by one, whenever they are trained; without a worker and with one
 
-All train the same model on the same images with the same optimizer, in bf16 autocast (float32 where that is emulated). In each
-round each has a run of one epoch; on a CPU they take turns step by step, but for the one with a worker. Counted are full
-batches: the first fifth of the steps is left out (warm-up, workers that start), and the last one. The ratio is that of images a
-second, to the bare loop in the same round: above 1 is faster.
+All train the same model on the same images with the same optimizer, in bf16 autocast (float32 where that is emulated).
+In each round each has a run of one epoch; on a CPU they take turns step by step, but for the one with a worker. Counted are
+full batches: the first fifth of the steps is left out (warm-up, workers that start), and the last one. The ratio is that of
+images a second, to the bare loop in the same round: above 1 is faster.
 
 Without `--dataset` the images are noise. It trains as fast, but is a larger PNG than a photograph: what is published of the
 stock path takes `--dataset`. `--jpeg` adds rows for a dataset of larger images, all of one size.
