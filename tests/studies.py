@@ -21,9 +21,11 @@ PAGES = (README, RESULTS)
 TITLES = {
     "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
     "cifar10_long": "CIFAR-10 at 16 pixels, ResNet-8, 100 epochs",
+    "cifar100_16px": "CIFAR-100 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
+    "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
 }
-TUNED = ("cifar10_resnet8",)
+TUNED = ("cifar10_resnet8", "banking77_bert")
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
 SHOWN = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "loss-proportional": "loss-proportional"}
 
@@ -194,6 +196,12 @@ VARIED = (
     ("epochs, at the same cost", "loss-proportional", "loss-proportional (num_train_epochs {})", "12 *20* 60"),
     ("`alpha`", "loss-proportional", "loss-proportional (alpha {})", "0.5 *1.0* 2.0"),
     ("`epsilon`", "epsilon-greedy", "epsilon-greedy (epsilon {})", "0.0 *0.1* 0.3"),
+    ("learning rate", "epsilon-greedy", "epsilon-greedy (learning_rate {})", "*0.8* 1.6"),
+    ("learning rate", "loss-proportional", "loss-proportional (learning_rate {})", "0.8 *1.6*"),
+    ("full-data epochs first", "loss-proportional", "loss-proportional (first {})", "*0* 2"),
+    ("share of full-data epochs last", "loss-proportional", "loss-proportional (last {})", "*0.0* 0.1"),
+    ("`c`", "ucb", "ucb (c {})", "*1.0* 5.0"),
+    ("`decay`", "ucb", "ucb (decay {})", "0.3 *0.8* 1.0"),
     ("`period`", "epsilon-greedy", "epsilon-greedy (period {})", "*1* 5"),
     ("`scoring`, `period` 5", "epsilon-greedy (period 5)", "epsilon-greedy (period 5, scoring {})", "*trained* dropped all"),
 )
