@@ -23,7 +23,7 @@ from hf_dynprune.report import in_percent
 
 
 def computes_in_bf16() -> bool:
-    """Whether bfloat16 is computed in here. Where it is emulated, as by a CPU without AVX-512, autocast takes ten times as
+    """Whether bfloat16 is computed in here. Where it is emulated, as by a CPU without AVX-512, autocast takes many times as
     long as float32: the recipes' --bf16 is off there, unless the user says otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -52,7 +52,10 @@ class SFTArguments(SFTConfig):
     use_cpu: bool = field(
         default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
     )
-    bf16: bool | None = field(**common.BF16)
+    bf16: bool | None = field(
+        default=None if common.computes_in_bf16() else False,
+        metadata={"help": "bfloat16 autocast; so where it is computed in, not emulated, and --fp16 is not asked for."},
+    )
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
     )

@@ -51,24 +51,23 @@ def rows_at(name, cost):
 
 def overview():
     """A row for each study and cost: what the full and the short run reached, and how far the rules were from the latter, in
-    bold where the interval of 95 % leaves zero out. Accuracies in per cent and points, other metrics as they are."""
+    bold where the interval of 95 % leaves zero out."""
+
+    def difference(row):
+        if row is None:
+            return ""
+        found = row["to_short_run"]
+        clear = found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0
+        return f"**{100 * found['mean']:+.2f}**" if clear else f"{100 * found['mean']:+.2f}"
+
     lines = [
-        f"| data, model, full run | cost | full run | short run | {' | '.join(SHOWN.values())} | seeds |",
+        f"| data, model, full run | cost | full run (%) | short run (%) | {' | '.join(SHOWN.values())} | seeds |",
         f"| --- | ---: | ---: | ---: | {' | '.join(['---:'] * len(SHOWN))} | ---: |",
     ]
     for name, title in TITLES.items():
-        scale, unit = (100, " %") if summary(name)["metric"].endswith("accuracy") else (1, "")
-
-        def difference(row, scale=scale):
-            if row is None:
-                return ""
-            found = row["to_short_run"]
-            clear = found["interval"] is not None and found["interval"][0] * found["interval"][1] > 0
-            return f"**{scale * found['mean']:+.2f}**" if clear else f"{scale * found['mean']:+.2f}"
-
         for cost in costs(name):
             rows = rows_at(name, cost)
-            reached = [f"{scale * rows[run]['mean']:.2f}{unit}" for run in ("full run", "short run")]
+            reached = [f"{100 * rows[run]['mean']:.2f}" for run in ("full run", "short run")]
             cells = [*reached, *(difference(rows.get(rule)) for rule in SHOWN), str(rows["short run"]["seeds"])]
             lines.append(f"| {title} | {cost:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -192,12 +191,12 @@ def claims():
 # What is varied, the rule as it is, the rows with other values; the values, that of the rule as it is between stars.
 VARIED = (
     ("learning rate", "short run", "full (num_train_epochs 6, learning_rate {})", "0.8 *1.6*"),
+    ("learning rate", "epsilon-greedy", "epsilon-greedy (learning_rate {})", "*0.8* 1.6"),
+    ("learning rate", "loss-proportional", "loss-proportional (learning_rate {})", "0.8 *1.6*"),
     ("epochs, at the same cost", "epsilon-greedy", "epsilon-greedy (num_train_epochs {})", "12 *20* 60"),
     ("epochs, at the same cost", "loss-proportional", "loss-proportional (num_train_epochs {})", "12 *20* 60"),
     ("`alpha`", "loss-proportional", "loss-proportional (alpha {})", "0.5 *1.0* 2.0"),
     ("`epsilon`", "epsilon-greedy", "epsilon-greedy (epsilon {})", "0.0 *0.1* 0.3"),
-    ("learning rate", "epsilon-greedy", "epsilon-greedy (learning_rate {})", "*0.8* 1.6"),
-    ("learning rate", "loss-proportional", "loss-proportional (learning_rate {})", "0.8 *1.6*"),
     ("full-data epochs first", "loss-proportional", "loss-proportional (first {})", "*0* 2"),
     ("share of full-data epochs last", "loss-proportional", "loss-proportional (last {})", "*0.0* 0.1"),
     ("`c`", "ucb", "ucb (c {})", "*1.0* 5.0"),

@@ -225,9 +225,12 @@ def test_the_summary_of_a_study_is_that_of_its_reports(name, tmp_path):
 def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
     summary = studies.summary(name)
     tuned = {(row["name"], row["cost"]): row for row in summary["tuning"]}
+    tune_first = all("--tune first" in command for command in summary["commands"])
     for row in summary["rows"]:
         # Static pruning by scores takes the rate of the first rule; so do all rules with --tune first.
-        tuning = tuned.get((row["name"], row["wanted"])) or tuned["random", row["wanted"]]
+        by_scores = row["name"].endswith((", scores charged", ", scores given"))
+        of_first = by_scores or (tune_first and row["name"] not in ("full run", "short run"))
+        tuning = tuned["random" if of_first else row["name"], row["wanted"]]
         assert len(tuning["means"]) >= 3
         assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
         if row["ranked"]:
@@ -298,7 +301,7 @@ def test_what_the_pages_say_of_banking77_is_what_was_found():
     lost = [short - random for short, random in zip(values["short run"], values["random"], strict=True)]
     assert (round(min(lost)), round(max(lost))) == (2, 6)
     assert all(drawn > random for drawn, random in zip(values["loss-proportional"], values["random"], strict=True))
-    assert studies.summary("banking77_bert")["tuning"][0]["seeds"] == 1
+    assert {row["seeds"] for row in studies.summary("banking77_bert")["tuning"]} == {1}
 
 
 def test_what_the_pages_say_of_wrong_labels_is_what_was_found():
@@ -324,7 +327,7 @@ def test_what_the_pages_say_of_long_runs_is_what_was_found():
     to_short = {name: 100 * row["to_short_run"]["mean"] for name, row in rows.items() if row["to_short_run"]}
     assert max(to_short.values()) < 0  # "no rule has a lead"
     for name in ("loss-proportional", "random"):
-        assert abs(to_short[name]) < 0.505  # "within half a point"
+        assert round(abs(to_short[name]), 2) <= 0.5  # "within half a point"
     assert round(to_short["ucb"]) == -2
     for name in set(rows) - {"full run"}:  # "closer to the full run"
         assert 0 > rows[name]["to_full_run"]["mean"] > short[name]["to_full_run"]["mean"]
@@ -342,6 +345,11 @@ def test_what_the_readme_says_of_settings_is_what_was_found():
     of = {name: 100 * row["mean"] for name, row in studies.rows_at(studies.SETTINGS, 0.3).items()}
     varied = {pattern.format(v) for _, _, pattern, values in studies.VARIED for v in values.split() if "*" not in v}
     assert varied == {name for name in of if "(" in name}  # all that was tried is in the table
+    found = ("scoring", "epsilon-greedy (num_train_epochs 60)")  # "larger than noise"; "the rest is noise", below a point
+    for _, rule, pattern, values in studies.VARIED:
+        for name in (pattern.format(value) for value in values.split() if "*" not in value):
+            assert (abs(of[name] - of[rule]) > 3) == any(words in name for words in found)
+            assert abs(of[name] - of[rule]) < 1 or any(words in name for words in found)
     drawn = [of["loss-proportional"], *(of[f"loss-proportional (num_train_epochs {epochs})"] for epochs in (12, 60))]
     assert max(drawn) - min(drawn) < 0.5  # "the same to it"
     assert 3.5 < of["epsilon-greedy"] - of["epsilon-greedy (num_train_epochs 60)"] < 4.5  # "four points"

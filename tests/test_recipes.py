@@ -236,9 +236,10 @@ def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recip
 
 
 def test_bf16_is_off_where_a_gpu_emulates_it(recipe, monkeypatch):
+    common = recipe("common")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    assert not recipe("common").computes_in_bf16()
+    assert not common.computes_in_bf16()
 
 
 def test_the_accuracy_metric():
