@@ -19,12 +19,9 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small model with and without pruning, on this machine
 	@$(BIN)/python recipes/quickstart.py $(ARGS)
 
-# A file of tests goes to one worker: what it starts or trains for all its tests is made once. In the order of their names:
-# by the number of its tests the longest file, of the benchmarks, would come last, and the other worker wait for it.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
-
+# A file of tests goes to one worker: what it starts or trains for all its tests is made once.
 test: $(READY)  ## run the tests (ARGS="..." goes to pytest)
-	$(PYTEST) $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # What is tried is noted also where it fails, and shown in the README's table.
 RECORD := recipes/results/reliability.json
@@ -34,7 +31,7 @@ torture: $(READY)  ## kill a training run 30 times at random moments, resume it,
 	    $(BIN)/python tests/reliability.py && exit $$status
 
 reliability: $(READY)  ## run the tests and note in the README what they tried how often
-	RELIABILITY=$(RECORD) $(PYTEST) $(ARGS); status=$$?; \
+	RELIABILITY=$(RECORD) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS); status=$$?; \
 	    $(BIN)/python tests/reliability.py && exit $$status
 
 quality: $(READY)  ## check style and types
