@@ -73,7 +73,7 @@ def load_splits(
                 raise ValueError(f"The dataset {name!r} has no split {base!r}; it has {', '.join(map(str, known))}.")
         train_data = datasets.load_dataset(source, config, split=train)
         if validation_share:
-            return _held_out(train_data, validation_share)
+            return hold_out(train_data, validation_share)
         return train_data, None if wanted is None else datasets.load_dataset(source, config, split=wanted)
     except ConnectionError as error:
         raise FileNotFoundError(
@@ -90,12 +90,17 @@ def load_splits(
         raise
 
 
-def _held_out(data: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hold_out(data: datasets.Dataset, share: float) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """(the rest, that share of the rows, in (0, 1)): at random, but the same rows each time, both in their order.
+
+    Raises:
+        ValueError: a share that leaves one of the two empty.
+    """
     count = round(share * len(data))
     if not 0 < count < len(data):
         raise ValueError(f"validation_share={share} of {len(data)} rows leaves nothing to train or to evaluate on.")
     order = np.random.default_rng(0).permutation(len(data))
-    return data.select(np.sort(order[count:])), data.select(np.sort(order[:count]))  # rows stay in their order
+    return data.select(np.sort(order[count:])), data.select(np.sort(order[:count]))
 
 
 def find_column(features: Any, kind: Kind, name: str | None = None, *, argument: str | None = None) -> str:

@@ -311,7 +311,7 @@ class ImageCache(torch.utils.data.Dataset):
     ) -> ImageCache:
         """Decodes all images of a `datasets.Dataset`, in its order; its format and transform are ignored.
 
-        Cost: about 8,000 CIFAR images a second, on one core; large images, and all with `image_size`, on all cores.
+        Cost: about 8,000 CIFAR images a second, on one core; large images on all cores.
 
         Args:
             image_column, label_column: found where they are not named, see [`hf_dynprune.data.find_column`]. A label
@@ -343,11 +343,12 @@ class ImageCache(torch.utils.data.Dataset):
         if not all(isinstance(label, int) for label in labels):
             raise TypeError(f"label_column={label_column!r} must hold integers, got {feature}: see class_encode_column().")
         encoded = encoded.select_columns(image_column)
-        decode = _decoder("RGB" if channels == 3 else "L", image_size)
-        first = decode(encoded[0][image_column])
+        mode, example = "RGB" if channels == 3 else "L", encoded[0][image_column]
+        decode = _decoder(mode, image_size)
+        first = decode(example)
         images = np.empty((len(encoded), channels, *first.shape[:2]), dtype=np.uint8)
-        # Around a small image there is more Python than decoding, which alone frees the GIL: threads would cost 20 %.
-        parallel = image_size is not None or first.size > 128 * 128 * 3
+        # Around a small image there is more Python than decoding, which alone frees the GIL: threads cost up to 60 % there.
+        parallel = _decoder(mode, None)(example).size > 128 * 128 * 3
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
             datasets.utils.tqdm(total=len(encoded), desc="Decoding images", unit=" images") as progress,

@@ -6,17 +6,17 @@
         --model_config '{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}' --learning_rate 2e-3
 
 `--dataset` and `--model` are Hub ids or local paths. A sample, which is scored and kept as one, is a row of the dataset, or
-with `--block_size` a block of so many tokens of all rows, joined. Of questions with answers the loss is on the answers
-(`--answer_only`). The last command needs neither the Hub nor a pretrained model. The short run, the baseline to beat, is
-`--pruning full` with fewer epochs. AdamW, LR warm-up, then linear to zero. Writes report.json, model, tokenizer and card to
-`--output_dir`.
+with `--block_size` a block of so many tokens of all rows, joined; `--validation_share` holds samples out. Of questions with
+answers the loss is on the answers (`--answer_only`). The last command needs neither the Hub nor a pretrained model. The short
+run, the baseline to beat, is `--pruning full` with fewer epochs. AdamW, LR warm-up, then linear to zero. Writes report.json,
+model, tokenizer and card to `--output_dir`.
 
 `perplexity` is exp(token_loss), and that the mean over all predicted tokens of the evaluation split; the Trainer's own
 `loss` is the mean of the means of its batches.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
 
@@ -38,7 +38,7 @@ from transformers import (
 )
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
-from hf_dynprune.data import find_column
+from hf_dynprune.data import find_column, hold_out
 from hf_dynprune.losses import IGNORED, RULES
 
 GSM8K = "openai/gsm8k"
@@ -70,6 +70,11 @@ class DataArguments(common.DataArguments):
             tokens = getattr(self, name)
             if tokens is not None and tokens < 2:
                 raise ValueError(f"{name}={tokens}: wanted are at least 2 tokens, of which the second can be predicted.")
+        if self.validation_share and self.eval_split:
+            raise ValueError(
+                f"Evaluation is to be on {self.eval_split!r} and on validation_share={self.validation_share} of the training "
+                "samples: leave one of the two out."
+            )
 
 
 @dataclass
@@ -219,12 +224,17 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
-            train, test = data.load_splits()
+            # Of blocks a share is held out when they are cut: a text may be a single row.
+            of_blocks = data.validation_share if data.block_size else 0.0
+            train, test = replace(data, validation_share=data.validation_share - of_blocks).load_splits()
             columns = filter(None, find_columns(data, train.features))
             tokenizer = make_tokenizer(recipe, chain.from_iterable(train[column] for column in columns))
             config = make_config(recipe, tokenizer)
             train = make_samples(train, tokenizer, data, config)
-            test = None if test is None else make_samples(test, tokenizer, data, config)
+            if of_blocks:
+                train, test = hold_out(train, of_blocks)
+            else:
+                test = None if test is None else make_samples(test, tokenizer, data, config)
         set_seed(args.seed)
         model = make_model(recipe, config)
 

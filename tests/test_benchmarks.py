@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 BENCHMARKS = {
     "overhead": ("--models bert resnet8_cifar --pairs 2 --steps 5", "model"),
     "throughput": ("--rounds 2 --samples 512 --batch_size 64", "path"),
-    "choosing": ("--sizes 3000 --rounds 2", "policy"),
+    "choosing": ("--sizes 3000 --rounds 1", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),
     "scale": ("--sizes 3000 20000 --ranks 4 --wanted 1e6", "role"),
-    "scoring": ("--rounds 2 --samples 256", "model"),
+    "scoring": ("--rounds 1 --samples 256", "model"),
     "startup": ("--rounds 2 --samples 3000", "what"),
 }
 

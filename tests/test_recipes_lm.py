@@ -124,6 +124,16 @@ def test_samples(data, recipe):
     assert all(row["labels"] == row["input_ids"] for row in blocks)
 
 
+def test_blocks_are_held_out_of_a_text_in_one_row(data, recipe, tmp_path):
+    causal_lm = recipe("causal_lm")
+    whole, _, _ = samples(causal_lm, data["text"], block_size=16)
+    options = ["--dataset", data["text"], "--block_size", "16", *SCRATCH, *LITTLE, "--max_steps", "1"]
+    recipe("causal_lm", *options, "--validation_share", "0.25", "--output_dir", tmp_path)
+    report = report_of(tmp_path)
+    assert report["num_samples"] == len(whole) - round(len(whole) / 4)
+    assert report["metrics"]["eval_perplexity"] > 1
+
+
 # ---- launchers ------------------------------------------------------------------------------------------------------
 
 
@@ -175,6 +185,7 @@ def test_two_ranks_measure_what_one_does(data, recipe, tmp_path):
         (["--dataset", "text", *SCRATCH], "the only sample: cut it into many with --block_size 128"),
         (["--dataset", "text", *SCRATCH, "--block_size", "128"], "block_size=128: the model takes at the most 64 tokens"),
         (["--dataset", "questions", *SCRATCH, "--block_size", "1"], "block_size=1: wanted are at least 2 tokens"),
+        (["--dataset", "text", *SCRATCH, "--validation_share", "0.1", "--eval_split", "test"], "leave one of the two out"),
         (["--dataset", "questions", *SCRATCH, "--lora_rank", "8"], "lora_rank=8 adapts a pretrained model"),
         (["--dataset", "questions", *SCRATCH, "--prompt_column", "query"], "There is no column 'query'.*prompt_column="),
         (["--dataset", "questions", "--tokenizer_vocabulary", "300"], "tokenizer_vocabulary=300 trains a tokenizer that"),
