@@ -7,9 +7,9 @@
 
 `--dataset` and `--model` are Hub ids or local paths. A sample, which is scored and kept as one, is a row of the dataset, or
 with `--block_size` a block of so many tokens of all rows, joined; `--validation_share` holds samples out. Of questions with
-answers the loss is on the answers (`--answer_only`). The last command needs neither the Hub nor a pretrained model. The short
-run, the baseline to beat, is `--pruning full` with fewer epochs. AdamW, LR warm-up, then linear to zero. Writes report.json,
-model, tokenizer and card to `--output_dir`.
+answers the loss is on the answers (`--answer_only`). The last command needs neither the Hub nor a pretrained model. The
+short run, the baseline to beat, is `--pruning full` with fewer epochs. AdamW, LR warm-up, then linear to zero. Writes
+report.json, model, tokenizer and card to `--output_dir`.
 
 `perplexity` is exp(token_loss), and that the mean over all predicted tokens of the evaluation split; the Trainer's own
 `loss` is the mean of the means of its batches.
@@ -72,8 +72,8 @@ class DataArguments(common.DataArguments):
                 raise ValueError(f"{name}={tokens}: wanted are at least 2 tokens, of which the second can be predicted.")
         if self.validation_share and self.eval_split:
             raise ValueError(
-                f"Evaluation is to be on {self.eval_split!r} and on validation_share={self.validation_share} of the training "
-                "samples: leave one of the two out."
+                f"Evaluation is to be on {self.eval_split!r} and on validation_share={self.validation_share} of the "
+                "training samples: leave one of the two out."
             )
 
 

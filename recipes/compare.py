@@ -586,8 +586,9 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
     """The summary as Markdown: table_0.3 and so on, of the methods at each cost; targets; tuning. What is empty is left
     out."""
     metric = summary["metric"]
-    percent = in_percent(metric, [row["mean"] for row in summary["rows"]])
-    scale, digits = (100, 2) if percent else (1, 4)
+    means = [row["mean"] for row in summary["rows"]]
+    percent = in_percent(metric, means)
+    scale, digits = (100, 2) if percent else (1, 2 if max(means, default=0.0) >= 10 else 4)
 
     def number(value: float, sign: str = "", digits: int = digits) -> str:
         return f"{scale * value:{sign}.{digits}f}"

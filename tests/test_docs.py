@@ -348,6 +348,8 @@ def test_what_the_readme_says_of_settings_is_what_was_found():
     found = ("scoring", "epsilon-greedy (num_train_epochs 60)")  # "larger than noise"; "the rest is noise", below a point
     for _, rule, pattern, values in studies.VARIED:
         for name in (pattern.format(value) for value in values.split() if "*" not in value):
+            if "scoring_mode" in name:  # of choices that are ruined in either mode, below
+                continue
             assert (abs(of[name] - of[rule]) > 3) == any(words in name for words in found)
             assert abs(of[name] - of[rule]) < 1 or any(words in name for words in found)
     drawn = [of["loss-proportional"], *(of[f"loss-proportional (num_train_epochs {epochs})"] for epochs in (12, 60))]
@@ -355,8 +357,9 @@ def test_what_the_readme_says_of_settings_is_what_was_found():
     assert 3.5 < of["epsilon-greedy"] - of["epsilon-greedy (num_train_epochs 60)"] < 4.5  # "four points"
     every_fifth = of["epsilon-greedy (period 5)"]
     assert abs(every_fifth - of["epsilon-greedy"]) < 0.5  # "no difference that shows"
-    lost = [every_fifth - of[f"epsilon-greedy (period 5, scoring {which})"] for which in ("dropped", "all")]
-    assert [round(points) for points in lost] == [14, 28]
+    lost = {name: every_fifth - mean for name, mean in of.items() if "scoring" in name}
+    assert (round(min(lost.values())), round(max(lost.values()))) == (14, 28)
+    assert sum("scoring_mode" in name for name in lost) == 2  # "in either mode"
     tuned = {(row["name"], row["cost"]): row["chosen"] for row in studies.summary("cifar10_resnet8")["tuning"]}
     rates = [rate for (_, cost), rate in tuned.items() if cost < 1]
     assert tuned["short run", 0.3] == tuned["short run", 0.1] == 2 * tuned["full run", 1.0]  # "twice the full run's"

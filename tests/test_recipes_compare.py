@@ -140,6 +140,23 @@ def test_what_missed_the_cost_is_out_of_the_ranking():
     assert lines[1].startswith("| (dear) | 0.630 | 90.00 |")
 
 
+@pytest.mark.parametrize(
+    ("metric", "mean", "shown"),
+    [
+        ("eval_accuracy", 0.81234, "eval accuracy (%) | 81.23"),
+        ("eval_perplexity", 36.97531, "eval perplexity | 36.98"),
+        ("eval_loss", 1.23456, "eval loss | 1.2346"),
+    ],
+)
+def test_figures_are_shown_with_the_digits_that_matter(metric, mean, shown):
+    row = {"name": "ucb", "wanted": 0.3, "cost": 0.3, "ranked": True, "mean": mean, "deviation": None, "seconds": 1.0}
+    row |= {"to_short_run": None, "to_random": None, "seeds": 1}
+    table = tables({"metric": metric, "rows": [row], "targets": [], "tuning": []})["table_0.3"].splitlines()
+    heading, value = shown.split(" | ")
+    assert f"| {heading} |" in table[0]
+    assert f"| {value} |" in table[2]
+
+
 def test_the_cost_at_which_a_value_is_reached():
     points = [(0.5, 0.8), (0.1, 0.4), (1.0, 0.9)]  # in any order
     assert reached(points, 0.6) == (pytest.approx(0.3), False)
