@@ -182,18 +182,6 @@ def test_published_figures_are_those_of_the_reports():
         assert steps == f"{report.totals['optimizer_steps']:,}"
 
 
-def test_published_perplexities_are_those_of_the_reports():
-    rows = re.findall(
-        r"^\| .* \| ([\d.]+) \| ([\d.]+) \| ([\d,]+) \| \[.*\]\((.*tiny_shakespeare/.*\.json)\) \|$", RESULTS, re.MULTILINE
-    )
-    assert len(rows) == 3
-    for perplexity, cost, steps, path in rows:
-        report = PruningReport.load(studies.RESULTS.parent / path)
-        assert perplexity == f"{report.metrics['eval_perplexity']:.2f}"
-        assert cost == f"{report.passes / (5 * report.num_samples):.3f}"
-        assert steps == f"{report.totals['optimizer_steps']:,}"
-
-
 def test_the_table_of_speed_is_that_of_the_files():
     assert reliability.put_into(README, speed.render(), "speed") == README, "run `python tests/speed.py`"
 
@@ -302,6 +290,22 @@ def test_what_the_pages_say_of_banking77_is_what_was_found():
     assert (round(min(lost)), round(max(lost))) == (2, 6)
     assert all(drawn > random for drawn, random in zip(values["loss-proportional"], values["random"], strict=True))
     assert {row["seeds"] for row in studies.summary("banking77_bert")["tuning"]} == {1}
+
+
+def test_what_the_pages_say_of_shakespeare_is_what_was_found():
+    rows = studies.rows_at("shakespeare_llama", 0.5)
+    half = {name: row for name, row in rows.items() if name != "full run"}
+    for name, row in half.items():
+        assert round(row["to_full_run"]["mean"]) in (9, 10)  # "nine to ten behind the full run"
+        if name != "short run":  # "within a point", "against the short run it has none"
+            assert abs(row["to_short_run"]["mean"]) < 1
+            low, high = row["to_short_run"]["interval"]
+            assert low < 0 < high
+    clear = [name for name, row in half.items() if row["to_random"] and row["to_random"]["interval"][1] < 0]
+    assert clear == ["epsilon-greedy"]  # "alone has an interval clear of zero"
+    assert half["epsilon-greedy"]["to_random"]["interval"][1] > -0.1  # "only just"
+    assert list(half)[-1] == "loss-proportional"  # "the last here": the rows are sorted
+    assert {rule["chosen"] for rule in studies.summary("shakespeare_llama")["tuning"]} == {2e-3}
 
 
 def test_what_the_pages_say_of_wrong_labels_is_what_was_found():
