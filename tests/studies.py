@@ -20,13 +20,14 @@ PAGES = (README, RESULTS)
 # In the order of the overview; those whose learning rates were tuned in the study itself.
 TITLES = {
     "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
+    "cifar10_16px": "CIFAR-10 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10_long": "CIFAR-10 at 16 pixels, ResNet-8, 100 epochs",
     "cifar100_16px": "CIFAR-100 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, less is better",
 }
-TUNED = ("cifar10_resnet8", "banking77_bert", "shakespeare_llama")
+TUNED = ("cifar10_resnet8", "cifar10_16px", "banking77_bert", "shakespeare_llama")
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
 SHOWN = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "loss-proportional": "loss-proportional"}
 
