@@ -185,6 +185,24 @@ def make_samples(
     return samples.filter(lambda row: any(label != IGNORED for label in row["labels"][1:]), desc="With tokens to predict")
 
 
+def load_samples(
+    data: DataArguments, recipe: RecipeArguments
+) -> tuple[datasets.Dataset, datasets.Dataset | None, PreTrainedTokenizerBase, PreTrainedConfig]:
+    """Samples to train on and to evaluate on, tokenizer, configuration."""
+    # A text may be a single row: where rows are cut into blocks, these are held out.
+    by_block = data.block_size is not None and data.validation_share > 0
+    train, test = (replace(data, validation_share=0.0) if by_block else data).load_splits()
+    columns = filter(None, find_columns(data, train.features))
+    tokenizer = make_tokenizer(recipe, chain.from_iterable(train[column] for column in columns))
+    config = make_config(recipe, tokenizer)
+    train = make_samples(train, tokenizer, data, config)
+    if by_block:
+        train, test = hold_out(train, data.validation_share)
+    elif test is not None:
+        test = make_samples(test, tokenizer, data, config)
+    return train, test, tokenizer, config
+
+
 def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Module:
     if recipe.from_scratch:
         return AutoModelForCausalLM.from_config(config)
@@ -224,17 +242,7 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
-            # Of blocks a share is held out when they are cut: a text may be a single row.
-            of_blocks = data.validation_share if data.block_size else 0.0
-            train, test = replace(data, validation_share=data.validation_share - of_blocks).load_splits()
-            columns = filter(None, find_columns(data, train.features))
-            tokenizer = make_tokenizer(recipe, chain.from_iterable(train[column] for column in columns))
-            config = make_config(recipe, tokenizer)
-            train = make_samples(train, tokenizer, data, config)
-            if of_blocks:
-                train, test = hold_out(train, of_blocks)
-            else:
-                test = None if test is None else make_samples(test, tokenizer, data, config)
+            train, test, tokenizer, config = load_samples(data, recipe)
         set_seed(args.seed)
         model = make_model(recipe, config)
 

@@ -14,6 +14,8 @@ import statistics
 
 from reliability import README, ROOT, put_into
 
+from hf_dynprune.report import in_percent
+
 RESULTS = ROOT / "recipes" / "results" / "README.md"
 STUDIES = ROOT / "recipes" / "results" / "studies"
 PAGES = (README, RESULTS)
@@ -67,7 +69,8 @@ def overview():
         f"| --- | ---: | ---: | ---: | {' | '.join(['---:'] * len(SHOWN))} | ---: |",
     ]
     for name, title in TITLES.items():
-        scale = 100 if summary(name)["metric"] == "eval_accuracy" else 1
+        found = summary(name)
+        scale = 100 if in_percent(found["metric"], [row["mean"] for row in found["rows"]]) else 1
         for cost in costs(name):
             rows = rows_at(name, cost)
             reached = [f"{scale * rows[run]['mean']:.2f}" for run in ("full run", "short run")]

@@ -124,14 +124,18 @@ def test_samples(data, recipe):
     assert all(row["labels"] == row["input_ids"] for row in blocks)
 
 
-def test_blocks_are_held_out_of_a_text_in_one_row(data, recipe, tmp_path):
+def test_blocks_are_held_out_of_a_text_in_one_row(data, recipe):
     causal_lm = recipe("causal_lm")
-    whole, _, _ = samples(causal_lm, data["text"], block_size=16)
-    options = ["--dataset", data["text"], "--block_size", "16", *SCRATCH, *LITTLE, "--max_steps", "1"]
-    recipe("causal_lm", *options, "--validation_share", "0.25", "--output_dir", tmp_path)
-    report = report_of(tmp_path)
-    assert report["num_samples"] == len(whole) - round(len(whole) / 4)
-    assert report["metrics"]["eval_perplexity"] > 1
+    model = causal_lm.RecipeArguments(model_config=CONFIG, tokenizer_vocabulary=300)
+
+    def load(**share):
+        return causal_lm.load_samples(causal_lm.DataArguments(dataset=data["text"], block_size=16, **share), model)
+
+    whole, test, tokenizer, _ = load()
+    assert tokenizer.decode(test[0]["input_ids"]) in datasets.load_dataset(data["text"], split="test")[0]["text"]
+    train, held_out, _, _ = load(validation_share=0.25)
+    assert len(held_out) == round(len(whole) / 4)
+    assert sorted(train["input_ids"][:] + held_out["input_ids"][:]) == sorted(whole["input_ids"][:])
 
 
 # ---- launchers ------------------------------------------------------------------------------------------------------
