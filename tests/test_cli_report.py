@@ -285,7 +285,7 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch):
 
 def test_a_reader_that_goes_away():
     program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
-    files = sorted((ROOT / "recipes" / "results" / "cifar10_methods").glob("*.json"))
+    files = sorted((ROOT / "recipes" / "results" / "studies" / "cifar10_long").glob("*/report.json"))
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", program, "report", *map(str, files)]
