@@ -24,6 +24,7 @@ TITLES = {
     "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
     "cifar10_16px": "CIFAR-10 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10_long": "CIFAR-10 at 16 pixels, ResNet-8, 100 epochs",
+    "cifar10_resnet20_16px": "CIFAR-10 at 16 pixels, ResNet-20, 20 epochs",
     "cifar100_16px": "CIFAR-100 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",

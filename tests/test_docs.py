@@ -208,7 +208,7 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
             assert row["seeds"] >= 3
 
 
-@pytest.mark.parametrize("name", [studies.SETTINGS, studies.NOISE, "cifar100_16px"])
+@pytest.mark.parametrize("name", [studies.SETTINGS, studies.NOISE, "cifar100_16px", "cifar10_resnet20_16px"])
 def test_a_study_of_details_is_at_equal_cost_and_at_learning_rates_that_were_tuned(name):
     rates = chosen_rates(studies.STUDIES / "cifar10_resnet8")
     for run, _ in studies.runs(name):
@@ -273,6 +273,13 @@ def test_what_the_pages_say_of_smaller_images_is_what_was_found():
     assert round(third["infobatch (num_train_epochs 8)"]["keep_ratio"], 2) == 0.71
     rates, first = (chosen_rates(studies.STUDIES / name) for name in ("cifar10_16px", "cifar10_resnet8"))
     assert (rates["random", 0.3], first["epsilon-greedy", 0.3]) == (1.6, 0.8)
+
+
+def test_what_the_pages_say_of_resnet_20_is_what_was_found():
+    rows = studies.rows_at("cifar10_resnet20_16px", 0.3)
+    assert 0.75 < 100 * rows["loss-proportional"]["to_short_run"]["mean"] < 1  # "nearly a point ahead"
+    assert -1.25 < 100 * rows["ucb"]["to_short_run"]["mean"] < -0.75  # "a point behind"
+    assert rows["ucb"]["to_random"]["mean"] < 0  # "the same": behind random pruning
 
 
 def test_what_the_readme_says_of_all_studies_is_what_they_found():
