@@ -102,7 +102,7 @@ def by_scores(rows, words):
     return [(SCORES[name.split()[0]], row) for name, row in rows.items() if name.endswith(f", scores {words}")]
 
 
-def verdict(*held):
+def verdict(held):
     if not held:
         return "not measured"
     return REPRODUCED if all(held) else IN_PART if any(held) else NOT
@@ -188,9 +188,9 @@ def claims():
     """The claims in the abstracts of the central paper, what was measured, what became of them."""
     lines = ["| claim | measured here (points of accuracy; 95 %) | verdict |", "| --- | --- | --- |"]
     for words, judge in CLAIMS.items():
-        judged = {size: judge(name) for name, size in CLAIMED.items()}
-        found = "<br>".join(f"{size}: {measured}" for size, (measured, held) in judged.items() if held)
-        lines.append(f"| {words} | {found} | {verdict(*(one for _, held in judged.values() for one in held))} |")
+        judged = [(size, *judge(name)) for name, size in CLAIMED.items()]
+        found = "<br>".join(f"{size}: {measured}" for size, measured, held in judged if held)
+        lines.append(f"| {words} | {found} | {verdict([each for *_, held in judged for each in held])} |")
     lines.append("| The same on ImageNet | not on two CPU cores | not testable here |")
     return "\n".join(lines)
 

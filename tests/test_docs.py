@@ -196,11 +196,18 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
     summary = studies.summary(name)
     tuned = {(row["name"], row["cost"]): row for row in summary["tuning"]}
     tune_first = any("--tune first" in command for command in summary["commands"])
+    rates = {}
+    for run, _ in studies.runs(name):
+        if run["rate"] is None:
+            (rate,) = [float(word.partition("=")[2]) for word in run["command"] if word.startswith("--learning_rate=")]
+            rates.setdefault((run["name"], run["cost"]), set()).add(rate)
     for row in summary["rows"]:
+        key = row["name"], row["wanted"]
         # Static pruning by scores takes the rate of the first rule; so do rules that --tune first did not tune.
         by_scores = row["name"].endswith((", scores charged", ", scores given"))
-        not_tuned = tune_first and (row["name"], row["wanted"]) not in tuned and row["name"] not in ("full run", "short run")
-        tuning = tuned["random" if by_scores or not_tuned else row["name"], row["wanted"]]
+        not_tuned = tune_first and key not in tuned and row["name"] not in ("full run", "short run")
+        tuning = tuned["random", row["wanted"]] if by_scores or not_tuned else tuned[key]
+        assert rates[key] == {tuning["chosen"]}
         assert len(tuning["means"]) >= 3
         assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
         if row["ranked"]:
