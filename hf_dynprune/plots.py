@@ -199,6 +199,54 @@ def plot_methods(
     return figure
 
 
+def plot_targets(
+    costs: Mapping[float, Mapping[str, tuple[float, bool] | None]],
+    metric: str = "eval_accuracy",
+    *,
+    baseline: str = "short run",
+) -> "Figure":
+    """Draws what methods cost that reach a value: a row for each, the cheapest above, with a point for each value; lines
+    down from the points of the baseline. An arrow to the left is a cost that was enough, where less was not tried.
+
+    Args:
+        costs: of each value to reach and each method the share of the full run's passes at which it does, and whether
+            that is its least tried; None: it does not.
+        metric: what the values are; an accuracy is drawn in per cent.
+        baseline: the method that the others are to beat.
+
+    Raises:
+        ValueError: where no method reaches any of the values, or a number is not finite.
+    """
+    found = {name: [of.get(name) for of in costs.values()] for name in {name: None for of in costs.values() for name in of}}
+    numbers = [*costs, *(each[0] for of in found.values() for each in of if each)]
+    if len(numbers) == len(costs):
+        raise ValueError("There is nothing to plot: wanted is a method that reaches one of the values.")
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"{next(n for n in numbers if not math.isfinite(n))} among values and costs: wanted are finite ones.")
+    percent = in_percent(metric, list(costs))
+    names = sorted(found, key=lambda name: [each[0] if each else math.inf for each in found[name]], reverse=True)  # from below
+    figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
+    ax = _plain(figure.subplots())
+    ax.grid(visible=False, axis="y")
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    points, words = [], []
+    for column, (value, (color, marker)) in enumerate(zip(costs, _styles(list(costs), None), strict=True)):
+        words.append(f"{100 * value:.1f} %" if percent else f"{value:.4g}")
+        points.append(ax.plot([], [], marker, color=color, markersize=7)[0])
+        for row, name in enumerate(names):
+            if each := found[name][column]:
+                ax.plot(each[0], row, "<" if each[1] else marker, color=color, markersize=7)
+                if name == baseline:
+                    ax.axvline(each[0], color=color, linewidth=1, linestyle="--", zorder=0)
+    ax.set_xlim(0, 1.02)
+    ax.set_xlabel("cost: passes, of those of the full run")
+    ax.set_yticks(range(len(names)), names)
+    figure.legend(
+        points, words, title=metric.replace("_", " "), loc="outside right upper", alignment="left", frameon=False, fontsize=9
+    )
+    return figure
+
+
 def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], metric: str) -> tuple[float, str]:
     """100 and the words for per cent, of an accuracy.
 
@@ -213,7 +261,7 @@ def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], me
     return (100, " (%)") if in_percent(metric, numbers) else (1, "")
 
 
-def _styles(names: Sequence[str], baseline: str) -> Iterator[tuple[str, str]]:
+def _styles(names: Sequence[Any], baseline: str | None) -> Iterator[tuple[str, str]]:
     """A colour and a marker for each; black for the baseline."""
     others = 0
     for name in names:

@@ -32,7 +32,7 @@ seeds, rules, costs or rates if wanted, the study goes on with the runs that are
                                            seed, with a 95 % interval
     selection_0.3.png                      how often each rule (the nine best) kept the samples, beside chance
     picture.png                            what was reached against cost
-    targets.md                             at which cost a method reaches a given value, on the line through its means: where
+    targets.md, targets.png                at which cost a method reaches a given value, on the line through its means: where
                                            methods have several costs, or with --targets
     tuning.md                              what was reached at which learning rate on the data held out
     summary.json                           all of it
@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 from hf_dynprune import PruningPolicy, PruningReport, make_policy
 from hf_dynprune.advice import Measured, Settings, predict
-from hf_dynprune.plots import plot_costs, plot_methods, plot_selection
+from hf_dynprune.plots import plot_costs, plot_methods, plot_selection, plot_targets
 from hf_dynprune.report import in_percent
 from hf_dynprune.static import METHODS, SCORES_FILE
 
@@ -477,7 +477,8 @@ def summarise(study: Study) -> dict[str, Any]:
 
 
 def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, float], dict[int, PruningReport]]) -> None:
-    """picture.png, of all costs; of each picture_0.3.png and, how often its rules kept the samples, selection_0.3.png."""
+    """picture.png and targets.png, of all costs; of each picture_0.3.png and, how often its rules kept the samples,
+    selection_0.3.png."""
     metric, better = summary["metric"], {"lower_is_better": summary["lower_is_better"]}
     full = next((list(row["values"].values()) for row in summary["rows"] if row["name"] == FULL), [])
     points: dict[str, list[tuple[float, list[float]]]] = {}
@@ -499,6 +500,9 @@ def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, floa
     lines = {name: of for name, of in points.items() if len(of) > 1} or points  # the others are in the picture of their cost
     if lines:
         plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
+    wanted = {t["value"]: {name: cost for name, cost in t["costs"].items() if name in lines} for t in summary["targets"]}
+    if any(cost for costs in wanted.values() for cost in costs.values()):
+        plot_targets(wanted, metric, baseline=SHORT).savefig(folder / "targets.png", dpi=150)
 
 
 def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from hf_dynprune.plots import (
     plot_samples,
     plot_scores,
     plot_selection,
+    plot_targets,
     spent,
 )
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
@@ -405,6 +406,30 @@ def test_methods_at_one_cost():
     assert ax.get_xlim()[1] < 3
     loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
     assert [label.get_text() for label in loss.axes[0].get_yticklabels()] == ["UCB", "random"]
+
+
+def test_the_cost_at_which_values_are_reached():
+    costs = {
+        0.8: {"short run": (0.4, False), "UCB": (0.3, True), "random": (0.6, False)},
+        0.9: {"short run": (0.7, False), "UCB": None},
+    }
+    figure = drawn(plot_targets(costs))
+    (ax,) = figure.axes
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["random", "short run", "UCB"]  # the cheapest above
+    assert entries(figure) == ["80.0 %", "90.0 %"]
+    assert figure.legends[0].get_title().get_text() == "eval accuracy"
+    points = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
+    shown = {(line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "<") for line in points}
+    assert shown == {(0.3, 2, True), (0.4, 1, False), (0.7, 1, False), (0.6, 0, False)}
+    lines = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
+    assert lines == [0.4, 0.7]  # what the others are to be left of
+    assert entries(drawn(plot_targets({3.5: {"UCB": (0.3, False)}}, "eval_loss"))) == ["3.5"]
+    for nothing in ({}, {0.8: {}}, {0.8: {"UCB": None}}):
+        with pytest.raises(ValueError, match="nothing to plot"):
+            plot_targets(nothing)
+    for wrong in ({float("nan"): {"UCB": (0.3, True)}}, {0.8: {"UCB": (float("inf"), False)}}):
+        with pytest.raises(ValueError, match="(nan|inf) among values and costs"):
+            plot_targets(wrong)
 
 
 @pytest.mark.parametrize("runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}])

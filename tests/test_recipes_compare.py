@@ -291,7 +291,8 @@ def test_a_study(data, tmp_path):
     assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
     shown = [(folder / f"{name}.md").read_text().strip() for name in ("table_0.5", "targets", "tuning")]
     assert "\n\n".join(shown) in out
-    assert all((folder / f"{name}.png").stat().st_size > 1000 for name in ("picture", "picture_0.5", "selection_0.5"))
+    for picture in ("picture", "picture_0.5", "selection_0.5", "targets"):
+        assert (folder / f"{picture}.png").stat().st_size > 1000
 
     # The learning rate was chosen where the test set was not seen, and is that of the runs.
     chosen = {row["name"]: row["chosen"] for row in summary["tuning"]}
