@@ -162,23 +162,23 @@ def test_cifar_at_a_smaller_size(small_cifar, recipe):
     assert torch.allclose(*means, atol=2)  # the same images in the same order
 
 
-def test_cifar_tells_how_many_of_the_kept_samples_have_another_label(small_cifar, tmp_path):
+def test_cifar_tells_how_many_of_the_kept_samples_have_another_label(small_cifar, tmp_path, recipe):
     own = datasets.load_dataset(str(small_cifar["cifar10"]), split="train")["label"][:]
     noisy = [(label + (i < 24)) % 10 for i, label in enumerate(own)]  # a quarter of 96
     datasets.Dataset.from_dict({"worse": noisy}).to_parquet(tmp_path / "labels/train-00000-of-00001.parquet")
     options = ["--dataset", str(small_cifar["cifar10"]), "--model", "resnet8_cifar", "--num_train_epochs", "2"]
     options += ["--train_labels", str(tmp_path / "labels"), "--train_label_column", "worse", "--bf16", "False"]
     options += ["--per_device_train_batch_size", "16", "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
-    run("recipes/cifar.py", *options, "--output_dir", tmp_path / "run")
+    recipe("cifar", *options, "--output_dir", tmp_path / "run")
     kept = SampleTable.load(tmp_path / "run" / "table.safetensors")["times_kept"]
     found = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]["train_relabelled_share"]
     assert found == pytest.approx(int(kept[:24].sum()) / int(kept.sum()))
 
 
-def test_cifar_resumes(small_cifar, tmp_path):
+def test_cifar_resumes(small_cifar, tmp_path, recipe):
     data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE, "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
     save = ["--save_strategy", "steps", "--save_steps", "1", "--bf16", "False"]
-    run("recipes/cifar.py", *data, *save, "--output_dir", str(tmp_path / "a"))
+    recipe("cifar", *data, *save, "--output_dir", tmp_path / "a")
     resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-4")]
     run("recipes/cifar.py", *data, *save, *resume, "--output_dir", str(tmp_path / "b"), "--dataloader_num_workers", "2")
     assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
@@ -213,14 +213,14 @@ def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
         assert told[step] == pytest.approx(loss, rel=1e-5)
 
 
-def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path):
+def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
     data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE]
     score = ["--score", "el2n", "--score_runs", "1", "--score_epochs", "1", "--output_dir", str(tmp_path / "el2n")]
     out = run("recipes/cifar.py", *data, *score)
     assert "el2n: 128 passes" in out  # 96 trained, and 96 forward
     static = json.dumps({"scores": str(tmp_path / "el2n" / "scores.safetensors")})
     pruning = ["--pruning", "static", "--keep_ratio", "0.5", "--pruning_kwargs", static]
-    run("recipes/cifar.py", *data, *pruning, "--output_dir", str(tmp_path / "static"))
+    recipe("cifar", *data, *pruning, "--output_dir", tmp_path / "static")
     report = json.loads((tmp_path / "static" / "report.json").read_text())
     assert report["passes"] == 2 * 48 + 128
     assert report["preparation"]["method"] == "el2n"

@@ -240,15 +240,36 @@ def data(tmp_path_factory):
     return folder
 
 
-def compare(*options, status=0):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+def program(*options):
+    """What `python recipes/compare.py` prints."""
     command = [sys.executable, ROOT / "recipes/compare.py", *map(str, options)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
-def test_a_study(data, tmp_path):
+@pytest.fixture
+def compare(monkeypatch, capsys):
+    """The same in this process, without starting anew; with another status than 0 what it tells instead."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # of the runs
+
+    def run(*options, status=0):
+        monkeypatch.setattr(sys, "argv", ["recipes/compare.py", *map(str, options)])
+        if not status:
+            main()
+            return capsys.readouterr().out
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == status
+        return capsys.readouterr().err
+
+    return run
+
+
+def test_a_study(data, tmp_path, compare):
     recipe = ["recipes/cifar.py", "--dataset", data, "--model", "resnet8_cifar", "--num_train_epochs", 4]
     recipe += ["--per_device_train_batch_size", 8, "--score_epochs", 1]
     folder = tmp_path / "study"
@@ -269,7 +290,7 @@ def test_a_study(data, tmp_path):
         0.02,
     ]
     rates = ["--learning_rates", 0.1, 0.05]
-    out = compare(*study, *rates, "--", *recipe).stdout
+    out = program(*study, *rates, "--", *recipe)
     summary = json.loads((folder / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert set(rows) == {
@@ -317,28 +338,28 @@ def test_a_study(data, tmp_path):
     (folder / "random_0.5_seed3" / "run.json").unlink()
     shutil.rmtree(folder / "scores_el2n_score_runs_1_0_seed3")
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
-    out = compare(*study, *rates, "--", *recipe).stdout
+    out = compare(*study, *rates, "--", *recipe)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert again.metrics["eval_accuracy"] == report.metrics["eval_accuracy"]
 
     # Without a recipe it only renews what it shows.
     (folder / "targets.md").unlink()
-    assert compare("--output_dir", folder).stdout == out
+    assert compare("--output_dir", folder) == out
     assert (folder / "targets.md").read_text().strip() == shown[1]
 
-    done = compare(*study, "--", *recipe, "--weight_decay", 0.1, status=2)
-    assert "choose another --output_dir" in done.stderr
-    done = compare(*study, "--", *recipe, status=2)  # now at the learning rate of the recipe
-    assert "choose another --output_dir, or delete that folder" in done.stderr
+    told = compare(*study, "--", *recipe, "--weight_decay", 0.1, status=2)
+    assert "choose another --output_dir" in told
+    told = compare(*study, "--", *recipe, status=2)  # now at the learning rate of the recipe
+    assert "choose another --output_dir, or delete that folder" in told
 
 
-def test_a_run_that_fails_shows_its_log(data, tmp_path):
-    done = compare(
+def test_a_run_that_fails_shows_its_log(data, tmp_path, compare):
+    told = compare(
         "--output_dir", tmp_path, "--seeds", 0, "--", "recipes/cifar.py", "--dataset", data, "--modell", "x", status=2
     )
-    assert "full run, seed 0, ended with status 2" in done.stderr
-    assert "--modell" in done.stderr
+    assert "full run, seed 0, ended with status 2" in told
+    assert "--modell" in told
 
 
 def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
