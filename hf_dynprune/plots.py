@@ -222,9 +222,11 @@ def plot_targets(
     if len(numbers) == len(costs):
         raise ValueError("There is nothing to plot: wanted is a method that reaches one of the values.")
     if not all(map(math.isfinite, numbers)):
-        raise ValueError(f"{next(n for n in numbers if not math.isfinite(n))} among values and costs: wanted are finite ones.")
+        wrong = next(number for number in numbers if not math.isfinite(number))
+        raise ValueError(f"{wrong} among values and costs: wanted are finite ones.")
     percent = in_percent(metric, list(costs))
-    names = sorted(found, key=lambda name: [each[0] if each else math.inf for each in found[name]], reverse=True)  # from below
+    first = {name: [each[0] if each else math.inf for each in of] for name, of in found.items()}
+    names = sorted(found, key=first.__getitem__, reverse=True)  # from below
     figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
     ax = _plain(figure.subplots())
     ax.grid(visible=False, axis="y")

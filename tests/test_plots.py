@@ -428,7 +428,7 @@ def test_the_cost_at_which_values_are_reached():
         with pytest.raises(ValueError, match="nothing to plot"):
             plot_targets(nothing)
     for wrong in ({float("nan"): {"UCB": (0.3, True)}}, {0.8: {"UCB": (float("inf"), False)}}):
-        with pytest.raises(ValueError, match="(nan|inf) among values and costs"):
+        with pytest.raises(ValueError, match=r"(nan|inf) among values and costs"):
             plot_targets(wrong)
 
 
