@@ -262,16 +262,17 @@ def test_what_the_pages_say_of_smaller_images_is_what_was_found():
     assert max(short) - min(short) > 0.01  # "more than a point apart"
     ahead = [name for name, row in half.items() if row["to_random"] and row["to_random"]["interval"][0] > 0]
     assert ahead == ["loss-proportional"]
-    for name, values in (("loss-proportional", half), ("epsilon-greedy", third)):  # "with each seed"
-        differences = [values[name]["values"][str(seed)] - values["random"]["values"][str(seed)] for seed in range(3)]
-        assert len({difference > 0 for difference in differences}) == 1
+    for seed in map(str, range(3)):  # "with each seed"
+        assert half["loss-proportional"]["values"][seed] > half["random"]["values"][seed]
     for rows in (half, third):  # "ahead of the short run by an interval clear of zero"
         for row in rows.values():
             assert not (row["to_short_run"] and row["to_short_run"]["interval"][0] > 0)
-        assert 0.55 < 100 * rows["loss-proportional"]["to_short_run"]["mean"] < 0.75  # "two thirds of a point"
+        assert 0.5 < 100 * rows["loss-proportional"]["to_short_run"]["mean"] < 0.9  # "less than a point"
     assert not any(row["to_random"] and row["to_random"]["interval"][0] > 0 for row in third.values())
-    for name in ("epsilon-greedy", "ucb"):  # "a point behind random pruning", "more than a point ahead"
-        assert round(100 * third[name]["to_random"]["mean"], 1) == -1.0
+    assert third["loss-proportional"]["to_short_run"]["mean"] > 0.008  # "nearly a point"
+    assert third["epsilon-greedy"]["to_random"]["interval"][1] < 0  # "by an interval clear of zero"
+    assert round(100 * third["ucb"]["to_random"]["mean"], 1) == -1.0  # "by a point"
+    for name in ("epsilon-greedy", "ucb"):  # "more than a point ahead"
         assert 100 * studies.rows_at("cifar10_resnet8", 0.3)[name]["to_random"]["mean"] > 1
     assert [name for name in third if third[name]["wanted"] < 1][:2] == [
         "loss-proportional",
@@ -279,7 +280,11 @@ def test_what_the_pages_say_of_smaller_images_is_what_was_found():
     ]
     assert round(third["infobatch (num_train_epochs 8)"]["keep_ratio"], 2) == 0.71
     rates, first = (chosen_rates(studies.STUDIES / name) for name in ("cifar10_16px", "cifar10_resnet8"))
-    assert (rates["random", 0.3], first["epsilon-greedy", 0.3]) == (1.6, 0.8)
+    for name in ("random", "epsilon-greedy", "ucb", "loss-proportional"):  # "each rule has its own, here as there"
+        assert {(name, 0.3)} <= rates.keys() & first.keys()
+    tried = next(dict(row["means"]) for row in studies.summary("cifar10_16px")["tuning"] if row["name"] == "epsilon-greedy")
+    assert (rates["random", 0.3], rates["epsilon-greedy", 0.3]) == (1.6, 0.4)
+    assert round(100 * (tried[0.4] - tried[1.6]), 1) == 0.7
 
 
 def test_what_the_pages_say_of_resnet_20_is_what_was_found():
