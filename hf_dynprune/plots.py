@@ -173,10 +173,7 @@ def plot_methods(
     each = {name: [list(of)] for name, of in values.items()}
     scale, unit = _scale([*(v for of in values.values() for v in of), *full], each, metric)
     names = sorted(values, key=lambda name: float(np.mean(values[name])), reverse=lower_is_better)  # from below
-    figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
-    ax = _plain(figure.subplots())
-    ax.grid(visible=False, axis="y")
-    ax.set_ylim(-0.6, len(names) - 0.4)
+    figure, ax = _rows(names)
     base = scale * float(np.mean(values[baseline])) if baseline in values else math.nan
     far = 2 * abs(scale * float(np.mean(full)) - base) if full else math.nan  # nothing is further than nan
     for row, name in enumerate(names):
@@ -194,7 +191,6 @@ def plot_methods(
     if full:
         line = _draw_full(ax.axvline, ax.axvspan, scale * np.array(full))
         figure.legend([line], ["full run"], loc="outside upper right", frameon=False, fontsize=9)
-    ax.set_yticks(range(len(names)), names)
     ax.set_xlabel(f"{metric.replace('_', ' ')}{unit}: each seed, and the mean")
     return figure
 
@@ -227,10 +223,7 @@ def plot_targets(
     percent = in_percent(metric, list(costs))
     first = {name: [each[0] if each else math.inf for each in of] for name, of in found.items()}
     names = sorted(found, key=first.__getitem__, reverse=True)  # from below
-    figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
-    ax = _plain(figure.subplots())
-    ax.grid(visible=False, axis="y")
-    ax.set_ylim(-0.6, len(names) - 0.4)
+    figure, ax = _rows(names)
     points, words = [], []
     for column, (value, (color, marker)) in enumerate(zip(costs, _styles(list(costs), None), strict=True)):
         words.append(f"{100 * value:.1f} %" if percent else f"{value:.4g}")
@@ -242,7 +235,6 @@ def plot_targets(
                     ax.axvline(each[0], color=color, linewidth=1, linestyle="--", zorder=0)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("cost: passes, of those of the full run")
-    ax.set_yticks(range(len(names)), names)
     figure.legend(
         points, words, title=metric.replace("_", " "), loc="outside right upper", alignment="left", frameon=False, fontsize=9
     )
@@ -538,6 +530,16 @@ def _plain(ax: "Axes") -> "Axes":
     ax.grid(color="#E5E5E5", linewidth=0.8)
     ax.set_axisbelow(True)
     return ax
+
+
+def _rows(names: Sequence[str]) -> tuple["Figure", "Axes"]:
+    """A figure with a row for each name, from below."""
+    figure = _new_figure((8, max(2.2, 1 + 0.32 * len(names))))
+    ax = _plain(figure.subplots())
+    ax.grid(visible=False, axis="y")
+    ax.set_ylim(-0.6, len(names) - 0.4)
+    ax.set_yticks(range(len(names)), names)
+    return figure, ax
 
 
 def _seeds(reports: Reports) -> dict[str, list[PruningReport]]:
