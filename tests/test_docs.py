@@ -262,6 +262,9 @@ def test_what_the_pages_say_of_smaller_images_is_what_was_found():
     assert max(short) - min(short) > 0.01  # "more than a point apart"
     ahead = [name for name, row in half.items() if row["to_random"] and row["to_random"]["interval"][0] > 0]
     assert ahead == ["loss-proportional"]
+    assert list(half)[-1] == "infobatch"  # "the last": the rows are sorted
+    assert round(half["infobatch"]["keep_ratio"], 2) == 0.44
+    assert half["infobatch"]["to_random"]["interval"][1] < 0
     for seed in map(str, range(3)):  # "with each seed"
         assert half["loss-proportional"]["values"][seed] > half["random"]["values"][seed]
     for rows in (half, third):  # "ahead of the short run by an interval clear of zero"
