@@ -316,7 +316,7 @@ def test_what_the_readme_says_of_all_studies_is_what_they_found():
 
 def test_what_the_pages_say_of_cifar_100_is_what_was_found():
     rows = studies.rows_at("cifar100_16px", 0.3)
-    assert 0.45 < rows["full run"]["mean"] < 0.5  # "half of the test images are beyond this model"
+    assert 0.45 < rows["full run"]["mean"] < 0.5  # "gets half right", "half of the test images are beyond it"
     assert list(rows)[1] == "short run"  # "no rule is ahead": the rows are sorted
     for name in ("loss-proportional", "random"):  # "within its noise"
         assert abs(rows[name]["to_short_run"]["mean"]) < rows["short run"]["deviation"]
