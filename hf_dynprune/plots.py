@@ -224,9 +224,9 @@ def plot_targets(
     first = {name: [each[0] if each else math.inf for each in of] for name, of in found.items()}
     names = sorted(found, key=first.__getitem__, reverse=True)  # from below
     figure, ax = _rows(names)
-    points, words = [], []
-    for column, (value, (color, marker)) in enumerate(zip(costs, _styles(list(costs), None), strict=True)):
-        words.append(f"{100 * value:.1f} %" if percent else f"{value:.4g}")
+    words = [f"{100 * value:.1f} %" if percent else f"{value:.4g}" for value in costs]
+    points = []
+    for column, (color, marker) in enumerate(_styles(words, baseline)):
         points.append(ax.plot([], [], marker, color=color, markersize=7)[0])
         for row, name in enumerate(names):
             if each := found[name][column]:
@@ -255,7 +255,7 @@ def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], me
     return (100, " (%)") if in_percent(metric, numbers) else (1, "")
 
 
-def _styles(names: Sequence[Any], baseline: str | None) -> Iterator[tuple[str, str]]:
+def _styles(names: Sequence[str], baseline: str) -> Iterator[tuple[str, str]]:
     """A colour and a marker for each; black for the baseline."""
     others = 0
     for name in names:

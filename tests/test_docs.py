@@ -284,7 +284,7 @@ def test_what_the_pages_say_of_smaller_images_is_what_was_found():
     assert round(third["infobatch (num_train_epochs 8)"]["keep_ratio"], 2) == 0.71
     rates, first = (chosen_rates(studies.STUDIES / name) for name in ("cifar10_16px", "cifar10_resnet8"))
     for name in ("random", "epsilon-greedy", "ucb", "loss-proportional"):  # "each rule has its own, here as there"
-        assert {(name, 0.3)} <= rates.keys() & first.keys()
+        assert (name, 0.3) in rates.keys() & first.keys()
     tried = next(dict(row["means"]) for row in studies.summary("cifar10_16px")["tuning"] if row["name"] == "epsilon-greedy")
     assert (rates["random", 0.3], rates["epsilon-greedy", 0.3]) == (1.6, 0.4)
     assert round(100 * (tried[0.4] - tried[1.6]), 1) == 0.7
@@ -308,9 +308,9 @@ def test_what_the_readme_says_of_all_studies_is_what_they_found():
                 ahead.append(100 * row["to_short_run"]["mean"])
             if not found["lower_is_better"] and row["name"] in ("ucb", "epsilon-greedy"):
                 behind.append(100 * row["to_short_run"]["mean"])
-    assert round(min(ahead), 1) == -1.0  # "the most it lost to the short run is a point"
+    assert round(min(ahead), 1) == -1.0  # "the most it lost is a point"
     assert min(ahead) == 100 * studies.rows_at(studies.NOISE, 0.3)["loss-proportional"]["to_short_run"]["mean"]
-    assert [sum(points > 0 for points in ahead), len(ahead)] == [6, 9]  # "in six of nine it is ahead"
+    assert [sum(points > 0 for points in ahead), len(ahead)] == [6, 9]  # "of nine rows ahead in six"
     assert sum(points < -2 for points in behind) >= 3  # "in several"
 
 

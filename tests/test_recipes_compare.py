@@ -362,7 +362,7 @@ def test_a_run_that_fails_shows_its_log(data, tmp_path, compare):
     assert "--modell" in told
 
 
-def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
+def test_mistakes_are_told_before_anything_runs(tmp_path, compare):
     for options, words in (
         ([], "nothing is no recipe"),
         (["--", "recipes/none.py"], "recipes/none.py is no recipe"),
@@ -372,12 +372,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, monkeypatch):
         (["--scores", "el3n", "--", "recipes/cifar.py"], "--scores el3n: wanted are some of el2n, "),
         (["--learning_rates", "0.1", "--", "recipes/cifar.py"], "--learning_rates [0.1]: wanted are several"),
     ):
-        monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["compare.py", "--output_dir", str(tmp_path), *options])
-        with pytest.raises(SystemExit) as error:
-            main()
-        assert error.value.code == 2
-        assert words in capsys.readouterr().err
+        assert words in compare("--output_dir", tmp_path, *options, status=2)
     assert list(tmp_path.iterdir()) == []
 
 
