@@ -72,6 +72,7 @@ def main() -> None:
         model.save_pretrained(args.output_dir)
         pruner.report.save(f"{args.output_dir}/report.json")
     accelerator.print(f"accuracy {pruner.report.metrics['eval_accuracy']:.2%}, cost {pruner.report.cost_ratio:.4f}")
+    common.leave_together()
 
 
 if __name__ == "__main__":

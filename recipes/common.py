@@ -1,8 +1,10 @@
 """What the recipes share: their arguments, from the command line or a YAML file; mistakes told before anything is trained;
 and what follows the training."""
 
+import atexit
 import ctypes
 import difflib
+import gc
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -288,6 +290,21 @@ def train(
         )
     if args.push_to_hub:
         trainer.push_to_hub(**words)
-    if torch.distributed.is_initialized():  # a rank that leaves while another one still talks can be aborted
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    leave_together()
+
+
+def leave_together() -> None:
+    """To be called when a run is done: at the program's end its ranks wait for each other, then close their group.
+
+    A rank that leaves while another one still talks can be aborted. Not before the end, when `main`'s variables are gone:
+    where the group is closed first, it goes with the last model in DDP, which waits for gloo's threads and holds the GIL.
+    A thread that needs the GIL to drop a tensor then waits for ever (pytorch).
+    """
+    if torch.distributed.is_initialized():
+        atexit.register(_close_group)
+
+
+def _close_group() -> None:
+    gc.collect()  # models in reference cycles
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

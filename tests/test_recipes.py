@@ -213,6 +213,41 @@ def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
         assert told[step] == pytest.approx(loss, rel=1e-5)
 
 
+LEAVING = """
+import time
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # imported later, it would hold the group by a default argument
+from torch.nn.parallel import DistributedDataParallel
+
+from recipes.common import leave_together
+
+
+def main():
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(1, 2)).sum().backward()
+    tensor = torch.ones(3)
+    if dist.get_rank() == 0:  # here a thread of gloo will drop the tensor last, for which it needs the GIL
+        work = dist.all_reduce(tensor, async_op=True)
+        del tensor, work
+    else:
+        time.sleep(1)
+        dist.all_reduce(tensor)
+    leave_together()  # with dist.destroy_process_group() here rank 0 never ends
+
+
+main()
+"""
+
+
+def test_ranks_leave_together_while_gloo_still_holds_a_tensor(tmp_path):
+    (tmp_path / "leaving.py").write_text(LEAVING)
+    done = torchrun(tmp_path / "leaving.py", ranks=2, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
     data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE]
     score = ["--score", "el2n", "--score_runs", "1", "--score_epochs", "1", "--output_dir", str(tmp_path / "el2n")]
