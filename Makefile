@@ -19,9 +19,12 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small model with and without pruning, on this machine
 	@$(BIN)/python recipes/quickstart.py $(ARGS)
 
-# A file of tests goes to one worker: what it starts or trains for all its tests is made once.
+# A file of tests goes to one worker: what it starts or trains for all its tests is made once. The files come in their order,
+# not the one with the fewest tests last: that one starts programs, for minutes in which the other worker has no work.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)  ## run the tests (ARGS="..." goes to pytest)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
 
 # What is tried is noted also where it fails, and shown in the README's table.
 RECORD := recipes/results/reliability.json
@@ -31,7 +34,7 @@ torture: $(READY)  ## kill a training run 30 times at random moments, resume it,
 	    $(BIN)/python tests/reliability.py && exit $$status
 
 reliability: $(READY)  ## run the tests and note in the README what they tried how often
-	RELIABILITY=$(RECORD) $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS); status=$$?; \
+	RELIABILITY=$(RECORD) $(PYTEST) $(ARGS); status=$$?; \
 	    $(BIN)/python tests/reliability.py && exit $$status
 
 quality: $(READY)  ## check style and types

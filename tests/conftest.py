@@ -3,6 +3,7 @@
 And the record of reliability: with RELIABILITY=FILE the session notes there what its tests tried (see reliability.py).
 """
 
+import gc
 import logging
 import os
 import sys
@@ -74,6 +75,10 @@ def pytest_configure(config):
     path = os.environ.get("RELIABILITY")
     if path and not hasattr(config, "workerinput"):  # workers report to the controller
         config.pluginmanager.register(Recorder(Path(path).absolute()), "reliability")
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what was imported stays; else each run of a Trainer, which collects garbage first, looks through it all
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # script -> (options of a run as small as can be, what a row names)
 BENCHMARKS = {
-    "overhead": ("--models bert resnet8_cifar --pairs 2 --steps 5", "model"),
+    "overhead": ("--models bert --pairs 2 --steps 5", "model"),
     "throughput": ("--rounds 2 --samples 512 --batch_size 64", "path"),
     "choosing": ("--sizes 3000 --rounds 1", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),

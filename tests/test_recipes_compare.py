@@ -289,8 +289,7 @@ def test_a_study(data, tmp_path, compare):
         "--targets",
         0.02,
     ]
-    rates = ["--learning_rates", 0.1, 0.05]
-    out = program(*study, *rates, "--", *recipe)
+    out = program(*study, "--", *recipe)
     summary = json.loads((folder / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["rows"]}
     assert set(rows) == {
@@ -310,24 +309,10 @@ def test_a_study(data, tmp_path, compare):
     report = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert rows["random"]["values"] == {"3": report.metrics["eval_accuracy"]}
     assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
-    shown = [(folder / f"{name}.md").read_text().strip() for name in ("table_0.5", "targets", "tuning")]
+    shown = [(folder / f"{name}.md").read_text().strip() for name in ("table_0.5", "targets")]
     assert "\n\n".join(shown) in out
     for picture in ("picture", "picture_0.5", "selection_0.5", "targets"):
         assert (folder / f"{picture}.png").stat().st_size > 1000
-
-    # The learning rate was chosen where the test set was not seen, and is that of the runs.
-    chosen = {row["name"]: row["chosen"] for row in summary["tuning"]}
-    assert set(chosen) == {"full run", "short run", "random"}
-    for row in summary["tuning"]:
-        for rate, mean in row["means"]:
-            tuning = PruningReport.load(folder / Run(row["name"], row["cost"], 0, rate).folder / "report.json")
-            assert tuning.num_samples == 72  # of 80
-            assert tuning.metrics["eval_accuracy"] == mean
-        run = json.loads((folder / Run(row["name"], row["cost"], 3).folder / "run.json").read_text())
-        assert f"--learning_rate={row['chosen']}" in run["command"]
-        assert not any("validation_share" in word for word in run["command"])
-    static = json.loads((folder / "el2n_score_runs_1_scores_given_0.5_seed3" / "run.json").read_text())
-    assert f"--learning_rate={chosen['random']}" in static["command"]
 
     # No path of this machine is in what is published.
     for path in (*folder.glob("*/run.json"), folder / "summary.json", folder / "study.json"):
@@ -338,7 +323,7 @@ def test_a_study(data, tmp_path, compare):
     (folder / "random_0.5_seed3" / "run.json").unlink()
     shutil.rmtree(folder / "scores_el2n_score_runs_1_0_seed3")
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*/run.json")}
-    out = compare(*study, *rates, "--", *recipe)
+    out = compare(*study, "--", *recipe)
     assert {path: path.stat().st_mtime_ns for path in times} == times
     again = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert again.metrics["eval_accuracy"] == report.metrics["eval_accuracy"]
@@ -350,8 +335,6 @@ def test_a_study(data, tmp_path, compare):
 
     told = compare(*study, "--", *recipe, "--weight_decay", 0.1, status=2)
     assert "choose another --output_dir" in told
-    told = compare(*study, "--", *recipe, status=2)  # now at the learning rate of the recipe
-    assert "choose another --output_dir, or delete that folder" in told
 
 
 def test_a_run_that_fails_shows_its_log(data, tmp_path, compare):
@@ -398,9 +381,14 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
         monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--", "recipe.py"])
         main()
 
+    def options_of(folder, *run):
+        command = json.loads((tmp_path / folder / Run(*run).folder / "run.json").read_text())["command"]
+        return dict(word[2:].split("=", 1) for word in command if "=" in word)
+
     def rate(folder, name, cost, seed):
-        command = json.loads((tmp_path / folder / Run(name, cost, seed).folder / "run.json").read_text())["command"]
-        return float(dict(word[2:].split("=", 1) for word in command if "=" in word)["learning_rate"])
+        options = options_of(folder, name, cost, seed)
+        assert "validation_share" not in options  # nothing is held out of what is published
+        return float(options["learning_rate"])
 
     rules = ["random", "ucb"]
     study("--output_dir", "tuned", "--learning_rates", "0.5", "1")
@@ -413,6 +401,14 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
     }
     for name, cost in (("full run", 1.0), ("short run", 0.5), ("random", 0.5), ("ucb", 0.5)):
         assert rate("tuned", name, cost, 1) == found[name]["chosen"]
+        for tried, mean in found[name]["means"]:  # on samples held out
+            assert float(options_of("tuned", name, cost, 0, tried)["validation_share"]) > 0
+            report = PruningReport.load(tmp_path / "tuned" / Run(name, cost, 0, tried).folder / "report.json")
+            assert report.metrics["eval_accuracy"] == mean
+    assert (tmp_path / "tuned/tuning.md").read_text().strip() in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        study("--output_dir", "tuned")  # now at the learning rate of the recipe
+    assert "choose another --output_dir, or delete that folder" in capsys.readouterr().err
 
     rules = ["random", 'ucb:{"c": 2.0}', "ucb --learning_rate 0.25", "ucb"]
     study("--output_dir", "taken", "--rates_of", "tuned")

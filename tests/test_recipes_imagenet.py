@@ -75,7 +75,7 @@ def losses_of(folder, images):
 # ---- as a program ---------------------------------------------------------------------------------------------------
 
 
-def test_python_folder_average_and_exact_resume(data, tmp_path):
+def test_python_folder_average_and_exact_resume(data, tmp_path, recipe):
     settings = [*LITTLE, "--dataset", data["folder"], "--num_train_epochs", "2", "--bf16", "False"]
     settings += ["--pruning", "ucb", "--keep_ratio", "0.5", "--label_smoothing_factor", "0"]
     settings += ["--auto_augment", "rand-m7-mstd0.5", "--random_erasing", "0.5", "--ema_decay", "0.9"]
@@ -99,7 +99,7 @@ def test_python_folder_average_and_exact_resume(data, tmp_path):
 
     # From the middle of the second of two epochs, with another number of workers.
     resume = ["--resume_from_checkpoint", whole / "checkpoint-4", "--dataloader_num_workers", "1"]
-    python(RECIPE, *settings, *resume, "--output_dir", part)
+    recipe("imagenet", *settings, *resume, "--output_dir", part)
     for name in ("model.safetensors", "ema/model.safetensors"):
         assert (part / name).read_bytes() == (whole / name).read_bytes(), name
 

@@ -23,7 +23,9 @@ def images(n=40, classes=4, seed=0, size=8):
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randn(n, 3, size, size, generator=generator)
     labels = torch.randint(0, classes, (n,), generator=generator)
-    return datasets.Dataset.from_dict({"pixel_values": pixels.tolist(), "labels": labels.tolist()}).with_format("torch")
+    rows = {"pixel_values": pixels.numpy(), "labels": labels.numpy()}
+    kinds = {"pixel_values": datasets.Array3D((3, size, size), "float32"), "labels": datasets.Value("int64")}
+    return datasets.Dataset.from_dict(rows, datasets.Features(kinds)).with_format("torch")
 
 
 def vit(classes=4, seed=0, dropout=0.0):

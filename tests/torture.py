@@ -13,6 +13,7 @@ The draws follow from the seed; what they strike does not, for time is measured.
 """
 
 import argparse
+import gc
 import hashlib
 import itertools
 import json
@@ -345,6 +346,7 @@ def main():
     folder.mkdir(parents=True, exist_ok=options.folder is None)
     begun = time.perf_counter()
     torture = Torture(options, folder)
+    gc.freeze()  # a life, which collects garbage, does not look through what was imported
     faults = torture.all_runs()
     print(
         f"{torture.kills} kills, {torture.in_checkpoint} of them inside the write of a checkpoint ({torture.aimed} aimed at "
