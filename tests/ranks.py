@@ -1,6 +1,6 @@
 """What the real processes of test_distributed.py do under torchrun, each on its rank: `torchrun ... tests/ranks.py FOLDER`.
 
-Each scenario returns what its rank saw, or the text of an error; without torchrun this is the same on one rank.
+Each scenario returns what its rank saw; of one that fails the text of its error is noted. In a process alone it is one rank.
 """
 
 import gc
@@ -199,11 +199,9 @@ def main(folder):
         except Exception:
             seen[scenario.__name__] = traceback.format_exc()
         torch.save(seen, folder / f"rank{RANK}.pt")
-        if RANKS > 1:
-            torch.distributed.barrier()
+        torch.distributed.barrier()
     sys.stdout.flush()
-    if RANKS > 1:
-        os._exit(0)  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
+    os._exit(0)  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
 
 
 if __name__ == "__main__":

@@ -16,12 +16,12 @@ ROOT = Path(__file__).parents[1]
 # script -> (options of a run as small as can be, what a row names)
 BENCHMARKS = {
     "overhead": ("--models bert --pairs 2 --steps 5", "model"),
-    "throughput": ("--rounds 2 --samples 512 --batch_size 64", "path"),
-    "choosing": ("--sizes 3000 --rounds 1", "policy"),
+    "throughput": ("--rounds 1 --samples 512 --batch_size 64", "path"),
+    "choosing": ("--sizes 3000 --rounds 1 --policies ucb kakurenbo", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),
     "scale": ("--sizes 3000 20000 --ranks 4 --wanted 1e6", "role"),
-    "scoring": ("--rounds 1 --samples 256", "model"),
-    "startup": ("--rounds 2 --samples 3000", "what"),
+    "scoring": ("--rounds 1 --samples 256 --models resnet8_cifar bert", "model"),
+    "startup": ("--rounds 1 --samples 3000", "what"),
 }
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from ranks import SCENARIOS as WHOLE_RUNS
 from test_tasks import Some, assert_same_gradient, train
 from tiny import torchrun
 from torch.utils.data import BatchSampler
@@ -396,15 +397,19 @@ def test_states_of_one_rank_and_two_have_one_identity():
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """number of ranks -> what each rank saw, by scenario; each number is launched once."""
+    """number of ranks -> what each rank saw, by scenario; each number is launched once, a single rank in this process."""
     seen = {}
+
+    def launch(ranks, folder):
+        if ranks == 1:
+            return [{one.__name__: one(folder / one.__name__) for one in WHOLE_RUNS[1]}]
+        done = torchrun(Path(__file__).parent / "ranks.py", folder, ranks=ranks)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
     def results(ranks, scenario):
         if ranks not in seen:
-            folder = tmp_path_factory.mktemp(f"launched{ranks}")
-            done = torchrun(Path(__file__).parent / "ranks.py", folder, ranks=ranks)
-            assert done.returncode == 0, done.stdout + done.stderr
-            seen[ranks] = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
+            seen[ranks] = launch(ranks, tmp_path_factory.mktemp(f"launched{ranks}"))
         values = [of_rank[scenario] for of_rank in seen[ranks]]
         for rank, value in enumerate(values):
             if isinstance(value, str):

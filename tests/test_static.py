@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import datasets
@@ -625,12 +626,14 @@ if ranks > 1:
 """
 
 
-def test_two_ranks_score_what_one_scores(tmp_path):
+def test_two_ranks_score_what_one_scores(tmp_path, monkeypatch):
     (tmp_path / "script.py").write_text(SCRIPT)
-    for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-        done = torchrun(tmp_path / "script.py", tmp_path / str(ranks), ranks, ranks=ranks)
-        assert done.returncode == 0, done.stderr
+    for ranks in ("1", "2"):
+        (tmp_path / ranks).mkdir()
+    monkeypatch.setattr(sys, "argv", ["script.py", str(tmp_path / "1"), "1"])
+    exec(SCRIPT, {})
+    done = torchrun(tmp_path / "script.py", tmp_path / "2", 2, ranks=2)
+    assert done.returncode == 0, done.stderr
     for method in ("el2n", "grand", "forgetting"):
         alone = torch.load(tmp_path / "1" / f"{method}-0.pt")
         both = [torch.load(tmp_path / "2" / f"{method}-{rank}.pt") for rank in (0, 1)]

@@ -184,12 +184,12 @@ def trainer(folder: Path, *, cls=DynamicPruningTrainer, model=None, data=None, p
 
 
 def torchrun(script, *arguments, ranks, timeout=300):
-    """Runs a program on so many real processes that talk by gloo; with 1 without torchrun. Where they are not done in
-    time the error says where each of them was."""
+    """Runs a program on so many real processes that talk by gloo. Where they are not done in time the error says where each
+    of them was."""
     with socket.socket() as free:  # a port that nobody listens on
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port] if ranks > 1 else []
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
     tests = Path(__file__).parent
     environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT makes a process print its stacks
