@@ -360,9 +360,12 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, compare):
 
 
 RECIPE = """
-import json, math, pathlib, sys
+import json, math, pathlib, shutil, sys
 options = dict(word[2:].split("=", 1) for word in sys.argv[1:])
-best = {"full": 1.0, "random": 2.0, "ucb": 4.0}[options["pruning"]]
+if "score" in options:
+    shutil.copy("SCORES", pathlib.Path(options["output_dir"], "scores.safetensors"))
+    sys.exit()
+best = {"full": 1.0, "random": 2.0, "ucb": 4.0, "static": 8.0}[options["pruning"]]
 report = json.loads(pathlib.Path("TEMPLATE").read_text())
 report["epochs"][-1]["metrics"]["eval_accuracy"] = 0.9 - 0.1 * abs(math.log2(float(options["learning_rate"]) / best))
 pathlib.Path(options["output_dir"], "report.json").write_text(json.dumps(report))
@@ -373,7 +376,9 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
     report = PruningReport({"name": "any"}, 100, 0, 0, num_epochs=4.0)
     report.epochs = [EpochRecord(i, True, 100, 100, 100) for i in range(4)]
     report.save(tmp_path / "template.json")
-    (tmp_path / "recipe.py").write_text(RECIPE.replace("TEMPLATE", str(tmp_path / "template.json")))
+    Scores(np.arange(100.0), "el2n", provenance={"passes": 100}).save(tmp_path / "scores.safetensors")
+    program = RECIPE.replace("TEMPLATE", str(tmp_path / "template.json"))
+    (tmp_path / "recipe.py").write_text(program.replace("SCORES", str(tmp_path / "scores.safetensors")))
     monkeypatch.chdir(tmp_path)
 
     def study(*options):
@@ -391,7 +396,7 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
         return float(options["learning_rate"])
 
     rules = ["random", "ucb"]
-    study("--output_dir", "tuned", "--learning_rates", "0.5", "1")
+    study("--output_dir", "tuned", "--scores", "el2n", "--learning_rates", "0.5", "1")
     found = {row["name"]: row for row in json.loads((tmp_path / "tuned/summary.json").read_text())["tuning"]}
     assert {name: (row["chosen"], len(row["means"]), row["edge"]) for name, row in found.items()} == {
         "full run": (1.0, 3, False),
@@ -405,6 +410,8 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
             assert float(options_of("tuned", name, cost, 0, tried)["validation_share"]) > 0
             report = PruningReport.load(tmp_path / "tuned" / Run(name, cost, 0, tried).folder / "report.json")
             assert report.metrics["eval_accuracy"] == mean
+    for words in ("charged", "given"):  # those of scores are not tuned themselves
+        assert rate("tuned", f"el2n, scores {words}", 0.5, 1) == found["random"]["chosen"]
     assert (tmp_path / "tuned/tuning.md").read_text().strip() in capsys.readouterr().out
     with pytest.raises(SystemExit):
         study("--output_dir", "tuned")  # now at the learning rate of the recipe
