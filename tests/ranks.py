@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from test_checkpoints import CHANGING, GRID
 from test_tasks import Some, train
-from tiny import assert_same_run, images, learning_rates, tiny_models, trainer, vit
+from tiny import assert_same_run, every_checkpoint, images, learning_rates, tiny_models, trainer, vit
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler
@@ -86,19 +86,12 @@ def resume_anywhere(folder):
         product((1, 3), ({}, workers, {**workers, "dataloader_persistent_workers": True}))
     ):
 
-        def make(name, accumulation=accumulation, loader=loader):
+        def make(place, accumulation=accumulation, loader=loader):
             settings = {**GRID, **loader, "gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
             settings["per_device_train_batch_size"] = 4 if loader else 3
-            return trainer(folder / name, model=vit(dropout=0.1), data=data, pruning=CHANGING, **settings)
+            return trainer(place, model=vit(dropout=0.1), data=data, pruning=CHANGING, **settings)
 
-        whole = make(f"whole{number}")
-        whole.train()
-        for step in range(1, whole.state.global_step):
-            part = make(f"part{number}")
-            part.args.save_strategy = "no"  # as test_checkpoints does
-            part.train(resume_from_checkpoint=str(folder / f"whole{number}" / f"checkpoint-{step}"))
-            assert_same_run(part, whole)
-            resumed += 1
+        resumed += len(list(every_checkpoint(make, folder / str(number))))
     return resumed
 
 

@@ -16,6 +16,7 @@ from tiny import (
     Shares,
     assert_same_run,
     comparable,
+    every_checkpoint,
     images,
     learning_rates,
     recorded,
@@ -32,20 +33,6 @@ CHANGING = UCB(keep_ratio=0.4, first=1, last=0.25)  # epochs of 26, 10, 10, 26 s
 GRID = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
 
 
-def every_checkpoint(make, folder):
-    """Trains a whole run, then resumes from each of its checkpoints but the last; returns their number."""
-    whole = make(folder / "whole")
-    whole.train()
-    steps = whole.state.global_step
-    for step in range(1, steps):
-        part = make(folder / "part")
-        part.args.save_strategy = "no"  # to save takes most of the time; test_faults resumes what a resumed run saved
-        part.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
-        assert_same_run(part, whole)
-        assert part.pruning_report.resumed[-1]["step"] == step
-    return steps - 1
-
-
 # ---- exact resume ----------------------------------------------------------------------------------------------------
 
 
@@ -58,7 +45,8 @@ def test_resuming_from_any_checkpoint_continues_the_identical_run(policy, accumu
         model = vit(dropout=0.1)
         return trainer(folder, model=model, data=data, pruning=policy, gradient_accumulation_steps=accumulation, **GRID)
 
-    reliability("resume", every_checkpoint(make, tmp_path))
+    for _ in every_checkpoint(make, tmp_path):
+        reliability("resume")
 
 
 @pytest.mark.parametrize("persistent", [False, True])
@@ -72,7 +60,8 @@ def test_resuming_from_any_checkpoint_with_workers(persistent, accumulation, tmp
         grid = {**GRID, **settings, "per_device_train_batch_size": 6, "gradient_accumulation_steps": accumulation}
         return trainer(folder, model=model, data=data, pruning=CHANGING, **grid)
 
-    reliability("resume workers", every_checkpoint(make, tmp_path))
+    for _ in every_checkpoint(make, tmp_path):
+        reliability("resume workers")
 
 
 @pytest.mark.parametrize("case", CASES)

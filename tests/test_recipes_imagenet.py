@@ -46,12 +46,8 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def imagenet(monkeypatch):
-    """The recipe as a module; its neighbours are found as where it is run."""
-    monkeypatch.syspath_prepend(RECIPE.parent)
-    import imagenet
-
-    return imagenet
+def imagenet(recipe):
+    return recipe("imagenet")
 
 
 def python(*command):

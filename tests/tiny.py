@@ -249,6 +249,21 @@ def assert_same_run(part, whole):
     assert comparable(part.pruning_report) == comparable(whole.pruning_report)
 
 
+def every_checkpoint(make, folder):
+    """Trains a whole run, which saves at each step, and resumes it from each of its checkpoints but the last; yields each
+    resumed run, which came out the same."""
+    whole = make(folder / "whole")
+    whole.train()
+    assert whole.state.global_step > 1
+    for step in range(1, whole.state.global_step):
+        part = make(folder / "part")
+        part.args.save_strategy = "no"  # to save takes most of the time; test_faults resumes what a resumed run saved
+        part.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
+        assert_same_run(part, whole)
+        assert part.pruning_report.resumed[-1]["step"] == step
+        yield part
+
+
 @dataclass(frozen=True)
 class Shares(PruningPolicy):
     """Keeps a different share in each epoch; sizes known beforehand or not."""
