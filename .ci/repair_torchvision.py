@@ -89,10 +89,17 @@ def main() -> int:
 
     attempt = run(IMPORTS)
     if attempt.returncode == 0:
-        print("torchvision: can be imported" + (" (repaired earlier)" if repaired else "") + ", nothing to do.")
+        print(
+            "torchvision: can be imported"
+            + (" (repaired earlier)" if repaired else "")
+            + ", nothing to do."
+        )
         return 0
     if "torchvision::nms does not exist" not in attempt.stderr:
-        print(f"{attempt.stderr}\ntorchvision or timm cannot be imported: a reason not known here.", file=sys.stderr)
+        print(
+            f"{attempt.stderr}\ntorchvision or timm cannot be imported: a reason not known here.",
+            file=sys.stderr,
+        )
         return 1
     cuda = run("import torch; print(torch.version.cuda)")
     if cuda.stdout.strip() != "None":
@@ -103,14 +110,20 @@ def main() -> int:
         )
         return 1
     if sys.prefix == sys.base_prefix:
-        print("torchvision: refusing to repair a Python that is not a virtual environment.", file=sys.stderr)
+        print(
+            "torchvision: refusing to repair a Python that is not a virtual environment.",
+            file=sys.stderr,
+        )
         return 1
 
     write(module, SOURCE)  # before the line that imports it
     write(pth, f"import {MODULE}\n")
     check = run(IMPORTS)
     if check.returncode != 0:
-        print(f"{check.stderr}\ntorchvision: repaired in {site_packages}, and still broken.", file=sys.stderr)
+        print(
+            f"{check.stderr}\ntorchvision: repaired in {site_packages}, and still broken.",
+            file=sys.stderr,
+        )
         return 1
     print("torchvision: a CUDA build next to a CPU torch; repaired, it can be imported now.")
     return 0

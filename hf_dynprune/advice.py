@@ -50,7 +50,7 @@ _WARM_UP = 3
 _SCORING: tuple[Literal["trained", "dropped", "all"], ...] = ("trained", "dropped", "all")
 
 
-# ---- what a run is, and what it takes -------------------------------------------------------------------------------
+# ---- what a run is, and what it takes ------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,9 @@ class Settings:
         )
 
     def evaluations(self, steps: int, epochs: int) -> int:
-        return self.eval_on_start + _how_often(self.eval_strategy, self.eval_steps, self.eval_delay, steps, epochs)
+        return self.eval_on_start + _how_often(
+            self.eval_strategy, self.eval_steps, self.eval_delay, steps, epochs
+        )
 
     def checkpoints(self, steps: int, epochs: int) -> int:
         if self.save_strategy == "best":  # at the most: wherever it evaluates
@@ -164,7 +166,7 @@ class Measured:
         return self.waiting + self.forward + self.backward + self.optimizer
 
 
-# ---- prediction -----------------------------------------------------------------------------------------------------
+# ---- prediction ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,9 @@ class Prediction:
         return sum(self.seconds.values())
 
 
-def predict(policy: PruningPolicy, settings: Settings, measured: Measured, *, choosing: float = 0.0) -> Prediction:
+def predict(
+    policy: PruningPolicy, settings: Settings, measured: Measured, *, choosing: float = 0.0
+) -> Prediction:
     """The seconds and the cost of a whole run under a policy. Pure.
 
         training    start of the run + samples / samples of a step * (waiting + forward + backward) + steps * optimizer
@@ -215,8 +219,15 @@ def predict(policy: PruningPolicy, settings: Settings, measured: Measured, *, ch
     if all(planned.size is not None for planned in settings.pruner(policy).schedule()):
         return _predict(policy, policy, settings, measured, choosing)
     assumed = assumed_share(policy, settings.num_samples)
-    common = {f.name: getattr(policy, f.name) for f in fields(_OfShare) if f.name in ("period", "first", "last", "scoring")}
-    least, most = (_predict(policy, _OfShare(share, **common), settings, measured, choosing) for share in assumed)
+    common = {
+        f.name: getattr(policy, f.name)
+        for f in fields(_OfShare)
+        if f.name in ("period", "first", "last", "scoring")
+    }
+    least, most = (
+        _predict(policy, _OfShare(share, **common), settings, measured, choosing)
+        for share in assumed
+    )
     return replace(most, assumed=assumed, least_seconds=least.total)
 
 
@@ -252,7 +263,11 @@ class _OfShare(PruningPolicy):
 
 
 def _predict(
-    policy: PruningPolicy, sized: PruningPolicy, settings: Settings, measured: Measured, choosing: float
+    policy: PruningPolicy,
+    sized: PruningPolicy,
+    settings: Settings,
+    measured: Measured,
+    choosing: float,
 ) -> Prediction:
     """`sized` has the sizes of the choices of `policy`."""
     pruner = settings.pruner(sized)
@@ -268,7 +283,9 @@ def _predict(
         trained + sum(scored) / 3 + (before["passes"] if before.get("charged") else 0),
         {
             "training": measured.run_start
-            + trained / (pruner.global_batch * settings.accumulation) * (measured.step - measured.optimizer)
+            + trained
+            / (pruner.global_batch * settings.accumulation)
+            * (measured.step - measured.optimizer)
             + steps * measured.optimizer
             + starts * measured.epoch_start
             + settings.checkpoints(steps, len(epochs)) * measured.checkpoint,
@@ -308,7 +325,7 @@ def _epochs(pruner: DynamicPruner, num_epochs: float | None) -> Iterator[_Epoch]
         yield _Epoch(steps, size * steps / length, scored)
 
 
-# ---- advice ---------------------------------------------------------------------------------------------------------
+# ---- advice --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -362,7 +379,10 @@ class Advice:
                     "acts": prediction.acts,
                     "estimate": None
                     if prediction.assumed is None
-                    else {"kept": list(prediction.assumed), "least_seconds": prediction.least_seconds},
+                    else {
+                        "kept": list(prediction.assumed),
+                        "least_seconds": prediction.least_seconds,
+                    },
                 }
                 for prediction in (self.full, *self.predictions)
             ],
@@ -384,12 +404,18 @@ class Advice:
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
             "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+                [
+                    row[0].ljust(widths[0]),
+                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                ]
             )
             for row in (head, *rows)
         ]
         m = self.measured
-        step = ", ".join(f"{name} {_duration(getattr(m, name))}" for name in ("waiting", "forward", "backward", "optimizer"))
+        step = ", ".join(
+            f"{name} {_duration(getattr(m, name))}"
+            for name in ("waiting", "forward", "backward", "optimizer")
+        )
         measured = f"A step takes {_duration(m.step)} ({step}; {m.steps} steps timed)."
         return "\n".join([*lines, "", measured, *(text for text in self.findings.values())])
 
@@ -416,16 +442,23 @@ def _findings(advice: Advice) -> dict[str, str]:
             "trains more epochs, of fewer samples, in as long. To save time set num_train_epochs instead."
         )
     elif best is None or advice.saved(best) < 0.1:
-        found["answer"] = "Answer: no. Nothing in the table that can act saves a tenth of the full run or more."
+        found["answer"] = (
+            "Answer: no. Nothing in the table that can act saves a tenth of the full run or more."
+        )
     else:
         quickest: dict[str, Prediction] = {}
-        for row in sorted((row for row in acting if advice.saved(row) > 0), key=lambda row: row.total, reverse=True):
+        for row in sorted(
+            (row for row in acting if advice.saved(row) > 0),
+            key=lambda row: row.total,
+            reverse=True,
+        ):
             keep_ratio = getattr(row.policy, "keep_ratio", None)
             quickest[str(row.policy) if keep_ratio is None else f"keep_ratio={keep_ratio:g}"] = row
         found["answer"] = (
             f"Answer: it can pay. All data take {_duration(full.total)}; "
             + ", ".join(
-                f"{how} {_duration(row.total)} ({_percent(advice.saved(row))} less)" for how, row in quickest.items()
+                f"{how} {_duration(row.total)} ({_percent(advice.saved(row))} less)"
+                for how, row in quickest.items()
             )
             + ". What that does to the result only a run tells."
         )
@@ -457,22 +490,41 @@ def _findings(advice: Advice) -> dict[str, str]:
             f"{_duration(fast)} instead of {_duration(full.total)}: {more}."
         )
     starts = full.epochs * m.epoch_start
-    if settings.workers and not settings.persistent_workers and best is not None and starts > _NOTABLE * best.total:
+    if (
+        settings.workers
+        and not settings.persistent_workers
+        and best is not None
+        and starts > _NOTABLE * best.total
+    ):
         found["epoch starts"] = (
             f"Starting the loader takes {_duration(m.epoch_start)} an epoch, {_duration(starts)} of {_duration(best.total)} "
             f"({best.policy}), whatever is kept: set dataloader_persistent_workers=True, or fewer workers."
         )
     for phase, way_out in (
-        ("evaluation", "It does not shrink with the data: evaluate less often (eval_strategy, eval_steps), or on less."),
-        ("scoring", "Score by training losses (scoring='trained', at no cost), or choose less often (period)."),
+        (
+            "evaluation",
+            "It does not shrink with the data: evaluate less often (eval_strategy, eval_steps), or on less.",
+        ),
+        (
+            "scoring",
+            "Score by training losses (scoring='trained', at no cost), or choose less often (period).",
+        ),
     ):
         eaten = [
-            (row.seconds[phase] / row.total, str(row.policy)) for row in rows if row.seconds[phase] > _NOTABLE * row.total
+            (row.seconds[phase] / row.total, str(row.policy))
+            for row in rows
+            if row.seconds[phase] > _NOTABLE * row.total
         ]
         if eaten:
             share, label = max(eaten)
-            others = f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} others" if len(eaten) > 1 else ""
-            found[phase] = f"{phase.capitalize()} eats the gain: {_percent(share)} of {label}{others}. {way_out}"
+            others = (
+                f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} others"
+                if len(eaten) > 1
+                else ""
+            )
+            found[phase] = (
+                f"{phase.capitalize()} eats the gain: {_percent(share)} of {label}{others}. {way_out}"
+            )
     found["short run"] = (
         "Compare with the short run: all data for as many epochs as the last column says takes as long, and its learning "
         "rate reaches zero as well. Where it is as good, take the short run."
@@ -480,7 +532,9 @@ def _findings(advice: Advice) -> dict[str, str]:
     return found
 
 
-def advise(trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None, batches: int = 20) -> Advice:
+def advise(
+    trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None, batches: int = 20
+) -> Advice:
     """Whether pruning pays for this run, and how much of it: measured in a dry run, before the run is paid for.
 
     A copy of the trainer, with a copy of its model and optimizer, trains some batches by the Trainer's own `train()`; then
@@ -514,9 +568,12 @@ def advise(trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None,
     for policy in policies:  # what does not fit is told before anything is measured
         predict(policy, settings, _NOTHING)
     with _dry_run(trainer) as dry:
-        measured = _measure(dry, settings, batches, scores=any(policy.scoring != "trained" for policy in policies))
+        measured = _measure(
+            dry, settings, batches, scores=any(policy.scoring != "trained" for policy in policies)
+        )
     full, *others = (
-        predict(policy, settings, measured, choosing=_time_choosing(policy, settings)) for policy in (FullData(), *policies)
+        predict(policy, settings, measured, choosing=_time_choosing(policy, settings))
+        for policy in (FullData(), *policies)
     )
     return Advice(settings, measured, full, others)
 
@@ -526,7 +583,9 @@ _NOTHING = Measured(0, 0.0, 0.0, 0.0, 0.0)
 
 def _check(trainer: Any, batches: int) -> None:
     if not isinstance(trainer, Trainer):
-        raise TypeError(f"trainer={trainer!r} is no transformers Trainer: wanted is one that was made and not trained yet.")
+        raise TypeError(
+            f"trainer={trainer!r} is no transformers Trainer: wanted is one that was made and not trained yet."
+        )
     check_count("batches", batches, 4)
     dataset: Any = trainer.train_dataset
     if not hasattr(dataset, "__len__") or len(dataset) == 0:
@@ -538,12 +597,14 @@ def _check(trainer: Any, batches: int) -> None:
 
 def _usual(settings: Settings) -> list[PruningPolicy]:
     least = settings.pruner(FullData()).global_batch if settings.drop_last else 1
-    ratios = [ratio for ratio in (0.1, 0.3, 0.5, 0.7) if keep_count(ratio, settings.num_samples) >= least]
+    ratios = [
+        ratio for ratio in (0.1, 0.3, 0.5, 0.7) if keep_count(ratio, settings.num_samples) >= least
+    ]
     scored = [UCB(ratio, scoring=scoring) for scoring in _SCORING for ratio in ratios]
     return [*map(RandomPruning, ratios), *scored, InfoBatch()]
 
 
-# ---- the dry run ----------------------------------------------------------------------------------------------------
+# ---- the dry run ---------------------------------------------------------------------------------
 
 
 class _Watch(TrainerCallback):
@@ -558,7 +619,9 @@ class _Watch(TrainerCallback):
         self.checkpoint = 0.0
         self.predicted: list[float] = []  # when each evaluation batch was done
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         self.device = args.device
         self.hooks = [
             model.register_forward_pre_hook(lambda *_: self._add("backward")),
@@ -592,7 +655,9 @@ class _Watch(TrainerCallback):
         if timed == 0:
             self.since = self.mark
         # Ranks must end at the same step, and their clocks differ.
-        enough = timed >= self.wanted and (args.world_size > 1 or self.mark - self.since >= _LEAST_SECONDS)
+        enough = timed >= self.wanted and (
+            args.world_size > 1 or self.mark - self.since >= _LEAST_SECONDS
+        )
         if enough or state.global_step >= state.max_steps:
             control.should_training_stop, control.should_save = True, self.save
 
@@ -625,10 +690,22 @@ class _Watch(TrainerCallback):
         compute = [sum(step.values()) - step["waiting"] for step in self.steps]
         cut = len(timed) // 10
         kept = sorted(timed, key=lambda i: compute[i])[cut : len(timed) - cut]
-        parts = {part: fmean(self.steps[i][part] for i in kept) for part in ("forward", "backward", "optimizer")}
-        waited = [self.steps[i]["waiting"] for i in (timed if self.workers else kept) if i not in self.first_in_epoch]
+        parts = {
+            part: fmean(self.steps[i][part] for i in kept)
+            for part in ("forward", "backward", "optimizer")
+        }
+        waited = [
+            self.steps[i]["waiting"]
+            for i in (timed if self.workers else kept)
+            if i not in self.first_in_epoch
+        ]
         extra = sum(compute[:first]) - first * sum(parts.values())
-        return {**parts, "waiting": fmean(waited) if waited else 0.0, "extra": max(0.0, extra), "steps": len(timed)}
+        return {
+            **parts,
+            "waiting": fmean(waited) if waited else 0.0,
+            "extra": max(0.0, extra),
+            "steps": len(timed),
+        }
 
 
 def _no_step() -> dict[str, float]:
@@ -649,7 +726,9 @@ def _dry_run(trainer: Trainer) -> Iterator[Any]:
     python, numpy = random.getstate(), np.random.get_state()
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tempfile.TemporaryDirectory(dir=folder if Path(folder).is_dir() else None) as scratch,  # on the disk of the run
+        tempfile.TemporaryDirectory(
+            dir=folder if Path(folder).is_dir() else None
+        ) as scratch,  # on the disk of the run
     ):
         dry: Any = copy.copy(trainer)
         dry.model, dry.optimizer = copy.deepcopy((trainer.model, trainer.optimizer))
@@ -669,7 +748,9 @@ def _dry_run(trainer: Trainer) -> Iterator[Any]:
 
 def _measure(dry: Any, settings: Settings, batches: int, *, scores: bool) -> Measured:
     args = dry.args
-    ahead = settings.workers * (args.dataloader_prefetch_factor or 2)  # batches that are there before they are waited for
+    ahead = settings.workers * (
+        args.dataloader_prefetch_factor or 2
+    )  # batches that are there before they are waited for
     watch = _Watch(
         warm_up=_WARM_UP + math.ceil(ahead / settings.accumulation),
         wanted=math.ceil(batches / settings.accumulation),
@@ -689,7 +770,9 @@ def _measure(dry: Any, settings: Settings, batches: int, *, scores: bool) -> Mea
     loading, epoch_start = _time_loader(dry, ahead, max(batches, 8 * settings.workers))
     evaluation = scoring = scoring_start = 0.0
     if settings.eval_on_start or settings.eval_strategy != "no":
-        sets = dry.eval_dataset.values() if isinstance(dry.eval_dataset, dict) else [dry.eval_dataset]
+        sets = (
+            dry.eval_dataset.values() if isinstance(dry.eval_dataset, dict) else [dry.eval_dataset]
+        )
         evaluation = sum(_time_evaluation(dry, watch, each, batches // 4)[0] for each in sets)
     if scores:
         dataset = getattr(dry, "scoring_dataset", None)
@@ -725,11 +808,17 @@ def _time_loader(dry: Trainer, ahead: int, batches: int) -> tuple[float, float]:
     del loading  # and with it the workers
     stopping = time.perf_counter() - ended
     first = max(0, min(ahead, len(loaded) - 2))
-    each = (loaded[-1] - loaded[first]) / (len(loaded) - 1 - first) if len(loaded) > 1 else loaded[0] - begun
+    each = (
+        (loaded[-1] - loaded[first]) / (len(loaded) - 1 - first)
+        if len(loaded) > 1
+        else loaded[0] - begun
+    )
     return each, max(0.0, loaded[0] - begun - each) + stopping
 
 
-def _time_evaluation(dry: Trainer, watch: _Watch, dataset: Any, batches: int) -> tuple[float, float]:
+def _time_evaluation(
+    dry: Trainer, watch: _Watch, dataset: Any, batches: int
+) -> tuple[float, float]:
     """Seconds of an evaluation of all of a dataset, and of a batch in it, from an evaluation of some batches."""
     size, device = dry.args.eval_batch_size * dry.args.world_size, dry.args.device
     if hasattr(dataset, "__len__"):
@@ -760,7 +849,9 @@ def _time_choosing(policy: PruningPolicy, settings: Settings) -> float:
     generator = torch.Generator().manual_seed(0)
 
     def observed(index: Tensor) -> dict[str, Tensor]:
-        values = {name: torch.rand(len(index), generator=generator) for name in pruner.scored_signals}
+        values = {
+            name: torch.rand(len(index), generator=generator) for name in pruner.scored_signals
+        }
         return {**values, **({LABEL.name: torch.zeros(len(index))} if policy.min_per_class else {})}
 
     everything = torch.arange(n)

@@ -48,7 +48,9 @@ class PruningArguments:
     )
     pruning_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": 'Further fields of the policy, as JSON, such as \'{"period": 10, "c": 2.0}\'.'},
+        metadata={
+            "help": 'Further fields of the policy, as JSON, such as \'{"period": 10, "c": 2.0}\'.'
+        },
     )
 
     def __post_init__(self) -> None:
@@ -56,9 +58,13 @@ class PruningArguments:
             try:
                 self.pruning_kwargs = json.loads(self.pruning_kwargs)
             except json.JSONDecodeError as error:
-                raise ValueError(f"pruning_kwargs={self.pruning_kwargs!r} is not JSON ({error}).") from error
+                raise ValueError(
+                    f"pruning_kwargs={self.pruning_kwargs!r} is not JSON ({error})."
+                ) from error
         if self.pruning_kwargs is not None and not isinstance(self.pruning_kwargs, dict):
-            raise ValueError(f'pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as {{"period": 10}}.')
+            raise ValueError(
+                f'pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as {{"period": 10}}.'
+            )
 
     def policy(self) -> PruningPolicy | None:
         """The policy, or None for `pruning="none"`."""

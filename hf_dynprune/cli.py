@@ -25,17 +25,29 @@ _KEPT = ("always", "sometimes", "never")
 class ClassificationArguments:
     """A model for image or text classification, and its data."""
 
-    model: str = field(metadata={"help": "Hub id or local path of a model for image or text classification."})
+    model: str = field(
+        metadata={"help": "Hub id or local path of a model for image or text classification."}
+    )
     dataset: str = field(metadata={"help": "Hub id or local path of a dataset."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset that has several."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset that has several."}
+    )
     split: str = field(default="train", metadata={"help": "The split that is to be pruned."})
-    image_column: str | None = field(default=None, metadata={"help": "Column of the images; default: the only one."})
-    text_column: str | None = field(default=None, metadata={"help": "Column of the texts; default: the only one, or text."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Column of the images; default: the only one."}
+    )
+    text_column: str | None = field(
+        default=None, metadata={"help": "Column of the texts; default: the only one, or text."}
+    )
     label_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the labels; default: the only ClassLabel column, or label, or fine_label."},
+        metadata={
+            "help": "Column of the labels; default: the only ClassLabel column, or label, or fine_label."
+        },
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights, as the papers do."})
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Start from random weights, as the papers do."}
+    )
 
 
 @dataclass
@@ -46,11 +58,19 @@ class ScoreArguments(ClassificationArguments):
 
     method: str = field(
         kw_only=True,
-        metadata={"help": "el2n, grand, grand-last-layer, forgetting, loss, margin or entropy; high is hard with each."},
+        metadata={
+            "help": "el2n, grand, grand-last-layer, forgetting, loss, margin or entropy; high is hard with each."
+        },
     )
-    runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
-    epochs: int | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
-    json: bool = field(default=False, metadata={"help": "Print JSON: the file, and what the scores cost."})
+    runs: int | None = field(
+        default=None, metadata={"help": "Runs to combine; default: as published."}
+    )
+    epochs: int | None = field(
+        default=None, metadata={"help": "Epochs before scoring; default: as published."}
+    )
+    json: bool = field(
+        default=False, metadata={"help": "Print JSON: the file, and what the scores cost."}
+    )
 
 
 def score(argv: Sequence[str]) -> None:
@@ -70,7 +90,9 @@ def score(argv: Sequence[str]) -> None:
     args.remove_unused_columns = False
     data, collator, model_init = _classification(options)
     folder = Path(args.output_dir or ".")
-    with redirect_stdout(sys.stderr if options.json else sys.stdout):  # where the Trainer writes its logs
+    with redirect_stdout(
+        sys.stderr if options.json else sys.stdout
+    ):  # where the Trainer writes its logs
         scores = score_dataset(
             options.method,
             model_init,
@@ -84,7 +106,12 @@ def score(argv: Sequence[str]) -> None:
     if distributed.world()[0] != 0:
         return
     if options.json:
-        print(json.dumps({"file": str(folder / SCORES_FILE), "method": options.method, **scores.provenance}, indent=2))
+        print(
+            json.dumps(
+                {"file": str(folder / SCORES_FILE), "method": options.method, **scores.provenance},
+                indent=2,
+            )
+        )
     else:
         print(
             f"{options.method} of {len(scores):,} samples, at the price of {scores.provenance['passes']:,.0f} passes.\n"
@@ -120,13 +147,18 @@ def _classification(options: ClassificationArguments) -> tuple[Any, Any, Callabl
     data, _ = load_splits(options.dataset, options.dataset_config, train=options.split)
     label = find_column(data.features, "label", options.label_column)
     names = class_names(data, label)
-    heads = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    heads = {
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
     if any(isinstance(feature, datasets.Image) for feature in data.features.values()):
         column = find_column(data.features, "image", options.image_column)
         processor = transformers.AutoImageProcessor.from_pretrained(options.model)
 
         def prepare(batch: dict[str, list]) -> dict[str, Any]:
-            pixels = processor([image.convert("RGB") for image in batch[column]], return_tensors="pt")
+            pixels = processor(
+                [image.convert("RGB") for image in batch[column]], return_tensors="pt"
+            )
             return {**pixels, "labels": batch[label]}
 
         auto: Any = transformers.AutoModelForImageClassification
@@ -160,10 +192,17 @@ class AdviseArguments(ClassificationArguments):
 
     eval_split: str | None = field(
         default=None,
-        metadata={"help": "The split that the run evaluates on, with --eval_strategy; default: validation, else test."},
+        metadata={
+            "help": "The split that the run evaluates on, with --eval_strategy; default: validation, else test."
+        },
     )
-    batches: int = field(default=20, metadata={"help": "Train so many batches, or more, for 5 s; at least 4."})
-    json: bool = field(default=False, metadata={"help": "Print JSON: findings, what was measured, and the predictions."})
+    batches: int = field(
+        default=20, metadata={"help": "Train so many batches, or more, for 5 s; at least 4."}
+    )
+    json: bool = field(
+        default=False,
+        metadata={"help": "Print JSON: findings, what was measured, and the predictions."},
+    )
 
 
 def advise(argv: Sequence[str]) -> None:
@@ -190,7 +229,12 @@ def advise(argv: Sequence[str]) -> None:
     data, collator, model_init = _classification(options)
     evaluation = None
     if args.eval_on_start or args.eval_strategy != "no":
-        _, split = load_splits(options.dataset, options.dataset_config, train=options.split, evaluation=options.eval_split)
+        _, split = load_splits(
+            options.dataset,
+            options.dataset_config,
+            train=options.split,
+            evaluation=options.eval_split,
+        )
         if split is None:
             raise ValueError(
                 f"The dataset {options.dataset!r} has no split to evaluate on: name one (--eval_split), or leave "
@@ -201,7 +245,13 @@ def advise(argv: Sequence[str]) -> None:
         if not Path(args.output_dir).is_dir():  # the Trainer would make it
             args.output_dir = scratch
         advice = advise_on(
-            Trainer(model_init=model_init, args=args, train_dataset=data, eval_dataset=evaluation, data_collator=collator),
+            Trainer(
+                model_init=model_init,
+                args=args,
+                train_dataset=data,
+                eval_dataset=evaluation,
+                data_collator=collator,
+            ),
             batches=options.batches,
         )
     if distributed.world()[0] == 0:
@@ -217,12 +267,21 @@ def report(argv: Sequence[str]) -> None:
         "hf-dynprune report runs/full/report.json runs/ucb/report.json --metric eval_loss\n"
         "hf-dynprune report runs/* --json",
     )
-    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="report.json of a run, or the folder it is in")
     parser.add_argument(
-        "--metric", help="what is shown of the last evaluation; default of several runs: eval_accuracy, else eval_loss"
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="report.json of a run, or the folder it is in",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print JSON: a list with the file and the report of each run, without its epochs"
+        "--metric",
+        help="what is shown of the last evaluation; default of several runs: eval_accuracy, else eval_loss",
+    )
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print JSON: a list with the file and the report of each run, without its epochs",
     )
     options = parser.parse_args(argv)
     from .report import PruningReport
@@ -231,14 +290,23 @@ def report(argv: Sequence[str]) -> None:
     runs = [PruningReport.load(file) for file in files]
     for file, run in zip(files, runs, strict=True):
         if options.metric is not None and options.metric not in run.metrics:
-            raise ValueError(f"{file} has no metric {options.metric!r}; it has {', '.join(run.metrics) or 'none'}.")
+            raise ValueError(
+                f"{file} has no metric {options.metric!r}; it has {', '.join(run.metrics) or 'none'}."
+            )
     if options.json:
         about = [{k: v for k, v in run.to_dict().items() if k != "epochs"} for run in runs]
-        print(json.dumps([{"file": str(file), **of} for file, of in zip(files, about, strict=True)], indent=2))
+        print(
+            json.dumps(
+                [{"file": str(file), **of} for file, of in zip(files, about, strict=True)], indent=2
+            )
+        )
     elif len(runs) == 1:
         _print_summary(files[0], runs[0], options.metric)
     else:
-        default = next((m for m in ("eval_accuracy", "eval_loss") if all(m in run.metrics for run in runs)), None)
+        default = next(
+            (m for m in ("eval_accuracy", "eval_loss") if all(m in run.metrics for run in runs)),
+            None,
+        )
         names = [_name_of(file) for file in files]
         if len(set(names)) < len(names):
             names = [str(path) for path in options.files]
@@ -258,7 +326,9 @@ def _parser(command: str, description: str, examples: str) -> argparse.ArgumentP
 def _report_file(path: Path) -> Path:
     file = path / "report.json" if path.is_dir() else path
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: wanted is the report.json of a run, or the folder that it is in.")
+        raise FileNotFoundError(
+            f"{file} does not exist: wanted is the report.json of a run, or the folder that it is in."
+        )
     return file
 
 
@@ -270,18 +340,29 @@ def _name_of(path: Path) -> str:
 
 def _print_summary(file: Path, run: "PruningReport", metric: str | None) -> None:
     totals, selection, environment = run.totals, run.selection, run.environment
-    counts = ", ".join(f"{totals[f'{kind}_passes']:,} {kind}" for kind in ("forward", "backward", "scoring"))
+    counts = ", ".join(
+        f"{totals[f'{kind}_passes']:,} {kind}" for kind in ("forward", "backward", "scoring")
+    )
     speed = ("_runtime", "_per_second", "_time")
-    metrics = [name for name in run.metrics if (name == metric if metric else not name.endswith(speed))]
-    versions = {"hf_dynprune": environment.get("hf_dynprune", "unknown"), **environment.get("versions", {})}
+    metrics = [
+        name for name in run.metrics if (name == metric if metric else not name.endswith(speed))
+    ]
+    versions = {
+        "hf_dynprune": environment.get("hf_dynprune", "unknown"),
+        **environment.get("versions", {}),
+    }
     lines = {
         "policy": _policy(run.policy),
-        "seed": f"{run.seed}" + (f", of the order {run.data_seed}" if run.data_seed != run.seed else ""),
+        "seed": f"{run.seed}"
+        + (f", of the order {run.data_seed}" if run.data_seed != run.seed else ""),
         "cost": f"{run.cost_ratio:.4f} of the full run of {run.num_epochs:g} epochs",
         "passes": f"{run.passes:,.0f}, {run.passes / run.num_samples:.2f} over {run.num_samples:,} samples ({counts})",
         "optimizer steps": f"{totals['optimizer_steps']:,}",
-        "seconds": ", ".join(f"{phase} {seconds:,.1f}" for phase, seconds in totals["seconds"].items()),
-        "last metrics": ", ".join(f"{name} {_metric(name, run.metrics[name])}" for name in metrics) or "none",
+        "seconds": ", ".join(
+            f"{phase} {seconds:,.1f}" for phase, seconds in totals["seconds"].items()
+        ),
+        "last metrics": ", ".join(f"{name} {_metric(name, run.metrics[name])}" for name in metrics)
+        or "none",
     }
     if selection.get("choices"):
         kept, chance = (
@@ -295,11 +376,16 @@ def _print_summary(file: Path, run: "PruningReport", metric: str | None) -> None
         spent = f"{run.preparation.get('passes', 0):,.0f} passes, {run.preparation.get('seconds', 0):,.1f} seconds"
         lines["preparation"] = f"{run.preparation.get('method', 'scores')}: {spent}, {charged}"
     if totals["nonfinite"]:
-        samples = ", ".join(map(str, run.nonfinite_samples[:10])) + (" ..." if len(run.nonfinite_samples) > 10 else "")
-        lines["non-finite"] = f"{totals['nonfinite']:,} losses were NaN or infinite, of the samples {samples}"
+        samples = ", ".join(map(str, run.nonfinite_samples[:10])) + (
+            " ..." if len(run.nonfinite_samples) > 10 else ""
+        )
+        lines["non-finite"] = (
+            f"{totals['nonfinite']:,} losses were NaN or infinite, of the samples {samples}"
+        )
     if run.resumed:
         lines["resumed"] = "; ".join(
-            f"in epoch {at['epoch']} at step {at['step']:,}" + (", without scores" if at.get("stock_checkpoint") else "")
+            f"in epoch {at['epoch']} at step {at['step']:,}"
+            + (", without scores" if at.get("stock_checkpoint") else "")
             for at in run.resumed
         )
     lines["hardware"] = f"{environment.get('ranks', 1)} × {environment.get('device', 'unknown')}"
@@ -309,13 +395,28 @@ def _print_summary(file: Path, run: "PruningReport", metric: str | None) -> None
         print(f"  {label:16} {text}")
 
 
-def _print_comparison(names: Sequence[str], runs: Sequence["PruningReport"], metric: str | None) -> None:
+def _print_comparison(
+    names: Sequence[str], runs: Sequence["PruningReport"], metric: str | None
+) -> None:
     from .plots import spent
 
-    header = ["run", metric or "metric", "cost", "passes/N", "epochs", "steps", "seconds", *_KEPT, "policy"]
+    header = [
+        "run",
+        metric or "metric",
+        "cost",
+        "passes/N",
+        "epochs",
+        "steps",
+        "seconds",
+        *_KEPT,
+        "policy",
+    ]
     rows = [header]
     for name, run in zip(names, runs, strict=True):
-        shares = [f"{100 * run.selection[kind]:.1f} %" if run.selection.get("choices") else "-" for kind in _KEPT]
+        shares = [
+            f"{100 * run.selection[kind]:.1f} %" if run.selection.get("choices") else "-"
+            for kind in _KEPT
+        ]
         rows.append(
             [
                 name,
@@ -333,7 +434,9 @@ def _print_comparison(names: Sequence[str], runs: Sequence["PruningReport"], met
     for name, *numbers, policy in rows:
         right = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
         print("  ".join([name.ljust(widths[0]), *right, policy]))
-    print("cost: against the full run of the same epochs; seconds: without evaluation; both with charged preparation")
+    print(
+        "cost: against the full run of the same epochs; seconds: without evaluation; both with charged preparation"
+    )
 
 
 def _policy(fields_of: Mapping[str, Any]) -> str:
@@ -345,7 +448,10 @@ def _policy(fields_of: Mapping[str, Any]) -> str:
         name: value
         for name, value in fields_of.items()
         if name not in ("name", "digest")
-        and (json.dumps(value) != json.dumps(defaults.get(name), default=str) or (name == "keep_ratio" and value))
+        and (
+            json.dumps(value) != json.dumps(defaults.get(name), default=str)
+            or (name == "keep_ratio" and value)
+        )
     }
     settings = ", ".join(f"{name}={value!r}" for name, value in shown.items())
     return f"{fields_of['name']}({settings})" if settings else fields_of["name"]
@@ -366,7 +472,9 @@ def plot(argv: Sequence[str]) -> None:
     from . import plots
 
     if options.kind == "runs":
-        figure = plots.plot_runs(_by_name(options.files, options.name), options.metric, options.against)
+        figure = plots.plot_runs(
+            _by_name(options.files, options.name), options.metric, options.against
+        )
     elif options.kind == "selection":
         figure = plots.plot_selection(_by_name(options.files, options.name))
     elif options.kind == "scores":
@@ -379,11 +487,24 @@ def plot(argv: Sequence[str]) -> None:
 
 
 def _plot_parser() -> argparse.ArgumentParser:
-    parser = _parser("plot", "Draws runs, and which samples they kept.", "hf-dynprune plot runs --help")
+    parser = _parser(
+        "plot", "Draws runs, and which samples they kept.", "hf-dynprune plot runs --help"
+    )
     output = argparse.ArgumentParser(add_help=False)
-    output.add_argument("--output", type=Path, metavar="FILE", help=".png, .pdf or .svg; default: KIND.png; overwritten")
+    output.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help=".png, .pdf or .svg; default: KIND.png; overwritten",
+    )
     several = argparse.ArgumentParser(add_help=False)
-    several.add_argument("files", nargs="+", type=Path, metavar="FILE", help="report.json of a run, or the folder it is in")
+    several.add_argument(
+        "files",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="report.json of a run, or the folder it is in",
+    )
     several.add_argument(
         "--name",
         nargs="+",
@@ -398,13 +519,23 @@ def _plot_parser() -> argparse.ArgumentParser:
         help=f"folder of a run with {_TABLE_FILE} and report.json, or a checkpoint of it, or the file in one of them. The "
         f'recipes write the table; else: trainer.pruner.table.save("{_TABLE_FILE}"), beside report.json',
     )
-    data.add_argument("--dataset", required=True, help="Hub id or local path of the dataset that was trained on")
+    data.add_argument(
+        "--dataset", required=True, help="Hub id or local path of the dataset that was trained on"
+    )
     data.add_argument("--dataset_config", help="configuration of a dataset that has several")
-    data.add_argument("--split", default="train", help="what was trained on, in that order, such as train or train[:20%%]")
-    data.add_argument("--label_column", help="default: the only ClassLabel column, or label, or fine_label")
+    data.add_argument(
+        "--split",
+        default="train",
+        help="what was trained on, in that order, such as train or train[:20%%]",
+    )
+    data.add_argument(
+        "--label_column", help="default: the only ClassLabel column, or label, or fine_label"
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
 
-    def kind(name: str, summary: str, *parents: argparse.ArgumentParser, example: str) -> argparse.ArgumentParser:
+    def kind(
+        name: str, summary: str, *parents: argparse.ArgumentParser, example: str
+    ) -> argparse.ArgumentParser:
         return kinds.add_parser(
             name,
             help=summary,
@@ -422,11 +553,24 @@ def _plot_parser() -> argparse.ArgumentParser:
     )
     runs.add_argument("--metric", default="eval_accuracy", help="default: eval_accuracy")
     runs.add_argument(
-        "--against", nargs="+", choices=["passes", "seconds"], default=["passes", "seconds"], help="a panel each"
+        "--against",
+        nargs="+",
+        choices=["passes", "seconds"],
+        default=["passes", "seconds"],
+        help="a panel each",
     )
-    kind("selection", "how often samples were kept, beside chance", several, example="runs/random runs/ucb")
-    scores = kind("scores", "how the scores of a run were spread, epoch by epoch", example="runs/ucb")
-    scores.add_argument("file", type=Path, metavar="FILE", help="report.json of a run, or the folder it is in")
+    kind(
+        "selection",
+        "how often samples were kept, beside chance",
+        several,
+        example="runs/random runs/ucb",
+    )
+    scores = kind(
+        "scores", "how the scores of a run were spread, epoch by epoch", example="runs/ucb"
+    )
+    scores.add_argument(
+        "file", type=Path, metavar="FILE", help="report.json of a run, or the folder it is in"
+    )
     kind(
         "classes",
         "the share that a run kept of each class",
@@ -443,13 +587,17 @@ def _plot_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _by_name(paths: Sequence[Path], names: Sequence[str] | None) -> dict[str, list["PruningReport"]]:
+def _by_name(
+    paths: Sequence[Path], names: Sequence[str] | None
+) -> dict[str, list["PruningReport"]]:
     from .report import PruningReport
 
     files = [_report_file(path) for path in paths]
     names = [_name_of(file) for file in files] if names is None else names
     if len(names) != len(files):
-        raise ValueError(f"--name gives {len(names)} names for {len(files)} files: wanted is one for each, in their order.")
+        raise ValueError(
+            f"--name gives {len(names)} names for {len(files)} files: wanted is one for each, in their order."
+        )
     runs: dict[str, list[PruningReport]] = {}
     for name, file in zip(names, files, strict=True):
         runs.setdefault(name, []).append(PruningReport.load(file))
@@ -465,7 +613,9 @@ def _plot_data(options: argparse.Namespace) -> "Figure":
     label = find_column(data.features, "label", options.label_column)
     if options.kind == "classes":
         return plots.plot_classes(times, choices, data[label][:], class_names(data, label))
-    return plots.plot_samples(times, choices, data, image_column=options.image_column, label_column=label)
+    return plots.plot_samples(
+        times, choices, data, image_column=options.image_column, label_column=label
+    )
 
 
 def _times_kept(path: Path) -> tuple["Tensor", int]:
@@ -488,7 +638,9 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
     times, file = SampleTable.load(path)["times_kept"], _report_file(path.parent)
     selection = PruningReport.load(file).selection
     if times.bincount(minlength=selection["choices"] + 1).tolist() != selection["histogram"]:
-        raise ValueError(f"{path} and {file} are not of the same run: save the table of the run that the report tells of.")
+        raise ValueError(
+            f"{path} and {file} are not of the same run: save the table of the run that the report tells of."
+        )
     return times, selection["choices"]
 
 
@@ -503,17 +655,45 @@ def card(argv: Sequence[str]) -> None:
         "hf-dynprune card runs/ucb --full runs/full --json",
     )
     reports: dict[str, Any] = {"nargs": "+", "type": Path, "metavar": "FILE"}
-    parser.add_argument("files", **reports, help="report.json of the run, or the folder it is in; of each of its seeds")
+    parser.add_argument(
+        "files",
+        **reports,
+        help="report.json of the run, or the folder it is in; of each of its seeds",
+    )
     parser.add_argument("--full", default=[], **reports, help="of the full run, to compare with")
-    parser.add_argument("--short", default=[], **reports, help="of the short run, to compare with: all data, fewer epochs")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="where the card goes; default: it is printed")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw a picture to this file, and show it in the card")
-    parser.add_argument("--name", help="the title; default: that of the first file, or of the folder of a report.json")
-    parser.add_argument("--dataset", help="id on the Hub, or name in words; with a task the results are in the metadata")
+    parser.add_argument(
+        "--short",
+        default=[],
+        **reports,
+        help="of the short run, to compare with: all data, fewer epochs",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="where the card goes; default: it is printed"
+    )
+    parser.add_argument(
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw a picture to this file, and show it in the card",
+    )
+    parser.add_argument(
+        "--name",
+        help="the title; default: that of the first file, or of the folder of a report.json",
+    )
+    parser.add_argument(
+        "--dataset",
+        help="id on the Hub, or name in words; with a task the results are in the metadata",
+    )
     parser.add_argument("--task", help="such as image-classification")
-    parser.add_argument("--library", help="that loads the model, for the Hub's snippets: transformers, timm or peft")
+    parser.add_argument(
+        "--library", help="that loads the model, for the Hub's snippets: transformers, timm or peft"
+    )
     parser.add_argument("--command", help="the command line that trains it, for the card")
-    parser.add_argument("--json", action="store_true", help="print what the card would tell as JSON, and write no card")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print what the card would tell as JSON, and write no card",
+    )
     options = parser.parse_args(argv)
     from huggingface_hub import ModelCardData
 
@@ -521,7 +701,8 @@ def card(argv: Sequence[str]) -> None:
     from .report import PruningReport
 
     runs, full, short = (
-        [PruningReport.load(_report_file(path)) for path in paths] for paths in (options.files, options.full, options.short)
+        [PruningReport.load(_report_file(path)) for path in paths]
+        for paths in (options.files, options.full, options.short)
     )
     facts = facts_of(runs, full=full, short=short)
     if options.json:
@@ -534,7 +715,9 @@ def card(argv: Sequence[str]) -> None:
         pipeline_tag=options.task,
         datasets=[options.dataset] if options.dataset and options.dataset.count("/") == 1 else None,
         metrics=list(metrics) or None,
-        eval_results=eval_results(metrics, options.task, options.dataset) if options.task and options.dataset else None,
+        eval_results=eval_results(metrics, options.task, options.dataset)
+        if options.task and options.dataset
+        else None,
     )
     figure = picture_of(runs, full=full, short=short) if options.picture else None
     if options.picture and figure is None:
@@ -549,7 +732,9 @@ def card(argv: Sequence[str]) -> None:
         short=short,
         origin=f"This model was trained on {options.dataset}." if options.dataset else "",
         command=options.command or "",
-        picture=Path(os.path.relpath(options.picture, (options.output or Path()).parent)).as_posix() if figure else "",
+        picture=Path(os.path.relpath(options.picture, (options.output or Path()).parent)).as_posix()
+        if figure
+        else "",
     )
     if figure is not None:
         figure.savefig(options.picture, dpi=100)
@@ -574,17 +759,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     What else is raised is a failure, with its traceback. As usual, 130 after Ctrl-C, 141 where nobody reads what is printed.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="hf-dynprune", description="Dynamic data pruning for Hugging Face: tools.")
+    parser = argparse.ArgumentParser(
+        prog="hf-dynprune", description="Dynamic data pruning for Hugging Face: tools."
+    )
     commands = "\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items())
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = f"commands:\n{commands}\n\n`hf-dynprune COMMAND --help` explains each.\n\n{_EXIT_STATUS}"
+    parser.epilog = (
+        f"commands:\n{commands}\n\n`hf-dynprune COMMAND --help` explains each.\n\n{_EXIT_STATUS}"
+    )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     command = parser.parse_args(argv[:1]).command
     try:
         COMMANDS[command](argv[1:])
         sys.stdout.flush()  # here, not at Python's end, where an error would be printed
     except BrokenPipeError:  # as with `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # for what is still to be flushed
         return 141
     except KeyboardInterrupt:
         print(f"hf-dynprune {command}: interrupted", file=sys.stderr)

@@ -51,7 +51,9 @@ def load_splits(
         ValueError: no such split or configuration; files that cannot be read; a share that leaves one of the two empty.
     """
     if not 0 <= validation_share < 1:
-        raise ValueError(f"validation_share={validation_share} is out of range: wanted is a share of the rows, in [0, 1).")
+        raise ValueError(
+            f"validation_share={validation_share} is out of range: wanted is a share of the rows, in [0, 1)."
+        )
     if validation_share and evaluation:
         raise ValueError(
             f"Evaluation is to be on {evaluation!r} and on validation_share={validation_share} of the training rows: leave "
@@ -59,10 +61,16 @@ def load_splits(
         )
     local = Path(name).expanduser()
     # A Hub id is `name` or `owner/name`; what else looks like a path is one.
-    if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name):
-        raise FileNotFoundError(f"The dataset {name!r} is no folder here, and no Hub id (owner/name): mend the path.")
+    if not local.exists() and (
+        name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    ):
+        raise FileNotFoundError(
+            f"The dataset {name!r} is no folder here, and no Hub id (owner/name): mend the path."
+        )
     if local.is_file():
-        raise NotADirectoryError(f"The dataset {name!r} is a file: give the folder that it lies in, {str(local.parent)!r}.")
+        raise NotADirectoryError(
+            f"The dataset {name!r} is a file: give the folder that it lies in, {str(local.parent)!r}."
+        )
     source = str(local) if local.exists() else name
     try:
         known = datasets.get_dataset_split_names(source, config)
@@ -70,20 +78,28 @@ def load_splits(
         for split in (train, wanted):
             base = (split or train).partition("[")[0]
             if base not in known:
-                raise ValueError(f"The dataset {name!r} has no split {base!r}; it has {', '.join(map(str, known))}.")
+                raise ValueError(
+                    f"The dataset {name!r} has no split {base!r}; it has {', '.join(map(str, known))}."
+                )
         train_data = datasets.load_dataset(source, config, split=train)
         if validation_share:
             return hold_out(train_data, validation_share)
-        return train_data, None if wanted is None else datasets.load_dataset(source, config, split=wanted)
+        return train_data, None if wanted is None else datasets.load_dataset(
+            source, config, split=wanted
+        )
     except ConnectionError as error:
         raise FileNotFoundError(
             f"The Hub could not be reached for the dataset {name!r} ({error}). Without network, give the local path of a "
             "copy; or unset HF_HUB_OFFLINE, if that was meant."
         ) from error
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"The dataset {name!r} was not found, here or on the Hub: {error}") from error
+        raise FileNotFoundError(
+            f"The dataset {name!r} was not found, here or on the Hub: {error}"
+        ) from error
     except datasets.inspect.SplitsNotFoundError as error:  # which does not say why
-        raise ValueError(f"The files of the dataset {name!r} cannot be read: {error.__cause__}") from error
+        raise ValueError(
+            f"The files of the dataset {name!r} cannot be read: {error.__cause__}"
+        ) from error
     except ValueError as error:
         if "Config name is missing" in str(error) or "BuilderConfig" in str(error):
             raise ValueError(f"{error} Name it: --dataset_config.") from error
@@ -98,12 +114,16 @@ def hold_out(data: datasets.Dataset, share: float) -> tuple[datasets.Dataset, da
     """
     count = round(share * len(data))
     if not 0 < count < len(data):
-        raise ValueError(f"validation_share={share} of {len(data)} rows leaves nothing to train or to evaluate on.")
+        raise ValueError(
+            f"validation_share={share} of {len(data)} rows leaves nothing to train or to evaluate on."
+        )
     order = np.random.default_rng(0).permutation(len(data))
     return data.select(np.sort(order[count:])), data.select(np.sort(order[:count]))
 
 
-def find_column(features: Any, kind: Kind, name: str | None = None, *, argument: str | None = None) -> str:
+def find_column(
+    features: Any, kind: Kind, name: str | None = None, *, argument: str | None = None
+) -> str:
     """The column of the images, labels or texts.
 
     Args:
@@ -125,7 +145,9 @@ def find_column(features: Any, kind: Kind, name: str | None = None, *, argument:
         if name not in features:
             close = difflib.get_close_matches(name, list(features), n=1, cutoff=0.3)
             meant = f"; did you mean {close[0]!r}?" if close else "."
-            raise ValueError(f"There is no column {name!r} among {columns}: {argument}= must name one{meant}")
+            raise ValueError(
+                f"There is no column {name!r} among {columns}: {argument}= must name one{meant}"
+            )
         if kind != "label" and name not in found:
             raise ValueError(
                 f"The column {name!r} among {columns} holds no {kind}s: name another {argument}=, or make it one by "
@@ -135,7 +157,9 @@ def find_column(features: Any, kind: Kind, name: str | None = None, *, argument:
     preferred = [column for column in _PREFERRED[kind] if column in found]
     if not found and kind == "label":
         preferred = [
-            c for c in _PREFERRED[kind] if c in features and str(getattr(features[c], "dtype", "")).startswith("int")
+            c
+            for c in _PREFERRED[kind]
+            if c in features and str(getattr(features[c], "dtype", "")).startswith("int")
         ]
     if len(found) == 1 or preferred:
         return preferred[0] if preferred else found[0]

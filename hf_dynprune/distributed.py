@@ -45,12 +45,18 @@ def plan_on_rank_0(make: Callable[[], EpochPlan]) -> EpochPlan:
             error = caught
     header = torch.zeros(3, dtype=torch.float64, device=device)
     if plan is not None:
-        header = torch.tensor([len(plan), plan.weights is not None, plan.lr_scale], dtype=torch.float64, device=device)
+        header = torch.tensor(
+            [len(plan), plan.weights is not None, plan.lr_scale], dtype=torch.float64, device=device
+        )
     dist.broadcast(header, 0)
     size, weighted, lr_scale = header.tolist()
     if size == 0:
         raise error or RuntimeError("Rank 0 could not make a plan: see its error message.")
-    indices = plan.indices.to(device) if plan else torch.empty(int(size), dtype=torch.int64, device=device)
+    indices = (
+        plan.indices.to(device)
+        if plan
+        else torch.empty(int(size), dtype=torch.int64, device=device)
+    )
     dist.broadcast(indices, 0)
     weights = None
     if weighted:

@@ -23,7 +23,16 @@ from .model_card import REPORT_FILE, _public, facts_of, hub_dataset, write_card
 from .policies import check_count
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX
-from .scores import LAST_OBSERVED, TIMES_KEPT, Column, SampleTable, Scores, _checksum, _each_once, _whole_or_not
+from .scores import (
+    LAST_OBSERVED,
+    TIMES_KEPT,
+    Column,
+    SampleTable,
+    Scores,
+    _checksum,
+    _each_once,
+    _whole_or_not,
+)
 from .trainer import DynamicPruningMixin, dataset_fingerprint, uploading
 
 SCORES_FILE = "scores.parquet"
@@ -31,7 +40,10 @@ _TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 
 
 def kept_dataset(
-    source: DynamicPruningMixin | DynamicPruner | SampleTable, dataset: datasets.Dataset, *, at_least: int | None = None
+    source: DynamicPruningMixin | DynamicPruner | SampleTable,
+    dataset: datasets.Dataset,
+    *,
+    at_least: int | None = None,
 ) -> datasets.Dataset:
     """The samples that the last choice kept, or those that were kept at least so often, with their `sample_index`.
 
@@ -50,9 +62,13 @@ def kept_dataset(
             sample was kept so often.
     """
     if not isinstance(dataset, datasets.Dataset):
-        raise TypeError(f"dataset is a {type(dataset).__name__}: wanted is the datasets.Dataset that the run trained on.")
+        raise TypeError(
+            f"dataset is a {type(dataset).__name__}: wanted is the datasets.Dataset that the run trained on."
+        )
     pruner = None if isinstance(source, SampleTable) else _pruner_of(source)
-    table, plan = (cast(SampleTable, source), None) if pruner is None else (pruner.table, pruner._plan)
+    table, plan = (
+        (cast(SampleTable, source), None) if pruner is None else (pruner.table, pruner._plan)
+    )
     if len(dataset) != len(table):
         raise ValueError(
             f"The dataset has {len(dataset):,} samples, the run {len(table):,}: wanted is what it trained on, or another "
@@ -65,7 +81,9 @@ def kept_dataset(
         times = table[TIMES_KEPT.name]
         index = torch.nonzero(times >= at_least).squeeze(1)
         if len(index) == 0:
-            raise ValueError(f"No sample was kept at_least={at_least} times: the most is {int(times.max())}.")
+            raise ValueError(
+                f"No sample was kept at_least={at_least} times: the most is {int(times.max())}."
+            )
     elif plan is None:
         raise ValueError(
             f"A {type(source).__name__} {'counts choices alone' if pruner is None else 'made no choice yet'}: "
@@ -112,20 +130,39 @@ def push_scores_to_hub(
         return None
     if folder is None:
         output_dir = source.args.output_dir if isinstance(source, DynamicPruningMixin) else None
-        folder = Path(repo_id.rpartition("/")[2]) if output_dir is None else Path(output_dir) / "_scores"
+        folder = (
+            Path(repo_id.rpartition("/")[2]) if output_dir is None else Path(output_dir) / "_scores"
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Scores):
-        replace(source).save(folder / SCORES_FILE)  # the scores go on to know the file that they came from
+        replace(source).save(
+            folder / SCORES_FILE
+        )  # the scores go on to know the file that they came from
         _card_of_scores(source, repo_id).save(folder / "README.md")
     else:
         pruner = _pruner_of(source)
-        _save_table(folder / SCORES_FILE, pruner.table, {"fingerprint": pruner.fingerprint, "policy": pruner.report.policy})
+        _save_table(
+            folder / SCORES_FILE,
+            pruner.table,
+            {"fingerprint": pruner.fingerprint, "policy": pruner.report.policy},
+        )
         pruner.report.save(folder / REPORT_FILE)
-        trained_on = hub_dataset(source.train_dataset) if isinstance(source, DynamicPruningMixin) else {}
+        trained_on = (
+            hub_dataset(source.train_dataset) if isinstance(source, DynamicPruningMixin) else {}
+        )
         _card_of_table(pruner, repo_id, trained_on).save(folder / "README.md")
     call = "push_scores_to_hub(...)"
-    return _upload(folder, repo_id, "dataset", call, token=token, private=private, revision=revision, message=commit_message)
+    return _upload(
+        folder,
+        repo_id,
+        "dataset",
+        call,
+        token=token,
+        private=private,
+        revision=revision,
+        message=commit_message,
+    )
 
 
 def load_scores_from_hub(
@@ -147,7 +184,11 @@ def load_scores_from_hub(
         ValueError: for a damaged file, and for another dataset.
     """
     try:
-        path = Path(hf_hub_download(repo_id, SCORES_FILE, repo_type="dataset", revision=revision, token=token))
+        path = Path(
+            hf_hub_download(
+                repo_id, SCORES_FILE, repo_type="dataset", revision=revision, token=token
+            )
+        )
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
             f"The dataset {repo_id} on the Hub has no {SCORES_FILE}: wanted is one that push_scores_to_hub uploaded."
@@ -155,7 +196,9 @@ def load_scores_from_hub(
     scores, fingerprint = _load(path)
     if dataset is not None:
         given, only_n = dataset_fingerprint(dataset), ("", f"{len(dataset)} samples")
-        if len(dataset) != len(scores) or (given != fingerprint and given not in only_n and fingerprint not in only_n):
+        if len(dataset) != len(scores) or (
+            given != fingerprint and given not in only_n and fingerprint not in only_n
+        ):
             raise ValueError(
                 f"{repo_id} is of the dataset {fingerprint or f'{len(scores)} samples'!r}, the given one is {given!r}: "
                 "wanted is the dataset that was scored, with its columns and its rows in the same order."
@@ -195,17 +238,34 @@ def push_timm_to_hub(
     from .vision import save_timm
 
     if not _pruner_of(trainer).report.epochs:
-        raise ValueError("The trainer has not trained yet: call train() first, the card tells of the run.")
+        raise ValueError(
+            "The trainer has not trained yet: call train() first, the card tells of the run."
+        )
     if distributed.world()[0] != 0:
         return None
     folder = Path(folder) if folder is not None else Path(trainer.args.output_dir or ".") / "_timm"
     save_timm(cast(Any, trainer.model), folder)
-    write_card(trainer, folder, **{"model_name": repo_id.rpartition("/")[2], **card}, library_name="timm", repo_id=repo_id)
+    write_card(
+        trainer,
+        folder,
+        **{"model_name": repo_id.rpartition("/")[2], **card},
+        library_name="timm",
+        repo_id=repo_id,
+    )
     call = "push_timm_to_hub(...)"
-    return _upload(folder, repo_id, "model", call, token=token, private=private, revision=revision, message=commit_message)
+    return _upload(
+        folder,
+        repo_id,
+        "model",
+        call,
+        token=token,
+        private=private,
+        revision=revision,
+        message=commit_message,
+    )
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 def _pruner_of(source: Any) -> DynamicPruner:
@@ -231,9 +291,15 @@ def _upload(
 ) -> Any:
     api = HfApi(token=token)
     with uploading(folder, repo_id, call, "--repo-type", repo_type):
-        repo_id = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True).repo_id
+        repo_id = api.create_repo(
+            repo_id, repo_type=repo_type, private=private, exist_ok=True
+        ).repo_id
         return api.upload_folder(
-            repo_id=repo_id, repo_type=repo_type, folder_path=folder, revision=revision, commit_message=message
+            repo_id=repo_id,
+            repo_type=repo_type,
+            folder_path=folder,
+            revision=revision,
+            commit_message=message,
         )
 
 
@@ -243,7 +309,12 @@ def _save_table(path: Path, table: SampleTable, about: Mapping[str, Any]) -> Non
     import pyarrow.parquet as pq
 
     text, columns = json.dumps(about, sort_keys=True), table.state_dict()
-    arrow = pa.table({SAMPLE_INDEX: np.arange(len(table)), **{name: column.numpy() for name, column in columns.items()}})
+    arrow = pa.table(
+        {
+            SAMPLE_INDEX: np.arange(len(table)),
+            **{name: column.numpy() for name, column in columns.items()},
+        }
+    )
     arrow = arrow.replace_schema_metadata({"hf_dynprune": text, "sha256": _checksum(columns, text)})
     with _whole_or_not(path) as temporary:
         pq.write_table(arrow, temporary)
@@ -261,25 +332,38 @@ def _load(path: Path) -> tuple[Scores | SampleTable, str]:
             return scores, scores.fingerprint
         # Copies: what arrow lends cannot be written to.
         columns = {name: torch.tensor(arrow[name].to_numpy()) for name in arrow.column_names}
-        text, checksum = (arrow.schema.metadata[key].decode() for key in (b"hf_dynprune", b"sha256"))
+        text, checksum = (
+            arrow.schema.metadata[key].decode() for key in (b"hf_dynprune", b"sha256")
+        )
         fingerprint = json.loads(text)["fingerprint"]
         order = _each_once(columns.pop(SAMPLE_INDEX), path).argsort()
     except (pa.ArrowException, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no table of hf_dynprune, or is damaged ({error!r}): upload it again.") from error
+        raise ValueError(
+            f"{path} is no table of hf_dynprune, or is damaged ({error!r}): upload it again."
+        ) from error
     columns = {name: column[order] for name, column in columns.items()}
     if checksum != _checksum(columns, text):
-        raise ValueError(f"{path} is damaged: its checksum does not match. Upload it again, or name another revision.")
+        raise ValueError(
+            f"{path} is damaged: its checksum does not match. Upload it again, or name another revision."
+        )
     every = (TIMES_KEPT.name, LAST_OBSERVED.name)
-    table = SampleTable(len(order), [Column(name, column.dtype) for name, column in columns.items() if name not in every])
+    table = SampleTable(
+        len(order),
+        [Column(name, column.dtype) for name, column in columns.items() if name not in every],
+    )
     table.load_state_dict(columns)
     return table, fingerprint
 
 
-# ---- cards ----------------------------------------------------------------------------------------------------------
+# ---- cards ---------------------------------------------------------------------------------------
 
 
 def _card_of_scores(scores: Scores, repo_id: str) -> DatasetCard:
-    said = {key: _public(scores.provenance[key]) for key in ("runs", "epochs", "seeds", "model") if key in scores.provenance}
+    said = {
+        key: _public(scores.provenance[key])
+        for key in ("runs", "epochs", "seeds", "model")
+        if key in scores.provenance
+    }
     return _card(
         repo_id,
         len(scores),
@@ -292,7 +376,9 @@ def _card_of_scores(scores: Scores, repo_id: str) -> DatasetCard:
     )
 
 
-def _card_of_table(pruner: DynamicPruner, repo_id: str, trained_on: Mapping[str, str]) -> DatasetCard:
+def _card_of_table(
+    pruner: DynamicPruner, repo_id: str, trained_on: Mapping[str, str]
+) -> DatasetCard:
     own = [column.name for column in pruner.policy.columns]
     every = {
         TIMES_KEPT.name: "how many choices kept it",
@@ -309,17 +395,27 @@ def _card_of_table(pruner: DynamicPruner, repo_id: str, trained_on: Mapping[str,
         columns={name: every.get(name, about) for name in pruner.table.columns},
         trained_on=trained_on,
         facts=facts,
-        fields=", ".join(f"`{name}={value!r}`" for name, value in facts["policy"].items() if name != "name"),
+        fields=", ".join(
+            f"`{name}={value!r}`" for name, value in facts["policy"].items() if name != "name"
+        ),
         column=next((name for name in own if pruner.table[name].is_floating_point()), None),
     )
 
 
 def _card(
-    repo_id: str, n: int, fingerprint: str, *, tags: Sequence[str], block: Mapping[str, Any], **words: Any
+    repo_id: str,
+    n: int,
+    fingerprint: str,
+    *,
+    tags: Sequence[str],
+    block: Mapping[str, Any],
+    **words: Any,
 ) -> DatasetCard:
     name, fingerprint = repo_id.rpartition("/")[2], fingerprint or f"{n} samples"
     data = DatasetCardData(
-        pretty_name=name, tags=list(tags), configs=[{"config_name": "default", "data_files": SCORES_FILE}]
+        pretty_name=name,
+        tags=list(tags),
+        configs=[{"config_name": "default", "data_files": SCORES_FILE}],
     )
     data["hf_dynprune"] = {"version": __version__, "fingerprint": fingerprint, **block}
     jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)

@@ -67,10 +67,14 @@ def _labels(inputs: Mapping[str, Any]) -> Tensor:
     for key in ("labels", "label"):
         if key in inputs:
             return inputs[key]
-    raise ValueError(f"The batch has no 'labels' (it has {', '.join(map(repr, inputs))}): a loss needs them.")
+    raise ValueError(
+        f"The batch has no 'labels' (it has {', '.join(map(repr, inputs))}): a loss needs them."
+    )
 
 
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, ignored: int = IGNORED) -> tuple[Tensor, Tensor]:
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, smoothing: float, ignored: int = IGNORED
+) -> tuple[Tensor, Tensor]:
     """(smoothed with gradient, plain without) cross-entropy of each label: logits (..., C), labels (...).
 
     Memory: with a large C the logits are the largest tensor of a run; beside them only their log-softmax is kept.
@@ -93,7 +97,9 @@ _MIXED = (
 )
 
 
-def _single_label(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+def _single_label(
+    outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+) -> SampleLosses:
     """Cross-entropy. A label -100 has no loss, as in the models, but is counted as a sample of the optimizer step."""
     logits, labels = logits_of(outputs), _labels(inputs)
     if labels.is_floating_point():
@@ -103,7 +109,9 @@ def _single_label(outputs: Any, inputs: Mapping[str, Any], smoothing: float, con
     return SampleLosses(train, plain, labels.ne(IGNORED).float())
 
 
-def _classification(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+def _classification(
+    outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+) -> SampleLosses:
     """What transformers' sequence and image classification heads do: the kind of problem is declared, or inferred."""
     logits, labels = logits_of(outputs), _labels(inputs)
     problem = getattr(config, "problem_type", None)
@@ -111,7 +119,11 @@ def _classification(outputs: Any, inputs: Mapping[str, Any], smoothing: float, c
         if logits.shape[-1] == 1:
             problem = "regression"
         else:
-            problem = "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+            problem = (
+                "multi_label_classification"
+                if labels.is_floating_point()
+                else "single_label_classification"
+            )
     if problem == "single_label_classification":
         return _single_label(outputs, inputs, smoothing, config)
     rows, targets = logits.float().reshape(len(labels), -1), labels.float().reshape(len(labels), -1)
@@ -129,7 +141,9 @@ def _token_rule(name: str, shift: int) -> LossRule:
         # The labels are shifted, not the logits: a part of these would be copied.
         return F.pad(_labels(inputs)[:, shift:], (0, shift), value=IGNORED)
 
-    def losses(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+    def losses(
+        outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+    ) -> SampleLosses:
         labels = targets(inputs)
         logits = logits_of(outputs)[:, : labels.shape[1]]
         train, plain = _cross_entropy(logits, labels, smoothing)
@@ -138,7 +152,9 @@ def _token_rule(name: str, shift: int) -> LossRule:
     return LossRule(name, losses, lambda inputs: targets(inputs).ne(IGNORED).sum(1))
 
 
-def _question_answering(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+def _question_answering(
+    outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+) -> SampleLosses:
     """Mean of the cross-entropies of start and end; a position behind the sequence has none, as in transformers."""
     if isinstance(outputs, tuple | list):
         start, end = outputs[1], outputs[2]
@@ -152,7 +168,9 @@ def _question_answering(outputs: Any, inputs: Mapping[str, Any], smoothing: floa
     return SampleLosses(train, plain, _answers(inputs, start.shape[1]))
 
 
-def _batch_mean(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+def _batch_mean(
+    outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+) -> SampleLosses:
     """The fallback of Batch Loss Score (Zhou et al., CVPR 2026, arXiv 2604.04681) where a model has no loss of one sample:
     each sample gets the loss of its batch. A moving mean over epochs, in which a sample meets ever other samples, tells hard
     ones from easy ones in time; a weight acts on the whole batch by its mean."""
@@ -163,7 +181,10 @@ def _batch_mean(outputs: Any, inputs: Mapping[str, Any], smoothing: float, confi
 
 
 def _answers(inputs: Mapping[str, Any], length: int) -> Tensor:
-    return sum(inputs[key].reshape(-1).lt(length).float() / 2 for key in ("start_positions", "end_positions"))
+    return sum(
+        inputs[key].reshape(-1).lt(length).float() / 2
+        for key in ("start_positions", "end_positions")
+    )
 
 
 RULES: dict[str, LossRule] = {
@@ -172,7 +193,9 @@ RULES: dict[str, LossRule] = {
     "tokens": _token_rule("tokens", 0),
     "shifted_tokens": _token_rule("shifted_tokens", 1),
     "question_answering": LossRule(
-        "question_answering", _question_answering, lambda inputs: _answers(inputs, inputs["input_ids"].shape[1])
+        "question_answering",
+        _question_answering,
+        lambda inputs: _answers(inputs, inputs["input_ids"].shape[1]),
     ),
     "batch_mean": LossRule("batch_mean", _batch_mean, from_own_loss=True),
 }
@@ -193,7 +216,9 @@ _RULE_OF_HEAD = {
 }
 
 
-def derive_rule(model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | str | None = None) -> LossRule:
+def derive_rule(
+    model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | str | None = None
+) -> LossRule:
     """How the loss of one sample of this model is computed.
 
     Args:
@@ -214,7 +239,9 @@ def derive_rule(model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | st
     for cls in type(model).__mro__:
         for head, rule in _RULE_OF_HEAD.items():
             if cls.__name__.endswith(head):
-                if head == "ForConditionalGeneration" and not getattr(model.config, "is_encoder_decoder", False):
+                if head == "ForConditionalGeneration" and not getattr(
+                    model.config, "is_encoder_decoder", False
+                ):
                     rule = "shifted_tokens"
                 return RULES[rule]
     raise ValueError(
@@ -224,11 +251,19 @@ def derive_rule(model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | st
 
 
 def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
-    def losses(outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any) -> SampleLosses:
+    def losses(
+        outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
+    ) -> SampleLosses:
         loss = function(outputs, inputs)
         if not isinstance(loss, Tensor) or loss.ndim != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise ValueError(f"per_sample_loss_fn returned {got}; wanted is a tensor of shape (batch size,).")
+            got = (
+                f"a tensor of shape {tuple(loss.shape)}"
+                if isinstance(loss, Tensor)
+                else f"a {type(loss).__name__}"
+            )
+            raise ValueError(
+                f"per_sample_loss_fn returned {got}; wanted is a tensor of shape (batch size,)."
+            )
         loss = loss.float()
         return SampleLosses(loss, loss.detach(), torch.ones_like(loss))
 
@@ -241,13 +276,18 @@ def check_unmixed(rule: LossRule, inputs: Mapping[str, Any], config: Any) -> Non
     labels = inputs.get("labels")
     if rule.name != "classification" or getattr(config, "problem_type", None) == "regression":
         return
-    if isinstance(labels, Tensor) and labels.is_floating_point() and labels.ndim == 2 and labels.shape[1] > 1:
+    if (
+        isinstance(labels, Tensor)
+        and labels.is_floating_point()
+        and labels.ndim == 2
+        and labels.shape[1] > 1
+    ):
         if bool(((labels == 0) | (labels == 1)).all()):
             return
         raise ValueError(_MIXED.format(f"labels between 0 and 1, of shape {tuple(labels.shape)},"))
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def _el2n(logits: Tensor, labels: Tensor) -> Tensor:
@@ -299,7 +339,9 @@ def check_signals(names: tuple[str, ...], rule: LossRule) -> None:
     """Raises ValueError for an unknown signal, and for one that the task does not have."""
     for name in names:
         if name not in SIGNALS:
-            raise ValueError(f"There is no signal {name!r}; the signals are {', '.join(map(repr, SIGNALS))}.")
+            raise ValueError(
+                f"There is no signal {name!r}; the signals are {', '.join(map(repr, SIGNALS))}."
+            )
         if SIGNALS[name] is not None and rule.name not in ("single_label", "classification"):
             raise ValueError(
                 f"The signal {name!r} is defined for single-label classification, and this task is {rule.name!r}: use "
@@ -320,6 +362,10 @@ def observe_signals(
         else:
             labels = _labels(inputs).reshape(-1)
             if labels.is_floating_point() or len(labels) != len(losses.plain):
-                raise ValueError(f"The signal {name!r} is defined for single-label classification; here use 'loss'.")
-            values[name] = function(logits_of(outputs).detach().float().reshape(len(labels), -1), labels)
+                raise ValueError(
+                    f"The signal {name!r} is defined for single-label classification; here use 'loss'."
+                )
+            values[name] = function(
+                logits_of(outputs).detach().float().reshape(len(labels), -1), labels
+            )
     return values

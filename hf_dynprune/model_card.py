@@ -45,7 +45,9 @@ _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 _TOKEN = re.compile(r"--(push[_-]to[_-])?hub[_-]t\w*")
 _OUTSIDE = re.compile(r"""(?<![\w.:/-])(?:~|\.\.)?/(?:[^\s"',]*/)?([^\s"',/]+)/?""")
 
-Reports = PruningReport | Sequence[PruningReport]  # one run, or several that differ in their seed alone
+Reports = (
+    PruningReport | Sequence[PruningReport]
+)  # one run, or several that differ in their seed alone
 
 # The arguments that decide what is trained: those that differ from their defaults are in "How to repeat". Evaluation is
 # among them, as it draws from the random numbers that dropout draws from.
@@ -80,7 +82,9 @@ def facts_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> di
     """
     runs, full, short = _runs("the run", reports), _runs("full", full), _runs("short", short)
     if not runs:
-        raise ValueError("There is no report: wanted is at least one, of the run that the card is of.")
+        raise ValueError(
+            "There is no report: wanted is at least one, of the run that the card is of."
+        )
     epochs = runs[0].num_epochs
     for name, others in (("full", full), ("short", short)):
         for other in others[:1]:
@@ -96,7 +100,10 @@ def facts_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> di
                     f"{FullData().name!r} (all data) and {'' if name == 'full' else 'fewer than '}{epochs:g} epochs."
                 )
     of = {"full": full, "short": short}
-    return {**_facts(runs, epochs), **{name: _facts(others, epochs) for name, others in of.items() if others}}
+    return {
+        **_facts(runs, epochs),
+        **{name: _facts(others, epochs) for name, others in of.items() if others},
+    }
 
 
 def _runs(name: str, reports: Reports) -> list[PruningReport]:
@@ -104,7 +111,9 @@ def _runs(name: str, reports: Reports) -> list[PruningReport]:
     runs = sorted(_listed_reports(reports), key=lambda report: report.seed)
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
-            raise ValueError(f"Two reports of {name} have the seed {one.seed}: wanted is one report for each seed.")
+            raise ValueError(
+                f"Two reports of {name} have the seed {one.seed}: wanted is one report for each seed."
+            )
     if differing := differences(runs):
         raise ValueError(
             f"The reports of {name} differ in more than the seed ({differing}): wanted are runs of the same settings."
@@ -113,7 +122,11 @@ def _runs(name: str, reports: Reports) -> list[PruningReport]:
 
 
 def _facts(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
-    first, totals, results = runs[0], [run.totals for run in runs], [results_of(run) for run in runs]
+    first, totals, results = (
+        runs[0],
+        [run.totals for run in runs],
+        [results_of(run) for run in runs],
+    )
     shares = [key for key in ("always", "sometimes", "never") if key in first.selection]
     passes = statistics.fmean(run.passes for run in runs)
     return {
@@ -125,10 +138,20 @@ def _facts(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         "cost_ratio": passes / (first.num_samples * full_epochs) if full_epochs else 0.0,
         "optimizer_steps": statistics.fmean(total["optimizer_steps"] for total in totals),
         "nonfinite": sum(total["nonfinite"] for total in totals),
-        "seconds": {phase: statistics.fmean(total["seconds"][phase] for total in totals) for phase in PHASES},
-        "results": {name: _spread([of[name] for of in results]) for name in results[0] if all(name in of for of in results)},
+        "seconds": {
+            phase: statistics.fmean(total["seconds"][phase] for total in totals) for phase in PHASES
+        },
+        "results": {
+            name: _spread([of[name] for of in results])
+            for name in results[0]
+            if all(name in of for of in results)
+        },
         "selection": {
-            **{key: first.selection[key] for key in ("choices", "chance_shares") if key in first.selection},
+            **{
+                key: first.selection[key]
+                for key in ("choices", "chance_shares")
+                if key in first.selection
+            },
             **{key: statistics.fmean(run.selection[key] for run in runs) for key in shares},
         },
         "preparation": first.preparation,
@@ -149,11 +172,16 @@ def _shown(value: Mapping[str, Any]) -> str:
 
 def _comparison(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The table of the run beside the full and the short run; empty without these."""
-    columns = {"this run": facts, **{f"{name} run": facts[name] for name in ("full", "short") if name in facts}}
+    columns = {
+        "this run": facts,
+        **{f"{name} run": facts[name] for name in ("full", "short") if name in facts},
+    }
     if len(columns) == 1:
         return {}
     runs = columns.values()
-    seconds = [sum(value for phase, value in of["seconds"].items() if phase != "evaluation") for of in runs]
+    seconds = [
+        sum(value for phase, value in of["seconds"].items() if phase != "evaluation") for of in runs
+    ]
     return {
         "runs": list(columns),
         "rows": {
@@ -217,7 +245,11 @@ def card_of_report(
         training = {**training, **seed}
     runs = _listed_reports(report)
     static = isinstance(policy, StaticPruning)
-    data.tags = list(dict.fromkeys([*(data.tags or []), f"{'static' if static else 'dynamic'}-data-pruning", policy.name]))
+    data.tags = list(
+        dict.fromkeys(
+            [*(data.tags or []), f"{'static' if static else 'dynamic'}-data-pruning", policy.name]
+        )
+    )
     data["hf_dynprune"] = {
         "version": facts["environment"].get("hf_dynprune"),
         "policy": facts["policy"],
@@ -229,10 +261,16 @@ def card_of_report(
     }
     last = next((record for record in reversed(runs[0].epochs) if record.metrics), None)
     environment, ranks = facts["environment"], facts["environment"].get("ranks", 1)
-    versions = {"hf_dynprune": environment.get("hf_dynprune", "unknown"), **environment.get("versions", {})}
+    versions = {
+        "hf_dynprune": environment.get("hf_dynprune", "unknown"),
+        **environment.get("versions", {}),
+    }
     # The blocks of the template stand on lines of their own, which leave no trace.
     jinja = jinja2.Environment(
-        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
     )
     text = jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         card_data=data.to_yaml(),
@@ -251,10 +289,14 @@ def card_of_report(
         full_steps=full_steps,
         policy=policy,
         summary=_summary(policy),
-        fields=", ".join(f"`{name}={_code(value)}`" for name, value in facts["policy"].items() if name != "name"),
+        fields=", ".join(
+            f"`{name}={_code(value)}`" for name, value in facts["policy"].items() if name != "name"
+        ),
         scored=type(policy).score is not PruningPolicy.score,
         training=training,
-        hardware=f"{ranks} × {environment['device']}" if ranks > 1 else environment.get("device", "unknown"),
+        hardware=f"{ranks} × {environment['device']}"
+        if ranks > 1
+        else environment.get("device", "unknown"),
         versions=", ".join(f"{name} {version}" for name, version in versions.items()),
         loading=loading,
         repeating=repeating,
@@ -268,13 +310,21 @@ def card_of_report(
 def results_of(report: PruningReport) -> dict[str, float]:
     """The metrics of the last evaluation, without `eval_`, and without what tells of speed."""
     aside = re.compile(r".*(runtime|_per_second|_time)")
-    return {name.removeprefix("eval_"): value for name, value in report.metrics.items() if not aside.fullmatch(name)}
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in report.metrics.items()
+        if not aside.fullmatch(name)
+    }
 
 
 def metrics_of(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Of the results what goes into the metadata: finite means, and no losses."""
     means = {name: value["mean"] for name, value in results.items()}
-    return {name: mean for name, mean in means.items() if math.isfinite(mean) and not name.endswith("loss")}
+    return {
+        name: mean
+        for name, mean in means.items()
+        if math.isfinite(mean) and not name.endswith("loss")
+    }
 
 
 def picture_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> "Figure | None":
@@ -292,7 +342,9 @@ def picture_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> 
     if full or short:
         runs = {name: _listed_reports(given) for name, given in of.items() if given}
         shared = set.intersection(*(set(run.metrics) for given in runs.values() for run in given))
-        metrics = [f"eval_{name}" for name in metrics_of(facts["results"]) if f"eval_{name}" in shared]
+        metrics = [
+            f"eval_{name}" for name in metrics_of(facts["results"]) if f"eval_{name}" in shared
+        ]
         return plot_runs(runs, metrics[0], against="passes") if metrics else None
     if facts["selection"].get("choices") and facts["selection"]["always"] < 1:
         return plot_selection({facts["policy"]["name"]: reports})
@@ -340,7 +392,9 @@ def card_of_trainer(
         picture: the file that [`picture_of`] was saved to, as seen from the card.
     """
     report, policy, model = trainer.pruning_report, trainer.pruning, _base_of(trainer.model)
-    hub = hub_dataset(trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset)
+    hub = hub_dataset(
+        trainer.eval_dataset if trainer.eval_dataset is not None else trainer.train_dataset
+    )
     dataset_ids = _listed(dataset_tags) or _listed(hub.get("id"))
     dataset_names = _listed(dataset) or dataset_ids
     task_names = _listed(tasks) or [
@@ -350,14 +404,18 @@ def card_of_trainer(
     if license is None and base is not None:
         license = TrainingSummary(model_name=base, finetuned_from=base).license  # asks the Hub
     name = model_name or Path(trainer.args.output_dir).name or base or type(model).__name__
-    existing = _existing_card(Path(trainer.args.output_dir) / "README.md")  # PEFT writes one when it saves
+    existing = _existing_card(
+        Path(trainer.args.output_dir) / "README.md"
+    )  # PEFT writes one when it saves
     # PEFT tags its base model, be it a path.
     old_tags = [
         tag
         for tag in _listed(existing.get("tags"))
         if tag not in POLICIES and not (base is None and str(tag).startswith("base_model:"))
     ]
-    library = existing.get("library_name") or ("peft" if model is not trainer.model else "transformers")
+    library = existing.get("library_name") or (
+        "peft" if model is not trainer.model else "transformers"
+    )
     reports = [report, *_listed_reports(other_seeds)]
     results = metrics_of(facts_of(reports)["results"])
     data = ModelCardData(
@@ -371,7 +429,9 @@ def card_of_trainer(
         metrics=list(results) or None,
         model_name=name,
     )
-    if task_names and len(dataset_names) == 1:  # of several data sets it is not known which one the results are of
+    if (
+        task_names and len(dataset_names) == 1
+    ):  # of several data sets it is not known which one the results are of
         data.eval_results = eval_results(
             results,
             task_names[0],
@@ -393,7 +453,11 @@ def card_of_trainer(
         origin=f"This model was {words}{on}.",
         training=_hyperparameters(trainer),
         full_steps=math.ceil(round(pruner.steps(report.num_samples) * report.num_epochs, 9)),
-        loading=_loading(trainer, library_name or library, repo_id or trainer.hub_model_id or trainer.args.hub_model_id),
+        loading=_loading(
+            trainer,
+            library_name or library,
+            repo_id or trainer.hub_model_id or trainer.args.hub_model_id,
+        ),
         repeating=_repeating(trainer),
         command=command_of(sys.argv, pruner.ranks),
         notes=_notes(trainer),
@@ -418,16 +482,27 @@ def write_card(trainer: Any, folder: Path, *args: Any, **settings: Any) -> None:
 
 
 def eval_results(
-    results: Mapping[str, float], task: str, dataset: str, *, dataset_type: str | None = None, **more: Any
+    results: Mapping[str, float],
+    task: str,
+    dataset: str,
+    *,
+    dataset_type: str | None = None,
+    **more: Any,
 ) -> list[EvalResult] | None:
     """The results for the `model-index` of the metadata; None without any."""
-    about = {"task_type": task, "dataset_name": dataset, "dataset_type": dataset_type or dataset, **more}
+    about = {
+        "task_type": task,
+        "dataset_name": dataset,
+        "dataset_type": dataset_type or dataset,
+        **more,
+    }
     return [
-        EvalResult(metric_type=name, metric_name=name, metric_value=value, **about) for name, value in results.items()
+        EvalResult(metric_type=name, metric_name=name, metric_value=value, **about)
+        for name, value in results.items()
     ] or None
 
 
-# ---- facts ----------------------------------------------------------------------------------------------------------
+# ---- facts ---------------------------------------------------------------------------------------
 
 
 def _listed(value: str | Sequence[str] | None) -> list[Any]:
@@ -440,7 +515,11 @@ def _listed_reports(reports: Reports) -> list[PruningReport]:
 
 def _names(classes: Any) -> set[str]:
     """The class names of a mapping of transformers, whose values are names or tuples of names."""
-    return {name for value in classes.values() for name in ([value] if isinstance(value, str) else value)}
+    return {
+        name
+        for value in classes.values()
+        for name in ([value] if isinstance(value, str) else value)
+    }
 
 
 def _summary(policy: PruningPolicy) -> str:
@@ -458,8 +537,12 @@ def _base_model(model: Any, finetuned_from: str | None) -> tuple[str | None, str
     """The id of the model that this one was fine-tuned from, if it has one, and that in words."""
     if finetuned_from is None:
         # A config that was loaded has a name, too: only loaded parameters carry this mark.
-        loaded = any(getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters())
-        finetuned_from = getattr(getattr(model, "config", None), "_name_or_path", None) if loaded else None
+        loaded = any(
+            getattr(parameter, "_is_hf_initialized", False) for parameter in model.parameters()
+        )
+        finetuned_from = (
+            getattr(getattr(model, "config", None), "_name_or_path", None) if loaded else None
+        )
     if not finetuned_from:
         return None, "trained from scratch"
     try:
@@ -470,7 +553,10 @@ def _base_model(model: Any, finetuned_from: str | None) -> tuple[str | None, str
         local = Path(finetuned_from).is_dir()
     if local:  # whose path is of no use to others, and none of their business
         return None, f"fine-tuned from the local checkpoint `{Path(finetuned_from).resolve().name}`"
-    return finetuned_from, f"fine-tuned from [{finetuned_from}](https://huggingface.co/{finetuned_from})"
+    return (
+        finetuned_from,
+        f"fine-tuned from [{finetuned_from}](https://huggingface.co/{finetuned_from})",
+    )
 
 
 def hub_dataset(dataset: Any) -> dict[str, str]:
@@ -478,15 +564,26 @@ def hub_dataset(dataset: Any) -> dict[str, str]:
     if not isinstance(dataset, datasets.Dataset):
         return {}
     urls = dataset.info.download_checksums or {}
-    found = {match.groups() for url in urls if (match := re.match(r"hf://datasets/([^@]+)@(\w+)/", str(url)))}
+    found = {
+        match.groups()
+        for url in urls
+        if (match := re.match(r"hf://datasets/([^@]+)@(\w+)/", str(url)))
+    }
     if len(found) != 1:
         return {}
     ((name, revision),) = found
-    return {"id": name, "revision": revision, "config": dataset.info.config_name, "split": str(dataset.split)}
+    return {
+        "id": name,
+        "revision": revision,
+        "config": dataset.info.config_name,
+        "split": str(dataset.split),
+    }
 
 
 def _existing_card(path: Path) -> ModelCardData:
-    return ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else ModelCardData()
+    return (
+        ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else ModelCardData()
+    )
 
 
 def _hyperparameters(trainer: Any) -> dict[str, str]:
@@ -494,7 +591,11 @@ def _hyperparameters(trainer: Any) -> dict[str, str]:
     batch = (pruner.batch_size, pruner.accumulation, pruner.ranks)
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     group = optimizer.param_groups[0] if optimizer is not None else {}
-    settings = [f"{key} {group[key]}" for key in ("momentum", "nesterov", "betas", "eps", "weight_decay") if group.get(key)]
+    settings = [
+        f"{key} {group[key]}"
+        for key in ("momentum", "nesterov", "betas", "eps", "weight_decay")
+        if group.get(key)
+    ]
     if getattr(trainer, "_created_lr_scheduler", False):
         warm_up = args.get_warmup_steps(pruner.clock.total)
         schedule = f"{args.lr_scheduler_type.value}, {warm_up} steps of LR warm-up"
@@ -510,8 +611,10 @@ def _hyperparameters(trainer: Any) -> dict[str, str]:
         "epochs": f"{trainer.pruning_report.num_epochs:g}",
         **budget,
         "optimizer": ", ".join([type(optimizer).__name__, *settings]),
-        "precision": precision or str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
-        "seed": f"{pruner.seed}" + (f", of the order {pruner.data_seed}" if pruner.data_seed != pruner.seed else ""),
+        "precision": precision
+        or str(next(trainer.model.parameters()).dtype).removeprefix("torch."),
+        "seed": f"{pruner.seed}"
+        + (f", of the order {pruner.data_seed}" if pruner.data_seed != pruner.seed else ""),
     }
     if args.label_smoothing_factor:
         rows["label smoothing"] = f"{args.label_smoothing_factor:g}"
@@ -540,14 +643,21 @@ def _loading(trainer: Any, library: str, source: str | None) -> str:
     cls, config = type(model), getattr(model, "config", None)
     if getattr(transformers, cls.__name__, None) is not cls:
         return ""
-    autos = [name for name in dir(transformers) if re.fullmatch("AutoModelFor(?!PreTraining).+", name)]
-    loader = next((name for name in autos if cls in _loads(getattr(transformers, name), type(config))), cls.__name__)
+    autos = [
+        name for name in dir(transformers) if re.fullmatch("AutoModelFor(?!PreTraining).+", name)
+    ]
+    loader = next(
+        (name for name in autos if cls in _loads(getattr(transformers, name), type(config))),
+        cls.__name__,
+    )
     processor = _processor(trainer)
     lines = []
     vision = sys.modules.get("hf_dynprune.vision")
     architecture = getattr(config, "architecture", None)
     if vision is not None and architecture in vision.__all__:
-        lines += [f"import hf_dynprune.vision  # makes {architecture} known to timm: pip install hf-dynprune[recipes]"]
+        lines += [
+            f"import hf_dynprune.vision  # makes {architecture} known to timm: pip install hf-dynprune[recipes]"
+        ]
     lines += [f"from transformers import {', '.join(sorted(filter(None, [processor, loader])))}"]
     lines += ["", f'name = "{source}"' if source else 'name = "."  # the folder of this card']
     lines += [f"model = {loader}.from_pretrained(name)"]
@@ -555,8 +665,12 @@ def _loading(trainer: Any, library: str, source: str | None) -> str:
         lines += [f"processor = {processor}.from_pretrained(name)"]
     if library == "timm":
         lines += ["", "import timm  # the same model, as timm's own", ""]
-        lines += [f'model = timm.create_model("{f"hf-hub:{source}" if source else "local-dir:."}", pretrained=True).eval()']
-        lines += ["transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"]
+        lines += [
+            f'model = timm.create_model("{f"hf-hub:{source}" if source else "local-dir:."}", pretrained=True).eval()'
+        ]
+        lines += [
+            "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))"
+        ]
     return "\n".join(lines)
 
 
@@ -575,7 +689,11 @@ def _processor(trainer: Any) -> str | None:
     if isinstance(processing, transformers.ImageProcessingMixin):
         return "AutoImageProcessor"
     if processing is None:
-        return "AutoImageProcessor" if type(_base_of(trainer.model)).__name__.startswith("TimmWrapper") else None
+        return (
+            "AutoImageProcessor"
+            if type(_base_of(trainer.model)).__name__.startswith("TimmWrapper")
+            else None
+        )
     return "AutoProcessor"
 
 
@@ -586,17 +704,28 @@ def _repeating(trainer: Any) -> str:
     library = config.__module__.partition(".")[0]
     if getattr(sys.modules[library], config.__name__, None) is not config:  # of the user's script
         config, library = TrainingArguments, "transformers"
-    more = {field.name for field in fields(config)} - {field.name for field in fields(TrainingArguments)}
+    more = {field.name for field in fields(config)} - {
+        field.name for field in fields(TrainingArguments)
+    }
     defaults = {
         field.name: field.default if field.default_factory is MISSING else field.default_factory()
         for field in fields(config)
     }
     settings = (*_ARGUMENTS, *sorted(more))
-    names = [name for name in settings if name == "seed" or getattr(args, name, None) != defaults.get(name)]
-    arguments = [f"    {name}={_code(getattr(args, name))}," for name in names if hasattr(args, name)]
+    names = [
+        name
+        for name in settings
+        if name == "seed" or getattr(args, name, None) != defaults.get(name)
+    ]
+    arguments = [
+        f"    {name}={_code(getattr(args, name))}," for name in names if hasattr(args, name)
+    ]
     given_fields = ", ".join(f"{name}={_code(value)}" for name, value in policy.given.items())
     imports: dict[str, list[str]] = {}
-    for name, module in ((cls.__name__, cls.__module__), (type(policy).__name__, type(policy).__module__)):
+    for name, module in (
+        (cls.__name__, cls.__module__),
+        (type(policy).__name__, type(policy).__module__),
+    ):
         if name in public_names or module.startswith("hf_dynprune."):
             imports.setdefault("hf_dynprune" if name in public_names else module, []).append(name)
     given = {
@@ -608,7 +737,10 @@ def _repeating(trainer: Any) -> str:
         [
             f"from {library} import {config.__name__}",
             "",
-            *(f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(imports.items())),
+            *(
+                f"from {module} import {', '.join(sorted(names))}"
+                for module, names in sorted(imports.items())
+            ),
             *([""] if imports else []),
             f"args = {config.__name__}(",
             '    output_dir="...",',

@@ -52,11 +52,13 @@ class _Curve(NamedTuple):
         return self.y.mean(axis=0)
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def plot_runs(
-    reports: Reports, metric: str = "eval_accuracy", against: Against | Sequence[Against] = ("passes", "seconds")
+    reports: Reports,
+    metric: str = "eval_accuracy",
+    against: Against | Sequence[Against] = ("passes", "seconds"),
 ) -> "Figure":
     """Draws what runs reached against what they had cost until then: a line for each, or a point where it was evaluated
     only once; the legend has their last values.
@@ -79,13 +81,21 @@ def plot_runs(
     panels = [against] if isinstance(against, str) else list(against)
     unknown = [panel for panel in panels if panel not in _AXES]
     if unknown or not panels:
-        raise ValueError(f"against={against!r}: wanted are 'passes' and 'seconds', one of them or both.")
+        raise ValueError(
+            f"against={against!r}: wanted are 'passes' and 'seconds', one of them or both."
+        )
     runs = _seeds(reports)
-    curves = {panel: {name: _curve(name, seeds, metric, panel) for name, seeds in runs.items()} for panel in panels}
+    curves = {
+        panel: {name: _curve(name, seeds, metric, panel) for name, seeds in runs.items()}
+        for panel in panels
+    }
     values = np.concatenate([curve.y.ravel() for curve in curves[panels[0]].values()])
     percent = in_percent(metric, values)
     if percent:
-        curves = {p: {n: curve._replace(y=100 * curve.y) for n, curve in of.items()} for p, of in curves.items()}
+        curves = {
+            p: {n: curve._replace(y=100 * curve.y) for n, curve in of.items()}
+            for p, of in curves.items()
+        }
     figure = _new_figure((3 + 3.7 * len(panels), max(4, 0.8 + 0.2 * len(runs))))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
     for ax, panel in zip(axes, panels, strict=True):
@@ -93,8 +103,14 @@ def plot_runs(
         ax.set_xlabel(_AXES[panel])
     axes[0].set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
     labels = {name: f"{name}: {_ends(curve, percent)}" for name, curve in curves[panels[0]].items()}
-    names = sorted(runs, key=lambda name: -curves[panels[0]][name].mean[-1])  # as the lines end, from top to bottom
-    several = "\nmean of the seeds (lowest to highest)" if any(len(seeds) > 1 for seeds in runs.values()) else ""
+    names = sorted(
+        runs, key=lambda name: -curves[panels[0]][name].mean[-1]
+    )  # as the lines end, from top to bottom
+    several = (
+        "\nmean of the seeds (lowest to highest)"
+        if any(len(seeds) > 1 for seeds in runs.values())
+        else ""
+    )
     figure.legend(
         [lines[name] for name in names],
         [labels[name] for name in names],
@@ -130,26 +146,39 @@ def plot_costs(
         ValueError: where there is nothing to draw, or a value is not finite.
     """
     values = {name: [list(of) for _, of in points] for name, points in runs.items()}
-    scale, unit = _scale([v for of in values.values() for each in of for v in each] + list(full), values, metric)
+    scale, unit = _scale(
+        [v for of in values.values() for each in of for v in each] + list(full), values, metric
+    )
     figure = _new_figure((8, max(4, 0.8 + 0.2 * len(runs))))
     ax = _plain(figure.subplots())
-    best = {name: (min if lower_is_better else max)(np.mean(of) for of in each) for name, each in values.items()}
+    best = {
+        name: (min if lower_is_better else max)(np.mean(of) for of in each)
+        for name, each in values.items()
+    }
     names = sorted(runs, key=lambda name: best[name], reverse=not lower_is_better)
     step = 0.006 * max(cost for points in runs.values() for cost, _ in points)
     lines = {}
     for name, (color, marker) in zip(names, _styles(names, baseline), strict=True):
         points = sorted(runs[name])
-        costs = np.array([cost for cost, _ in points]) + step * (names.index(name) - (len(names) - 1) / 2)
-        lows, highs, means = (scale * np.array([f(of) for _, of in points]) for f in (min, max, np.mean))
+        costs = np.array([cost for cost, _ in points]) + step * (
+            names.index(name) - (len(names) - 1) / 2
+        )
+        lows, highs, means = (
+            scale * np.array([f(of) for _, of in points]) for f in (min, max, np.mean)
+        )
         ax.vlines(costs, lows, highs, color=color, linewidth=1.5)
-        (lines[name],) = ax.plot(costs, means, color=color, marker=marker, markersize=6, linewidth=1.2)
+        (lines[name],) = ax.plot(
+            costs, means, color=color, marker=marker, markersize=6, linewidth=1.2
+        )
     if full:
         names = ["full run", *names]
         lines["full run"] = _draw_full(ax.axhline, ax.axhspan, scale * np.array(full))
     ax.set_xlim(left=0)
     ax.set_xlabel("cost: passes, of those of the full run")
     ax.set_ylabel(metric.replace("_", " ") + unit)
-    figure.legend([lines[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=9)
+    figure.legend(
+        [lines[name] for name in names], names, loc="outside right upper", frameon=False, fontsize=9
+    )
     return figure
 
 
@@ -172,19 +201,44 @@ def plot_methods(
     """
     each = {name: [list(of)] for name, of in values.items()}
     scale, unit = _scale([*(v for of in values.values() for v in of), *full], each, metric)
-    names = sorted(values, key=lambda name: float(np.mean(values[name])), reverse=lower_is_better)  # from below
+    names = sorted(
+        values, key=lambda name: float(np.mean(values[name])), reverse=lower_is_better
+    )  # from below
     figure, ax = _rows(names)
     base = scale * float(np.mean(values[baseline])) if baseline in values else math.nan
-    far = 2 * abs(scale * float(np.mean(full)) - base) if full else math.nan  # nothing is further than nan
+    far = (
+        2 * abs(scale * float(np.mean(full)) - base) if full else math.nan
+    )  # nothing is further than nan
     for row, name in enumerate(names):
         color = "black" if name == baseline else _COLORS[0]
         own = scale * np.array(values[name])
         mean = float(own.mean())
         if (mean - base if lower_is_better else base - mean) > far:
-            x, side, words = (0.99, "right", f"{mean:.4g} →") if lower_is_better else (0.01, "left", f"← {mean:.4g}")
-            ax.text(x, row, words, transform=ax.get_yaxis_transform(), ha=side, va="center", fontsize=9, color=color)
+            x, side, words = (
+                (0.99, "right", f"{mean:.4g} →")
+                if lower_is_better
+                else (0.01, "left", f"← {mean:.4g}")
+            )
+            ax.text(
+                x,
+                row,
+                words,
+                transform=ax.get_yaxis_transform(),
+                ha=side,
+                va="center",
+                fontsize=9,
+                color=color,
+            )
             continue
-        ax.plot(own, np.full(len(own), row), "o", color=color, markersize=5, alpha=0.45, markeredgewidth=0)
+        ax.plot(
+            own,
+            np.full(len(own), row),
+            "o",
+            color=color,
+            markersize=5,
+            alpha=0.45,
+            markeredgewidth=0,
+        )
         ax.vlines(mean, row - 0.3, row + 0.3, color=color, linewidth=2.5)
     if baseline in values:
         ax.axvline(base, color="black", linewidth=1, linestyle="--", zorder=0)
@@ -213,10 +267,15 @@ def plot_targets(
     Raises:
         ValueError: where no method reaches any of the values, or a number is not finite.
     """
-    found = {name: [of.get(name) for of in costs.values()] for name in {name: None for of in costs.values() for name in of}}
+    found = {
+        name: [of.get(name) for of in costs.values()]
+        for name in {name: None for of in costs.values() for name in of}
+    }
     numbers = [*costs, *(each[0] for of in found.values() for each in of if each)]
     if len(numbers) == len(costs):
-        raise ValueError("There is nothing to plot: wanted is a method that reaches one of the values.")
+        raise ValueError(
+            "There is nothing to plot: wanted is a method that reaches one of the values."
+        )
     if not all(map(math.isfinite, numbers)):
         wrong = next(number for number in numbers if not math.isfinite(number))
         raise ValueError(f"{wrong} among values and costs: wanted are finite ones.")
@@ -236,21 +295,35 @@ def plot_targets(
     ax.set_xlim(0, 1.02)
     ax.set_xlabel("cost: passes, of those of the full run")
     figure.legend(
-        points, words, title=metric.replace("_", " "), loc="outside right upper", alignment="left", frameon=False, fontsize=9
+        points,
+        words,
+        title=metric.replace("_", " "),
+        loc="outside right upper",
+        alignment="left",
+        frameon=False,
+        fontsize=9,
     )
     return figure
 
 
-def _scale(numbers: Sequence[float], values: Mapping[str, list[list[float]]], metric: str) -> tuple[float, str]:
+def _scale(
+    numbers: Sequence[float], values: Mapping[str, list[list[float]]], metric: str
+) -> tuple[float, str]:
     """100 and the words for per cent, of an accuracy.
 
     Raises:
         ValueError: without values of each method at each cost, and where one of the numbers is not finite.
     """
     if not values or not all(each and all(each) for each in values.values()):
-        raise ValueError("There is nothing to plot: wanted is a value of each method at a cost at least.")
+        raise ValueError(
+            "There is nothing to plot: wanted is a value of each method at a cost at least."
+        )
     if not all(map(math.isfinite, numbers)):
-        wrong = [name for name, each in values.items() if not all(math.isfinite(v) for of in each for v in of)]
+        wrong = [
+            name
+            for name, each in values.items()
+            if not all(math.isfinite(v) for of in each for v in of)
+        ]
         raise ValueError(f"{(wrong or ['the full run'])[0]!r} has a {metric} that is not finite.")
     return (100, " (%)") if in_percent(metric, numbers) else (1, "")
 
@@ -266,7 +339,9 @@ def _styles(names: Sequence[str], baseline: str) -> Iterator[tuple[str, str]]:
             others += 1
 
 
-def _draw_full(line: Callable[..., "Line2D"], band: Callable[..., Any], values: np.ndarray) -> "Line2D":
+def _draw_full(
+    line: Callable[..., "Line2D"], band: Callable[..., Any], values: np.ndarray
+) -> "Line2D":
     band(values.min(), values.max(), color=_GREY, alpha=0.15, linewidth=0)
     return line(values.mean(), color=_GREY, linewidth=1.2, linestyle=":")
 
@@ -279,7 +354,10 @@ def spent(report: PruningReport, against: Against) -> list[float]:
         costs = [record.passes / report.num_samples for record in report.epochs]
         before /= report.num_samples
     else:
-        costs = [sum(s for phase, s in record.seconds.items() if phase != "evaluation") for record in report.epochs]
+        costs = [
+            sum(s for phase, s in record.seconds.items() if phase != "evaluation")
+            for record in report.epochs
+        ]
     return list(accumulate(costs, initial=before))[1:]
 
 
@@ -295,12 +373,17 @@ def plot_selection(reports: Reports) -> "Figure":
     """
     runs = _seeds(reports)
     choosing = {
-        name: [100 * np.mean([run.selection[kind] for run in seeds], axis=0) / seeds[0].num_samples for kind in _HISTOGRAMS]
+        name: [
+            100 * np.mean([run.selection[kind] for run in seeds], axis=0) / seeds[0].num_samples
+            for kind in _HISTOGRAMS
+        ]
         for name, seeds in runs.items()
         if seeds[0].selection.get("choices", 0) > 0 and seeds[0].selection["always"] < 1
     }
     if not choosing:
-        raise ValueError(f"No choice of the runs {', '.join(runs)} left samples out: there is no selection to plot.")
+        raise ValueError(
+            f"No choice of the runs {', '.join(runs)} left samples out: there is no selection to plot."
+        )
     columns = min(3, len(choosing))
     rows = -(-len(choosing) // columns)
     figure = _new_figure((max(5.0, 3.3 * columns), 0.5 + max(2.8 * rows, 3.2)))
@@ -339,10 +422,28 @@ def plot_scores(report: PruningReport) -> "Figure":
     epochs = [record.epoch for record in records]
     of = {name: [record.scores[name] for record in records] for name in records[0].scores}
     blue, orange = _COLORS[:2]
-    ax.fill_between(epochs, of["q05"], of["q95"], color=blue, alpha=0.15, linewidth=0, label="90 % of the samples")
-    ax.fill_between(epochs, of["q25"], of["q75"], color=blue, alpha=0.3, linewidth=0, label="50 % of the samples")
+    ax.fill_between(
+        epochs,
+        of["q05"],
+        of["q95"],
+        color=blue,
+        alpha=0.15,
+        linewidth=0,
+        label="90 % of the samples",
+    )
+    ax.fill_between(
+        epochs,
+        of["q25"],
+        of["q75"],
+        color=blue,
+        alpha=0.3,
+        linewidth=0,
+        label="50 % of the samples",
+    )
     ax.plot(epochs, of["q50"], color=blue, marker="o", markersize=4.5, label="median")
-    ax.plot(epochs, of["mean"], color=orange, marker="s", markersize=4.5, linestyle="--", label="mean")
+    ax.plot(
+        epochs, of["mean"], color=orange, marker="s", markersize=4.5, linestyle="--", label="mean"
+    )
     ax.set_xlabel("epoch whose samples are chosen (the first is 0)")
     ax.set_ylabel(f"score by {report.policy['name']}")
     ax.locator_params(axis="x", integer=True)
@@ -350,10 +451,12 @@ def plot_scores(report: PruningReport) -> "Figure":
     return figure
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
+# ---- samples -------------------------------------------------------------------------------------
 
 
-def plot_classes(times_kept: Any, choices: int, labels: Any, names: Sequence[str] | None = None) -> "Figure":
+def plot_classes(
+    times_kept: Any, choices: int, labels: Any, names: Sequence[str] | None = None
+) -> "Figure":
     """Draws the kept share of each class, in order, and the share of all samples as a line.
 
         share of class c = mean over its samples of times_kept / choices
@@ -372,9 +475,13 @@ def plot_classes(times_kept: Any, choices: int, labels: Any, names: Sequence[str
     times, labels = _checked(times_kept, choices), np.asarray(labels)
     _check_length(times, labels, "labels")
     if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
-        raise ValueError(f"The labels are {labels.dtype}, such as {labels[:3].tolist()}: wanted are classes 0, 1, ...")
+        raise ValueError(
+            f"The labels are {labels.dtype}, such as {labels[:3].tolist()}: wanted are classes 0, 1, ..."
+        )
     if names is not None and labels.max() >= len(names):
-        raise ValueError(f"There are {len(names)} names, and a label {labels.max()}: wanted is a name for each class.")
+        raise ValueError(
+            f"There are {len(names)} names, and a label {labels.max()}: wanted is a name for each class."
+        )
     sizes = np.bincount(labels)
     present = np.flatnonzero(sizes)
     shares = 100 * np.bincount(labels, weights=times)[present] / (sizes[present] * choices)
@@ -388,9 +495,18 @@ def plot_classes(times_kept: Any, choices: int, labels: Any, names: Sequence[str
     above = shares > overall
     for chosen, color, marker in ((above, _COLORS[0], "o"), (~above, _COLORS[4], "v")):
         ax.hlines(rows[chosen], overall, shares[chosen], color=color, linewidth=1.5 if few else 0.6)
-        ax.plot(shares[chosen], rows[chosen], color=color, marker=marker, markersize=5 if few else 2.5, linestyle="none")
+        ax.plot(
+            shares[chosen],
+            rows[chosen],
+            color=color,
+            marker=marker,
+            markersize=5 if few else 2.5,
+            linestyle="none",
+        )
     ax.axvline(overall, color=_GREY, linestyle="--", label=f"all samples: {overall:.1f} %")
-    ax.set_xlabel(f"kept share of the class (%), mean of {choices} choice{'s' if choices > 1 else ''}")
+    ax.set_xlabel(
+        f"kept share of the class (%), mean of {choices} choice{'s' if choices > 1 else ''}"
+    )
     ax.legend(frameon=False, loc="upper left")
     if few:
         ax.set_yticks(rows, shown)
@@ -463,14 +579,20 @@ def _sheet(times: np.ndarray, choices: int, count: int) -> list[tuple[str, np.nd
         return f"{kind} kept\n({100 * len(group) / len(times):.1f} %)"
 
     rows = [
-        (title("always", always), always[:count]) if len(always) else ("most often kept\n(none always)", often[:count]),
+        (title("always", always), always[:count])
+        if len(always)
+        else ("most often kept\n(none always)", often[:count]),
         (title("sometimes", between), between[np.unique(quantiles)] if len(between) else between),
-        (title("never", never), never[:count]) if len(never) else ("least often kept\n(none never)", often[-count:]),
+        (title("never", never), never[:count])
+        if len(never)
+        else ("least often kept\n(none never)", often[-count:]),
     ]
     return [(name, index) for name, index in rows if len(index)]
 
 
-def _images(data: Any, index: np.ndarray, image_column: str | None, label_column: str | None) -> tuple[list[Any], list[str]]:
+def _images(
+    data: Any, index: np.ndarray, image_column: str | None, label_column: str | None
+) -> tuple[list[Any], list[str]]:
     """The images, small, and the names of their classes."""
     import datasets
 
@@ -489,14 +611,18 @@ def _images(data: Any, index: np.ndarray, image_column: str | None, label_column
         pixels, labels = data.images.numpy()[index], data.labels.numpy()[index]
         images = [np.squeeze(image.transpose(1, 2, 0)) for image in pixels]
     else:
-        raise TypeError(f"data is a {type(data).__name__}: wanted is a datasets.Dataset with images, or an ImageCache.")
+        raise TypeError(
+            f"data is a {type(data).__name__}: wanted is a datasets.Dataset with images, or an ImageCache."
+        )
     return images, [str(label) if names is None else names[label] for label in labels]
 
 
 def _checked(times_kept: Any, choices: int) -> np.ndarray:
     times = np.asarray(times_kept)
     if times.ndim != 1 or len(times) == 0 or not np.issubdtype(times.dtype, np.integer):
-        raise ValueError(f"times_kept is {times.dtype} {times.shape}: wanted is a count for each sample, integers (N,).")
+        raise ValueError(
+            f"times_kept is {times.dtype} {times.shape}: wanted is a count for each sample, integers (N,)."
+        )
     if choices < 1 or times.min() < 0 or times.max() > choices:
         raise ValueError(
             f"times_kept is from {times.min()} to {times.max()}, with {choices} choices: wanted are counts from 0 to the "
@@ -513,14 +639,16 @@ def _check_length(times: np.ndarray, other: Any, what: str) -> None:
         )
 
 
-# ---- drawing --------------------------------------------------------------------------------------------------------
+# ---- drawing -------------------------------------------------------------------------------------
 
 
 def _new_figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("hf_dynprune.plots needs matplotlib: pip install hf-dynprune[recipes]") from error
+        raise ImportError(
+            "hf_dynprune.plots needs matplotlib: pip install hf-dynprune[recipes]"
+        ) from error
     return Figure(figsize=size, layout="constrained")
 
 
@@ -545,8 +673,13 @@ def _rows(names: Sequence[str]) -> tuple["Figure", "Axes"]:
 def _seeds(reports: Reports) -> dict[str, list[PruningReport]]:
     """The reports of each name, of which all but the seed must be alike."""
     if not reports:
-        raise ValueError("There is nothing to plot: reports is empty; wanted is a report for each run, by name.")
-    runs = {name: [given] if isinstance(given, PruningReport) else list(given) for name, given in reports.items()}
+        raise ValueError(
+            "There is nothing to plot: reports is empty; wanted is a report for each run, by name."
+        )
+    runs = {
+        name: [given] if isinstance(given, PruningReport) else list(given)
+        for name, given in reports.items()
+    }
     for name, seeds in runs.items():
         if not seeds:
             raise ValueError(f"There is no report of the run {name!r}: wanted is at least one.")
@@ -569,7 +702,9 @@ def _curve(name: str, seeds: Sequence[PruningReport], metric: str, against: Agai
     ]
     epochs = sorted(set.intersection(*map(set, reached)))
     if not epochs:
-        known = sorted({key for report in seeds for record in report.epochs for key in record.metrics})
+        known = sorted(
+            {key for report in seeds for record in report.epochs for key in record.metrics}
+        )
         raise ValueError(
             f"The report of {name!r} has no finite {metric!r}: wanted is a metric of its epochs, one of {known}."
         )
@@ -588,7 +723,9 @@ def _draw_metric(ax: "Axes", curves: Mapping[str, _Curve]) -> dict[str, Any]:
         elif len(curve.y) > 1:
             ax.fill_between(curve.x, low, high, color=color, alpha=0.2, linewidth=0)
         line = {"markersize": 7, "linestyle": "none"} if len(curve.x) == 1 else {"markersize": 4.5}
-        (lines[name],) = ax.plot(curve.x, curve.mean, color=color, marker=marker, label=name, **line)
+        (lines[name],) = ax.plot(
+            curve.x, curve.mean, color=color, marker=marker, label=name, **line
+        )
     ax.set_xlim(0, 1.05 * max(curve.x[-1] for curve in curves.values()))
     # The first epochs are far from the others, and would press these into a line: the second halves fill the axis.
     late = np.concatenate([curve.y[:, len(curve.x) // 2 :].ravel() for curve in curves.values()])

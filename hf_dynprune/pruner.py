@@ -33,8 +33,23 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import distributed
-from .policies import EpochPlan, PruningPolicy, check_count, check_number, indices_of, mask_of, with_class_floor
-from .report import FORMAT_VERSION, EpochRecord, PruningReport, chance_of, describe_environment, selection_of
+from .policies import (
+    EpochPlan,
+    PruningPolicy,
+    check_count,
+    check_number,
+    indices_of,
+    mask_of,
+    with_class_floor,
+)
+from .report import (
+    FORMAT_VERSION,
+    EpochRecord,
+    PruningReport,
+    chance_of,
+    describe_environment,
+    selection_of,
+)
 from .sampler import IndexedCollator, IndexedDataset, PruningSampler, epoch_order
 from .scores import Column, Rows, SampleTable, load_tensors, save_tensors
 
@@ -52,7 +67,12 @@ _BUFFERED = 1 << 16
 
 def choice_seed(seed: int, epoch: int, purpose: str = "plan") -> int:
     """A 63-bit seed of the choice in an epoch; seed 0 epoch 1 is not seed 1 epoch 0."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest(), "big") >> 1
+    return (
+        int.from_bytes(
+            hashlib.blake2b(f"{seed}/{epoch}/{purpose}".encode(), digest_size=8).digest(), "big"
+        )
+        >> 1
+    )
 
 
 @dataclass
@@ -83,7 +103,9 @@ class Clock:
         if self.mean is None:
             return step
         done = step - self.start
-        v = self.mean * self.epoch + (done if self.length == self.mean else self.mean * done / self.length)
+        v = self.mean * self.epoch + (
+            done if self.length == self.mean else self.mean * done / self.length
+        )
         return min(v, self.total)
 
 
@@ -138,20 +160,30 @@ class DynamicPruner:
                 "make_policy('ucb', keep_ratio=0.3)."
             )
         if (num_epochs is None) == (max_steps is None):
-            raise ValueError(f"num_epochs={num_epochs} and max_steps={max_steps}: give one of the two.")
+            raise ValueError(
+                f"num_epochs={num_epochs} and max_steps={max_steps}: give one of the two."
+            )
         if num_epochs is not None:
             check_number("num_epochs", num_epochs, "a positive number", lambda value: value > 0)
-        for name, count in (("batch_size", batch_size), ("accumulation", accumulation), ("max_steps", max_steps)):
+        for name, count in (
+            ("batch_size", batch_size),
+            ("accumulation", accumulation),
+            ("max_steps", max_steps),
+        ):
             if count is not None:
                 check_count(name, count, 1)
         self.policy = policy
-        self.table = SampleTable(num_samples, (*policy.columns, *([LABEL] if policy.min_per_class else [])))
+        self.table = SampleTable(
+            num_samples, (*policy.columns, *([LABEL] if policy.min_per_class else []))
+        )
         self.rank, self.ranks = distributed.world()
         self.batch_size, self.accumulation, self.drop_last = batch_size, accumulation, drop_last
         self.max_steps, self._epochs = max_steps, num_epochs
         self.seed, self.data_seed = seed, seed if data_seed is None else data_seed
         self.fingerprint = fingerprint or f"{num_samples} samples"
-        self.sampler = PruningSampler(num_samples, batch_size * self.ranks, ranks=self.ranks, drop_last=drop_last)
+        self.sampler = PruningSampler(
+            num_samples, batch_size * self.ranks, ranks=self.ranks, drop_last=drop_last
+        )
         self.report = PruningReport(
             policy.to_dict(),
             num_samples,
@@ -176,7 +208,7 @@ class DynamicPruner:
         self._agreed = False  # whether the ranks compared what they were told
         self.clock = self._make_clock()
 
-    # ---- sizes ------------------------------------------------------------------------------------------------------
+    # ---- sizes -----------------------------------------------------------------------------------
 
     @property
     def global_batch(self) -> int:
@@ -229,7 +261,9 @@ class DynamicPruner:
         if self.max_steps is not None:
             self.num_epochs = sum(1 for _ in self.schedule())
             return Clock(self.max_steps, None)
-        self._steps = steps = [self.steps(len(self.table) if size is None else size) for size, *_ in self.schedule()]
+        self._steps = steps = [
+            self.steps(len(self.table) if size is None else size) for size, *_ in self.schedule()
+        ]
         self.num_epochs = len(steps)
         mean = sum(steps) // len(steps) if sum(steps) % len(steps) == 0 else sum(steps) / len(steps)
         return Clock(math.ceil(round(mean * self._epochs, 9)), mean, length=steps[0])  # type: ignore[operator]
@@ -247,9 +281,11 @@ class DynamicPruner:
         share = self._epochs - (self.num_epochs - 1)  # type: ignore[operator]  # of the last epoch
         return self.clock.start + sum(whole) + math.ceil(round(last * share, 9))
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
 
-    def dataloader(self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any) -> DataLoader:
+    def dataloader(
+        self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any
+    ) -> DataLoader:
         """A DataLoader over the samples that the pruner chooses, for one rank or for `accelerator.prepare`.
 
         Args:
@@ -258,7 +294,9 @@ class DynamicPruner:
             options: passed to the DataLoader.
         """
         if len(dataset) != len(self.table):
-            raise ValueError(f"The dataset has {len(dataset)} samples, the pruner was made for {len(self.table)}.")
+            raise ValueError(
+                f"The dataset has {len(dataset)} samples, the pruner was made for {len(self.table)}."
+            )
         return DataLoader(
             IndexedDataset(dataset),
             batch_size=self.batch_size,
@@ -268,7 +306,7 @@ class DynamicPruner:
             **options,
         )
 
-    # ---- an epoch ---------------------------------------------------------------------------------------------------
+    # ---- an epoch --------------------------------------------------------------------------------
 
     def begin_epoch(
         self,
@@ -296,7 +334,11 @@ class DynamicPruner:
         resumed = self._resumed_in == epoch
         step = self.clock.start if resumed else self._step() if step is None else step
         if not self._agreed:
-            position = {"epoch": epoch, "optimizer steps": step, "batches of the epoch done": self._batches_done}
+            position = {
+                "epoch": epoch,
+                "optimizer steps": step,
+                "batches of the epoch done": self._batches_done,
+            }
             distributed.check_same({**self._identity(), **position})
             self._agreed = True
         if not resumed:
@@ -318,7 +360,9 @@ class DynamicPruner:
         self._resumed_in = None
         self._weights = _lookup(plan, len(self.table))
         self.sampler.set_epoch_order(
-            epoch_order(len(self.table), None if plan is None else plan.indices, self.data_seed, epoch)
+            epoch_order(
+                len(self.table), None if plan is None else plan.indices, self.data_seed, epoch
+            )
         )
         self.clock.begin_epoch(epoch, step, self.steps(size))
         self._lap("choosing")
@@ -333,7 +377,9 @@ class DynamicPruner:
             return indices_of(~mask_of(self._plan.indices, len(self.table)))
         return torch.empty(0, dtype=torch.int64)
 
-    def _score(self, index: Tensor, scorer: Callable[[Tensor], Mapping[str, Tensor]] | None) -> None:
+    def _score(
+        self, index: Tensor, scorer: Callable[[Tensor], Mapping[str, Tensor]] | None
+    ) -> None:
         if len(index) == 0:
             return
         if scorer is None:
@@ -365,12 +411,16 @@ class DynamicPruner:
                 if excluded:
                     score[candidates[torch.topk(score[candidates], excluded).indices]] = -math.inf
             if policy.max_age is not None:
-                score[self.table["last_observed"] < epoch - policy.max_age * policy.period] = math.inf
+                score[self.table["last_observed"] < epoch - policy.max_age * policy.period] = (
+                    math.inf
+                )
             score[~observed] = math.inf
         generator = torch.Generator().manual_seed(choice_seed(self.seed, epoch))
 
         def make() -> EpochPlan:
-            plan = policy.plan(self.table, score=score, epoch=epoch, progress=progress, generator=generator)
+            plan = policy.plan(
+                self.table, score=score, epoch=epoch, progress=progress, generator=generator
+            )
             plan.check(n)
             planned = policy.planned_size(n, epoch, progress)
             if planned is not None and planned != len(plan):
@@ -379,9 +429,13 @@ class DynamicPruner:
                     "`plan` of the policy must agree."
                 )
             if policy.min_per_class:
-                plan = with_class_floor(plan, self.table[LABEL.name], policy.min_per_class, score, generator)
+                plan = with_class_floor(
+                    plan, self.table[LABEL.name], policy.min_per_class, score, generator
+                )
             if plan.weights is not None and policy.max_weight is not None:
-                return EpochPlan(plan.indices, plan.weights.clamp(max=policy.max_weight), plan.lr_scale)
+                return EpochPlan(
+                    plan.indices, plan.weights.clamp(max=policy.max_weight), plan.lr_scale
+                )
             return plan
 
         plan = distributed.plan_on_rank_0(make)
@@ -437,7 +491,11 @@ class DynamicPruner:
     @property
     def scored_signals(self) -> tuple[str, ...]:
         """The signals that are observed of a sample: the policy's, and the label where there is a floor for each class."""
-        extra = (LABEL.name,) if self.policy.min_per_class and LABEL.name not in self.policy.signals else ()
+        extra = (
+            (LABEL.name,)
+            if self.policy.min_per_class and LABEL.name not in self.policy.signals
+            else ()
+        )
         return self.policy.signals + extra
 
     @property
@@ -452,11 +510,15 @@ class DynamicPruner:
             changed[LABEL.name] = signals[LABEL.name]
         return changed
 
-    def _checked(self, index: Tensor, signals: Mapping[str, Tensor], wanted: tuple[str, ...]) -> dict[str, Tensor]:
+    def _checked(
+        self, index: Tensor, signals: Mapping[str, Tensor], wanted: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         checked = {}
         for name in wanted:
             if name not in signals:
-                raise ValueError(f"{self.policy.name} observes {name!r}; given were {sorted(signals)}.")
+                raise ValueError(
+                    f"{self.policy.name} observes {name!r}; given were {sorted(signals)}."
+                )
             value = signals[name].detach()
             if value.shape != index.shape:
                 raise ValueError(
@@ -476,7 +538,10 @@ class DynamicPruner:
             raise ValueError(
                 f"A sample index lies in [{lowest}, {highest}]; wanted is [0, {len(self.table)}), or -1 for padding."
             )
-        signals = {name: torch.cat([signals[name] for _, signals in self._buffer]).cpu() for name in self.scored_signals}
+        signals = {
+            name: torch.cat([signals[name] for _, signals in self._buffer]).cpu()
+            for name in self.scored_signals
+        }
         self._buffer, self._buffered = [], 0
         if lowest < 0:
             real = indices_of(index >= 0)
@@ -487,7 +552,9 @@ class DynamicPruner:
         """Exchanges what all ranks observed and applies it to the table in one agreed order. Collective."""
         self._lap("training")
         self.drain()
-        index = torch.cat([index for index, _ in self._drained] or [torch.empty(0, dtype=torch.int64)])
+        index = torch.cat(
+            [index for index, _ in self._drained] or [torch.empty(0, dtype=torch.int64)]
+        )
         signals: Rows = {
             name: torch.cat([signals[name] for _, signals in self._drained] or [torch.empty(0)])
             for name in self.scored_signals
@@ -540,7 +607,11 @@ class DynamicPruner:
         if not self.report.epochs:
             return
         record = self.report.epochs[-1]
-        numbers = {k: float(v) for k, v in metrics.items() if k != "epoch" and isinstance(v, int | float | np.number)}
+        numbers = {
+            k: float(v)
+            for k, v in metrics.items()
+            if k != "epoch" and isinstance(v, int | float | np.number)
+        }
         seconds = sum(value for name, value in numbers.items() if name.endswith("_runtime"))
         record.seconds["evaluation"] += seconds
         if self._mark is not None:
@@ -556,7 +627,7 @@ class DynamicPruner:
             self.report.epochs[-1].seconds[phase] += now - self._mark
             self._mark = now
 
-    # ---- state ------------------------------------------------------------------------------------------------------
+    # ---- state -----------------------------------------------------------------------------------
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same when a run is resumed."""
@@ -571,7 +642,9 @@ class DynamicPruner:
             "data seed": self.data_seed,
         }
 
-    def state_dict(self, *, step: int | None = None, learning_rate: float | None = None) -> dict[str, Any]:
+    def state_dict(
+        self, *, step: int | None = None, learning_rate: float | None = None
+    ) -> dict[str, Any]:
         """All that the run needs to go on: `{"tensors": ..., "metadata": ...}`, the latter of JSON values. Collective.
 
         Args:
@@ -615,21 +688,31 @@ class DynamicPruner:
                 f"{FORMAT_VERSION}. Resume it with the hf_dynprune that wrote it."
             )
         theirs, ours = metadata["identity"], self._identity()
-        differing = [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if ours[key] != theirs.get(key)]
+        differing = [
+            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
+            for key in ours
+            if ours[key] != theirs.get(key)
+        ]
         if differing:
             raise ValueError(
                 f"The checkpoint belongs to another run ({'; '.join(differing)}). Resume with the settings of the "
                 "checkpoint, or start a new run from its weights alone (`from_pretrained`)."
             )
-        self.table.load_state_dict({k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")})
+        self.table.load_state_dict(
+            {k.removeprefix("table."): v for k, v in tensors.items() if k.startswith("table.")}
+        )
         indices = tensors.get("plan.indices")
         self._plan = (
-            None if indices is None else EpochPlan(indices, tensors.get("plan.weights"), float(metadata["lr_scale"]))
+            None
+            if indices is None
+            else EpochPlan(indices, tensors.get("plan.weights"), float(metadata["lr_scale"]))
         )
         self._full_data = metadata["full_data"]
         self._sizes = metadata["sizes"]
         self._chance = chance_of(size / len(self.table) for size in self._sizes)
-        clock = metadata["clock"]  # the length of the schedule is this run's, where it stands is the checkpoint's
+        clock = metadata[
+            "clock"
+        ]  # the length of the schedule is this run's, where it stands is the checkpoint's
         self.clock.begin_epoch(clock["epoch"], clock["start"], clock["length"])
         environment = self.report.environment
         self.report = PruningReport.from_dict(metadata["report"])
@@ -666,7 +749,14 @@ class DynamicPruner:
             end = round(step * min(epoch + 1, epochs) / epochs)
             passes = round(n * min(1.0, epochs - epoch))
             self.report.epochs.append(
-                EpochRecord(epoch, True, n, forward_passes=passes, backward_passes=passes, optimizer_steps=end - done)
+                EpochRecord(
+                    epoch,
+                    True,
+                    n,
+                    forward_passes=passes,
+                    backward_passes=passes,
+                    optimizer_steps=end - done,
+                )
             )
             done = end
         begins = math.floor(round(epochs, 9))
@@ -713,4 +803,7 @@ def _describe(score: Tensor, observed: Tensor) -> dict[str, float]:
         return {}
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
     quantiles = np.quantile(scores.numpy(), shares)
-    return {"mean": float(scores.mean()), **{f"q{100 * s:02.0f}": float(q) for s, q in zip(shares, quantiles, strict=True)}}
+    return {
+        "mean": float(scores.mean()),
+        **{f"q{100 * s:02.0f}": float(q) for s, q in zip(shares, quantiles, strict=True)},
+    }

@@ -93,10 +93,18 @@ class PruningReport:
     @property
     def totals(self) -> dict[str, Any]:
         """Sums over the epochs: passes, optimizer steps, seconds by phase."""
-        counts = ("forward_passes", "backward_passes", "scoring_passes", "optimizer_steps", "nonfinite")
+        counts = (
+            "forward_passes",
+            "backward_passes",
+            "scoring_passes",
+            "optimizer_steps",
+            "nonfinite",
+        )
         return {
             **{name: sum(getattr(record, name) for record in self.epochs) for name in counts},
-            "seconds": {phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES},
+            "seconds": {
+                phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES
+            },
         }
 
     @property
@@ -119,8 +127,18 @@ class PruningReport:
     def to_dict(self) -> dict[str, Any]:
         """JSON values: all attributes, and `format_version`, `cost_ratio`, `passes`, `totals`, `metrics`."""
         own = asdict(self)
-        head = {"format_version": FORMAT_VERSION, "policy": own.pop("policy"), "cost_ratio": self.cost_ratio}
-        return {**head, "passes": self.passes, "totals": self.totals, "metrics": self.metrics, **own}
+        head = {
+            "format_version": FORMAT_VERSION,
+            "policy": own.pop("policy"),
+            "cost_ratio": self.cost_ratio,
+        }
+        return {
+            **head,
+            "passes": self.passes,
+            "totals": self.totals,
+            "metrics": self.metrics,
+            **own,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
@@ -148,7 +166,9 @@ class PruningReport:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} is no report of hf_dynprune, or is damaged ({reason}).") from error
+            raise ValueError(
+                f"{path} is no report of hf_dynprune, or is damaged ({reason})."
+            ) from error
 
 
 def in_percent(metric: str, values: Iterable[float]) -> bool:
@@ -161,8 +181,14 @@ def differences(reports: Sequence[PruningReport]) -> str:
     scores may be other ones for each seed."""
 
     def settings(report: PruningReport) -> dict[str, Any]:
-        policy = {name: value for name, value in report.policy.items() if name not in ("scores", "digest")}
-        counts = {"num_epochs": report.num_epochs, "epochs": len(report.epochs), "choices": report.selection.get("choices")}
+        policy = {
+            name: value for name, value in report.policy.items() if name not in ("scores", "digest")
+        }
+        counts = {
+            "num_epochs": report.num_epochs,
+            "epochs": len(report.epochs),
+            "choices": report.selection.get("choices"),
+        }
         return {**policy, "samples": report.num_samples, **counts}
 
     all_of = [settings(report) for report in reports]
@@ -198,12 +224,18 @@ def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
     Cost: O(N + C).
     """
     n, choices = len(times_kept), len(chance) - 1
-    histogram = torch.bincount(torch.as_tensor(times_kept), minlength=choices + 1).numpy()  # NumPy's copies int32 first
+    histogram = torch.bincount(
+        torch.as_tensor(times_kept), minlength=choices + 1
+    ).numpy()  # NumPy's copies int32 first
 
     def shares(counts: np.ndarray) -> dict[str, float]:
         never, always = (counts[0], counts[-1]) if choices else (0.0, counts[0])
         total = counts.sum()
-        shares = {"always": always / total, "sometimes": (total - always - never) / total, "never": never / total}
+        shares = {
+            "always": always / total,
+            "sometimes": (total - always - never) / total,
+            "never": never / total,
+        }
         return {name: max(0.0, float(share)) for name, share in shares.items()}
 
     return {

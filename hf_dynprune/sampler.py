@@ -69,14 +69,18 @@ class PruningSampler(Sampler[int]):
         drop_last: whether the tail that does not fill a global batch is left out.
     """
 
-    def __init__(self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False) -> None:
+    def __init__(
+        self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False
+    ) -> None:
         self.global_batch, self.ranks, self.drop_last = global_batch, ranks, drop_last
         self.set_epoch_order(torch.arange(n, dtype=torch.int32 if n < 1 << 31 else torch.int64))
 
     def set_epoch_order(self, order: Tensor) -> None:
         """Sets what the next epoch yields: (K,) integers."""
         self._real = len(order)
-        self._order = fit_to_batches(order, self.global_batch, ranks=self.ranks, drop_last=self.drop_last)
+        self._order = fit_to_batches(
+            order, self.global_batch, ranks=self.ranks, drop_last=self.drop_last
+        )
 
     def __iter__(self) -> Iterator[int]:
         for block in self._order.split(1 << 16):
@@ -107,7 +111,9 @@ class IndexedDataset(Dataset):
 
     def __init__(self, dataset: Any) -> None:
         is_map = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if not is_map or isinstance(dataset, IterableDataset):  # which inherits a `__getitem__` that raises
+        if not is_map or isinstance(
+            dataset, IterableDataset
+        ):  # which inherits a `__getitem__` that raises
             raise TypeError(
                 f"A {type(dataset).__name__} has no length and no index, so nothing in it can be pruned. Use a map-style "
                 "dataset, such as `datasets.load_dataset(..., streaming=False)`."

@@ -71,11 +71,15 @@ class SampleTable:
 
     def __init__(self, size: int, columns: Iterable[Column] = ()) -> None:
         if size < 1:
-            raise ValueError(f"A table of {size} samples cannot be pruned: the training set must hold at least 1.")
+            raise ValueError(
+                f"A table of {size} samples cannot be pruned: the training set must hold at least 1."
+            )
         self._columns: dict[str, Tensor] = {}
         for column in (*columns, TIMES_KEPT, LAST_OBSERVED):
             if column.name in self._columns:
-                raise ValueError(f"Two columns are called {column.name!r}: give each column of a policy its own name.")
+                raise ValueError(
+                    f"Two columns are called {column.name!r}: give each column of a policy its own name."
+                )
             self._columns[column.name] = torch.full((size,), column.initial, dtype=column.dtype)
 
     def __len__(self) -> int:
@@ -124,7 +128,10 @@ class SampleTable:
             observed = samples
             if not finite.all():
                 rejected.append(samples[~finite])
-                samples, values = samples[finite], {name: value[finite] for name, value in values.items()}
+                samples, values = (
+                    samples[finite],
+                    {name: value[finite] for name, value in values.items()},
+                )
             if values and len(samples):
                 for name, value in update(_RowsOf(self._columns, samples), values).items():
                     column = self._own(name)
@@ -135,7 +142,9 @@ class SampleTable:
     def _own(self, name: str) -> Tensor:
         if name not in self._columns or name in (TIMES_KEPT.name, LAST_OBSERVED.name):
             own = [n for n in self._columns if n not in (TIMES_KEPT.name, LAST_OBSERVED.name)]
-            raise ValueError(f"`observe` of the policy returned {name!r}; its columns are {own}. Declare it in `columns`.")
+            raise ValueError(
+                f"`observe` of the policy returned {name!r}; its columns are {own}. Declare it in `columns`."
+            )
         return self._columns[name]
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -162,7 +171,9 @@ class SampleTable:
         table = cls.__new__(cls)
         table._columns = columns
         if TIMES_KEPT.name not in columns or LAST_OBSERVED.name not in columns:
-            raise ValueError(f"{path} holds the columns {sorted(columns)}, not a table of `SampleTable.save`.")
+            raise ValueError(
+                f"{path} holds the columns {sorted(columns)}, not a table of `SampleTable.save`."
+            )
         return table
 
 
@@ -181,7 +192,7 @@ def _rounds(index: Tensor, size: int) -> Iterator[Tensor | slice]:
         yield from order[occurrence == number].split(_BLOCK)
 
 
-# ---- scores that were made before the run ---------------------------------------------------------------------------
+# ---- scores that were made before the run --------------------------------------------------------
 
 _PARQUET = ("sample_index", "score")
 
@@ -217,7 +228,9 @@ class Scores:
     def __post_init__(self) -> None:
         values = torch.as_tensor(self.values).detach().cpu()
         if values.ndim != 1 or len(values) == 0:
-            raise ValueError(f"The scores have shape {tuple(values.shape)}: wanted is (N,), one score for each sample.")
+            raise ValueError(
+                f"The scores have shape {tuple(values.shape)}: wanted is (N,), one score for each sample."
+            )
         nan = torch.nonzero(values.isnan()).squeeze(1)
         if len(nan):
             raise ValueError(
@@ -225,14 +238,20 @@ class Scores:
                 "score, such as float('inf') to keep them as the hardest."
             )
         if not isinstance(self.method, str) or not self.method:
-            raise TypeError(f"method={self.method!r} is no name of a method: wanted is a str such as 'el2n'.")
+            raise TypeError(
+                f"method={self.method!r} is no name of a method: wanted is a str such as 'el2n'."
+            )
         self.values = values.to(torch.float32)
         try:
             self.provenance = json.loads(json.dumps(self.provenance))
         except TypeError as error:
             raise TypeError(f"The provenance of scores must be JSON: {error}.") from error
         passes = self.provenance.get("passes", 0)
-        if isinstance(passes, bool) or not isinstance(passes, int | float) or not 0 <= passes < math.inf:
+        if (
+            isinstance(passes, bool)
+            or not isinstance(passes, int | float)
+            or not 0 <= passes < math.inf
+        ):
             raise ValueError(
                 f"provenance['passes']={passes!r} is no number of passes: wanted is what the scores cost, 0 or more."
             )
@@ -252,7 +271,11 @@ class Scores:
         float32. Either has a checksum, and method, fingerprint and provenance as metadata. The folder is made if need be.
         """
         path = Path(path)
-        metadata = {"method": self.method, "fingerprint": self.fingerprint, "provenance": self.provenance}
+        metadata = {
+            "method": self.method,
+            "fingerprint": self.fingerprint,
+            "provenance": self.provenance,
+        }
         parquet = _is_parquet(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         if parquet:
@@ -273,14 +296,22 @@ class Scores:
         path = Path(path)
         if not path.is_file():
             if path.suffix in (".safetensors", ".parquet"):
-                raise FileNotFoundError(f"{path} does not exist: make the scores with `score_dataset`, or mend the path.")
+                raise FileNotFoundError(
+                    f"{path} does not exist: make the scores with `score_dataset`, or mend the path."
+                )
             _is_parquet(path)
         if _is_parquet(path):
             values, metadata = _load_parquet(path)
         else:
             tensors, metadata = load_tensors(path)
-            if set(tensors) != {"score"} or not metadata.keys() >= {"method", "fingerprint", "provenance"}:
-                raise ValueError(f"{path} holds {sorted(tensors)}, not the scores of `Scores.save`.")
+            if set(tensors) != {"score"} or not metadata.keys() >= {
+                "method",
+                "fingerprint",
+                "provenance",
+            }:
+                raise ValueError(
+                    f"{path} holds {sorted(tensors)}, not the scores of `Scores.save`."
+                )
             values = tensors["score"]
         scores = cls(values, metadata["method"], metadata["fingerprint"], metadata["provenance"])
         scores.path = str(path)
@@ -289,7 +320,9 @@ class Scores:
 
 def _is_parquet(path: Path) -> bool:
     if path.suffix not in (".safetensors", ".parquet"):
-        raise ValueError(f"{path} has the suffix {path.suffix!r}: scores are kept as .safetensors or .parquet.")
+        raise ValueError(
+            f"{path} has the suffix {path.suffix!r}: scores are kept as .safetensors or .parquet."
+        )
     return path.suffix == ".parquet"
 
 
@@ -297,7 +330,10 @@ def _save_parquet(path: Path, values: Tensor, metadata: str) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    fields = [pa.field(name, kind, nullable=False) for name, kind in zip(_PARQUET, (pa.int64(), pa.float32()), strict=True)]
+    fields = [
+        pa.field(name, kind, nullable=False)
+        for name, kind in zip(_PARQUET, (pa.int64(), pa.float32()), strict=True)
+    ]
     columns = [torch.arange(len(values)).numpy(), values.numpy()]
     about = {"hf_dynprune": metadata, "sha256": _checksum({"score": values}, metadata)}
     table = pa.table(columns, schema=pa.schema(fields, metadata=about))
@@ -318,15 +354,21 @@ def _load_parquet(path: Path) -> tuple[Tensor, dict[str, Any]]:
         # Copies: what arrow lends cannot be written to.
         index = torch.tensor(table["sample_index"].cast(pa.int64()).to_numpy())
         values = torch.tensor(table["score"].cast(pa.float32()).to_numpy())
-        about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+        about = {
+            name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()
+        }
         text, checksum = about["hf_dynprune"], about["sha256"]
         metadata = json.loads(text)
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise ValueError(f"{path} is not a file of scores of hf_dynprune, or is damaged ({error}).") from error
+        raise ValueError(
+            f"{path} is not a file of scores of hf_dynprune, or is damaged ({error})."
+        ) from error
     ordered = values.clone()
     ordered[_each_once(index, path)] = values
     if checksum != _checksum({"score": ordered}, text):
-        raise ValueError(f"{path} is damaged: its checksum does not match. Make the scores again with `score_dataset`.")
+        raise ValueError(
+            f"{path} is damaged: its checksum does not match. Make the scores again with `score_dataset`."
+        )
     return ordered, metadata
 
 
@@ -341,8 +383,12 @@ def _each_once(index: Tensor, path: Path) -> Tensor:
         "not at all": torch.nonzero(counts == 0).squeeze(1),
     }
     if len(wrong["not at all"]):  # as many as are too many elsewhere
-        found = "; ".join(f"{what}: {_some(samples)}" for what, samples in wrong.items() if len(samples))
-        raise ValueError(f"{path} has {n} rows, in which each sample index must occur once. {found}.")
+        found = "; ".join(
+            f"{what}: {_some(samples)}" for what, samples in wrong.items() if len(samples)
+        )
+        raise ValueError(
+            f"{path} has {n} rows, in which each sample index must occur once. {found}."
+        )
     return index
 
 
@@ -351,7 +397,7 @@ def _some(samples: Tensor) -> str:
     return ", ".join(map(str, samples[:5].tolist())) + more
 
 
-# ---- the file format: safetensors, written whole or not at all, with a checksum ----------------------------------
+# ---- the file format: safetensors, written whole or not at all, with a checksum ------------------
 
 
 def _checksum(tensors: Mapping[str, Tensor], metadata: str) -> str:
@@ -362,7 +408,9 @@ def _checksum(tensors: Mapping[str, Tensor], metadata: str) -> str:
     return digest.hexdigest()
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+def save_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
+) -> None:
     """Writes CPU tensors and JSON metadata to one safetensors file.
 
     The file is written beside its place, flushed to the disk and renamed: a reader, or a process killed at any moment,
@@ -373,7 +421,9 @@ def save_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], me
     text = json.dumps(metadata, sort_keys=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     with _whole_or_not(Path(path)) as temporary:
-        save_file(stored, temporary, metadata={"hf_dynprune": text, "sha256": _checksum(stored, text)})
+        save_file(
+            stored, temporary, metadata={"hf_dynprune": text, "sha256": _checksum(stored, text)}
+        )
 
 
 @contextmanager
@@ -412,5 +462,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             f"{path} is not a file of hf_dynprune, or is damaged ({error}). Use an older checkpoint, or start anew."
         ) from error
     if not whole:
-        raise ValueError(f"{path} is damaged: its checksum does not match. Use an older checkpoint, or start anew.")
+        raise ValueError(
+            f"{path} is damaged: its checksum does not match. Use an older checkpoint, or start anew."
+        )
     return tensors, metadata

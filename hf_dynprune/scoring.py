@@ -70,24 +70,38 @@ def score_samples(
             batch = _on(device, batch)  # once: `forward`, and the losses below, find it there
             inputs = dict(batch)
             outputs = forward(batch)
-            inputs = _on(_device_of(outputs), inputs)  # elsewhere only where a model lies on several devices
+            inputs = _on(
+                _device_of(outputs), inputs
+            )  # elsewhere only where a model lies on several devices
             losses = rule.losses(outputs, inputs, 0.0, getattr(model, "config", None))
             parts.append(observe_signals(signals, outputs, inputs, losses))
-    return {name: torch.cat([part[name] for part in parts] or [torch.empty(0)]).float().cpu() for name in signals}
+    return {
+        name: torch.cat([part[name] for part in parts] or [torch.empty(0)]).float().cpu()
+        for name in signals
+    }
 
 
 def _batches(
-    dataset: Any, index: Tensor, batch_size: int, collator: Callable[[Any], Any], seed: int, options: dict[str, Any]
+    dataset: Any,
+    index: Tensor,
+    batch_size: int,
+    collator: Callable[[Any], Any],
+    seed: int,
+    options: dict[str, Any],
 ) -> DataLoader:
     """The samples of `index` in their order; each batch knows them."""
-    sampler = PruningSampler(0)  # yields blocks: as one list the indices of a large dataset take five times their bytes
+    sampler = PruningSampler(
+        0
+    )  # yields blocks: as one list the indices of a large dataset take five times their bytes
     sampler.set_epoch_order(index)
     return DataLoader(
         IndexedDataset(dataset),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=IndexedCollator(collator),  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(seed),  # else the workers' seed is drawn from the global state
+        generator=torch.Generator().manual_seed(
+            seed
+        ),  # else the workers' seed is drawn from the global state
         **options,
     )
 
@@ -95,11 +109,15 @@ def _batches(
 def _bar(batches: DataLoader, description: str, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(batches, desc=description, leave=False, disable=not progress or distributed.world()[0] != 0)
+    return tqdm(
+        batches, desc=description, leave=False, disable=not progress or distributed.world()[0] != 0
+    )
 
 
 def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+    return {
+        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
+    }
 
 
 def _device_of(outputs: Any) -> torch.device:
@@ -111,9 +129,13 @@ def _device_of(outputs: Any) -> torch.device:
 def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -> Iterator[None]:
     """Within, the model is in that mode and random numbers follow from the seed; afterwards all is as before."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()} if mode == "train" else {}
+    buffers = (
+        {name: buffer.clone() for name, buffer in model.named_buffers()} if mode == "train" else {}
+    )
     python, numpy = random.getstate(), np.random.get_state()
-    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    devices = {
+        parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"
+    }
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -132,7 +154,7 @@ def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -
             np.random.set_state(numpy)
 
 
-# ---- the norm of each sample's gradient ------------------------------------------------------------------------------
+# ---- the norm of each sample's gradient ----------------------------------------------------------
 
 # Gradients of so many bytes are held at a time.
 _GRADIENT_BYTES = 1 << 28
@@ -199,14 +221,20 @@ class _WholeGradient:
     def __init__(self, model: nn.Module, rule: LossRule) -> None:
         self.model, self.rule, self.vectorised = model, rule, True
         self.trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        self.fixed = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+        self.fixed = {
+            name: p.detach() for name, p in model.named_parameters() if not p.requires_grad
+        }
         self.fixed.update(model.named_buffers())
         held = sum(p.numel() * p.element_size() for p in self.trained.values())
         if held == 0:
-            raise ValueError(f"{type(model).__name__} has no trainable parameters, so its gradients have no norm.")
+            raise ValueError(
+                f"{type(model).__name__} has no trainable parameters, so its gradients have no norm."
+            )
         self.at_once = max(1, _GRADIENT_BYTES // held)
 
-    def loss(self, trained: Mapping[str, Tensor], each: Mapping[str, Tensor], same: Mapping[str, Any]) -> Tensor:
+    def loss(
+        self, trained: Mapping[str, Tensor], each: Mapping[str, Tensor], same: Mapping[str, Any]
+    ) -> Tensor:
         """Of one sample, which makes a batch of its own."""
         inputs = {**same, **{name: value.unsqueeze(0) for name, value in each.items()}}
         outputs = functional_call(self.model, ({**trained}, self.fixed), (), inputs)
@@ -214,14 +242,20 @@ class _WholeGradient:
         return losses.train.sum() / losses.terms.sum().clamp(min=1)
 
     def __call__(self, inputs: Mapping[str, Any], size: int) -> Tensor:
-        each = {name: v for name, v in inputs.items() if isinstance(v, Tensor) and v.ndim and len(v) == size}
+        each = {
+            name: v
+            for name, v in inputs.items()
+            if isinstance(v, Tensor) and v.ndim and len(v) == size
+        }
         same = {name: v for name, v in inputs.items() if name not in each}
         if self.vectorised:
             chunks = [slice(begin, begin + self.at_once) for begin in range(0, size, self.at_once)]
             try:
                 # The fused attentions have no rule for vmap; this one is made of products that have.
                 with sdpa_kernel(SDPBackend.MATH):
-                    return torch.cat([self._together({n: v[c] for n, v in each.items()}, same) for c in chunks])
+                    return torch.cat(
+                        [self._together({n: v[c] for n, v in each.items()}, same) for c in chunks]
+                    )
             except Exception as error:  # whatever is wrong beside vmap, the loop below meets again
                 self.vectorised = False
                 warnings.warn(
@@ -229,16 +263,22 @@ class _WholeGradient:
                     f"with the same result and as many passes, but more slowly. What stood in the way: {error!r:.200}",
                     stacklevel=3,
                 )
-        return torch.stack([self._alone({n: v[i] for n, v in each.items()}, same) for i in range(size)])
+        return torch.stack(
+            [self._alone({n: v[i] for n, v in each.items()}, same) for i in range(size)]
+        )
 
     def _together(self, each: Mapping[str, Tensor], same: Mapping[str, Any]) -> Tensor:
-        gradients = vmap(grad(lambda trained, sample: self.loss(trained, sample, same)), (None, 0))(self.trained, each)
+        gradients = vmap(grad(lambda trained, sample: self.loss(trained, sample, same)), (None, 0))(
+            self.trained, each
+        )
         return sum(g.float().square().flatten(1).sum(1) for g in gradients.values()).sqrt()
 
     def _alone(self, each: Mapping[str, Tensor], same: Mapping[str, Any]) -> Tensor:
         trained = {name: p.requires_grad_() for name, p in self.trained.items()}
         with torch.enable_grad():
-            gradients = torch.autograd.grad(self.loss(trained, each, same), list(trained.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                self.loss(trained, each, same), list(trained.values()), allow_unused=True
+            )
         return sum(g.float().square().sum() for g in gradients if g is not None).sqrt()  # type: ignore[union-attr]
 
 
@@ -254,7 +294,9 @@ class _LastLayer:
         def note(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
             ran[:] = [(cast(nn.Linear, layer), given[0], output)]  # the last that ran
 
-        hooks = [m.register_forward_hook(note) for m in self.model.modules() if isinstance(m, nn.Linear)]
+        hooks = [
+            m.register_forward_hook(note) for m in self.model.modules() if isinstance(m, nn.Linear)
+        ]
         try:
             with torch.no_grad():
                 logits = logits_of(self.model(**inputs))
@@ -269,12 +311,18 @@ class _LastLayer:
         layer, features, _ = ran[0]
         logits = logits.detach().float().requires_grad_()
         with torch.enable_grad():
-            losses = self.rule.losses({"logits": logits}, inputs, 0.0, getattr(self.model, "config", None))
-            (slope,) = torch.autograd.grad(losses.train.sum(), logits)  # row i depends on sample i alone
-        return slope.norm(dim=1) * (features.float().square().sum(1) + (layer.bias is not None)).sqrt()
+            losses = self.rule.losses(
+                {"logits": logits}, inputs, 0.0, getattr(self.model, "config", None)
+            )
+            (slope,) = torch.autograd.grad(
+                losses.train.sum(), logits
+            )  # row i depends on sample i alone
+        return (
+            slope.norm(dim=1) * (features.float().square().sum(1) + (layer.bias is not None)).sqrt()
+        )
 
 
-# ---- the model's own loss --------------------------------------------------------------------------------------------
+# ---- the model's own loss ------------------------------------------------------------------------
 
 
 @contextmanager

@@ -49,7 +49,9 @@ class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
     Cost: no forward pass and no collective beyond the SFTTrainer's.
     """
 
-    def _derive_rule(self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None) -> LossRule:
+    def _derive_rule(
+        self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None
+    ) -> LossRule:
         args: Any = self.args  # an SFTConfig
         if self.padding_free:
             raise ValueError(
@@ -108,7 +110,9 @@ class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
         """Takes trl's arguments, and for a pruned run all those of `Trainer.create_model_card` by name."""
         if self.pruner is None or not self.pruner.report.epochs:
             return SFTTrainer.create_model_card(self, model_name, dataset_name, tags, **words)
-        self.pruner.update_record(step=self.state.global_step)  # before each checkpoint the SFTTrainer writes a card
+        self.pruner.update_record(
+            step=self.state.global_step
+        )  # before each checkpoint the SFTTrainer writes a card
         given = [tags] if isinstance(tags, str) else tags or []
         words = {"dataset": dataset_name, **words, "tags": [*given, *self._tag_names]}
         super().create_model_card(model_name=model_name, **words)
@@ -122,6 +126,8 @@ def _losses(token_loss: Callable[[torch.Tensor], torch.Tensor]) -> Callable[...,
                 f"The outputs in trl {trl.__version__} do not have the log-probabilities of the fused head. {_WAY_OUT}"
             )
         log_probs = log_probs.float()
-        return SampleLosses(token_loss(log_probs).sum(1), -log_probs.detach().sum(1), mask.sum(1).float())
+        return SampleLosses(
+            token_loss(log_probs).sum(1), -log_probs.detach().sum(1), mask.sum(1).float()
+        )
 
     return losses

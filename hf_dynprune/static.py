@@ -145,7 +145,9 @@ def score_dataset(
             **trainer_arguments,
         )
 
-    trainer: _ScoringTrainer | None = trainer_of(seeds[0])  # raises for what does not go, before anything is trained
+    trainer: _ScoringTrainer | None = trainer_of(
+        seeds[0]
+    )  # raises for what does not go, before anything is trained
     assert trainer is not None
     trainer.check(method)
     settings = trainer.settings(method, epochs)
@@ -169,20 +171,24 @@ def score_dataset(
     return scores
 
 
-# ---- what was asked for ---------------------------------------------------------------------------------------------
+# ---- what was asked for --------------------------------------------------------------------------
 
 
 def _method(name: str) -> Method:
     if name not in METHODS:
         near = difflib.get_close_matches(str(name), METHODS, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"There is no method {name!r}: {hint}The methods are {', '.join(map(repr, METHODS))}.")
+        raise ValueError(
+            f"There is no method {name!r}: {hint}The methods are {', '.join(map(repr, METHODS))}."
+        )
     return METHODS[name]
 
 
 def _epochs(method: str, how: Method, epochs: float | None, args: TrainingArguments) -> float:
     if args.max_steps > 0:
-        raise ValueError(f"max_steps={args.max_steps}: scores are taken after epochs; set num_train_epochs instead.")
+        raise ValueError(
+            f"max_steps={args.max_steps}: scores are taken after epochs; set num_train_epochs instead."
+        )
     whole = args.num_train_epochs
     if epochs is None:
         epochs = whole if how.epochs is None else how.epochs
@@ -213,7 +219,11 @@ def _seeds(how: Method, runs: int | None, seeds: Sequence[int] | None, first: in
 def _arguments(args: TrainingArguments, seed: int, folder: Path) -> TrainingArguments:
     own = copy.copy(args)  # not made anew: that would set up the devices again
     own.seed, own.data_seed, own.output_dir = seed, None, str(folder)
-    own.eval_strategy, own.eval_on_start, own.load_best_model_at_end = IntervalStrategy.NO, False, False
+    own.eval_strategy, own.eval_on_start, own.load_best_model_at_end = (
+        IntervalStrategy.NO,
+        False,
+        False,
+    )
     own.push_to_hub = False
     return own
 
@@ -225,7 +235,7 @@ def _policy(method: str, how: Method) -> PruningPolicy:
     return _CountForgetting() if method == "forgetting" else FullData()
 
 
-# ---- policies that keep everything and watch ------------------------------------------------------------------------
+# ---- policies that keep everything and watch -----------------------------------------------------
 
 
 class _Watching(PruningPolicy):
@@ -235,7 +245,13 @@ class _Watching(PruningPolicy):
         return n
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         return EpochPlan(torch.arange(len(table)))
 
@@ -285,7 +301,7 @@ class _CountForgetting(_Watching):
         return torch.where(table["learned"], table["forgotten"], table["presented"].max()).float()
 
 
-# ---- one run --------------------------------------------------------------------------------------------------------
+# ---- one run -------------------------------------------------------------------------------------
 
 
 class _StopAfter(TrainerCallback):
@@ -306,7 +322,9 @@ class _ScoringTrainer(DynamicPruningTrainer):
         """Raises ValueError for what the task does not have: by its name, and by a sample that is scored for that alone."""
         rule = self._loss_rule.name
         if method == "grand-last-layer" and rule not in ("single_label", "classification"):
-            raise ValueError(f"method={method!r} is for classification, and this task is {rule!r}: use method='grand'.")
+            raise ValueError(
+                f"method={method!r} is for classification, and this task is {rule!r}: use method='grand'."
+            )
         if method == "loss" and rule == "batch_mean":
             raise ValueError(
                 f"method={method!r} with per_sample_loss_fn={rule!r}: a sample has the loss of its batch there, which says "
@@ -331,7 +349,11 @@ class _ScoringTrainer(DynamicPruningTrainer):
             "loss": self._loss_rule.name,
             "global batch": self.pruner.global_batch,
         }
-        return json.loads(json.dumps({**about, **{name: values[name] for name in TRAINING_SETTINGS if name in values}}))
+        return json.loads(
+            json.dumps(
+                {**about, **{name: values[name] for name in TRAINING_SETTINGS if name in values}}
+            )
+        )
 
     def scores(self, method: str, epochs: float, settings: Mapping[str, Any]) -> Scores:
         """Of this run. Collective."""
@@ -340,7 +362,9 @@ class _ScoringTrainer(DynamicPruningTrainer):
         assert self.pruner is not None
         begun, n = time.perf_counter(), len(self.pruner.table)
         report = self.pruner.report.totals
-        spent = {name: report[name] for name in ("forward_passes", "backward_passes", "scoring_passes")}
+        spent = {
+            name: report[name] for name in ("forward_passes", "backward_passes", "scoring_passes")
+        }
         if method == "forgetting":
             values = _CountForgetting.count(self.pruner.table)
         else:
@@ -351,7 +375,9 @@ class _ScoringTrainer(DynamicPruningTrainer):
             index, gathered = distributed.gather_observations(share, {"score": own})
             values = torch.empty(n)
             values[index] = gathered["score"]
-            for kind in ("forward_passes", "backward_passes") if method == "grand" else ("scoring_passes",):
+            for kind in (
+                ("forward_passes", "backward_passes") if method == "grand" else ("scoring_passes",)
+            ):
                 spent[kind] += n
         seconds = sum(report["seconds"].values()) + time.perf_counter() - begun
         try:
@@ -370,13 +396,17 @@ class _ScoringTrainer(DynamicPruningTrainer):
                 },
             )
         except ValueError as error:
-            raise ValueError(f"The run with seed {self.args.seed}: {error} Or did its training diverge?") from error
+            raise ValueError(
+                f"The run with seed {self.args.seed}: {error} Or did its training diverge?"
+            ) from error
 
     def _train_for(self, epochs: float) -> None:
         assert self.pruner is not None
         self.add_callback(_StopAfter(epochs))
         checkpoint = distributed.from_rank_0(lambda: _newest(self.args.output_dir or "."))
-        if checkpoint is not None and _epoch_of(checkpoint) >= epochs - 1e-6:  # it was trained, but not scored
+        if (
+            checkpoint is not None and _epoch_of(checkpoint) >= epochs - 1e-6
+        ):  # it was trained, but not scored
             self._load_from_checkpoint(checkpoint)
             self.pruner.load(checkpoint)
         else:
@@ -437,7 +467,7 @@ def _passes(spent: Mapping[str, int]) -> float:
     return (spent["forward_passes"] + 2 * spent["backward_passes"] + spent["scoring_passes"]) / 3
 
 
-# ---- several runs ---------------------------------------------------------------------------------------------------
+# ---- several runs --------------------------------------------------------------------------------
 
 
 def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -453,7 +483,11 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
-    differing = [f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here" for key in ours if theirs.get(key) != ours[key]]
+    differing = [
+        f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
+        for key in ours
+        if theirs.get(key) != ours[key]
+    ]
     if differing:
         raise ValueError(
             f"{path} is of other settings ({'; '.join(differing)}): scores of the two cannot be combined. Go on with those, "

@@ -30,7 +30,14 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from . import distributed
-from .losses import LossRule, SampleLosses, check_signals, check_unmixed, derive_rule, observe_signals
+from .losses import (
+    LossRule,
+    SampleLosses,
+    check_signals,
+    check_unmixed,
+    derive_rule,
+    observe_signals,
+)
 from .policies import PruningPolicy
 from .pruner import STATE_FILE, DynamicPruner, choice_seed
 from .report import PruningReport
@@ -54,7 +61,14 @@ logger = logging.get_logger(f"transformers.{__name__}")
 #   _save_rng_state                      on every rank, before trainer_state.json, the hub's upload and the rotation
 #   _finalize_training                   samples per second counts what was trained
 SEAMS = {
-    "_get_dataloader": ("dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"),
+    "_get_dataloader": (
+        "dataset",
+        "description",
+        "batch_size",
+        "sampler_fn",
+        "is_training",
+        "dataloader_key",
+    ),
     "_remove_unused_columns": ("dataset", "description"),
     "_get_collator_with_removed_columns": ("data_collator", "description"),
     "_get_num_items_in_batch": ("batch_samples", "device"),
@@ -136,7 +150,9 @@ class DynamicPruningMixin(_Trainer):
         self.pruning = pruning
         self.scoring_dataset = scoring_dataset
         self.pruner: DynamicPruner | None = None
-        if pruning is not None:  # transformers' own message about streams asks for max_steps, which would not help
+        if (
+            pruning is not None
+        ):  # transformers' own message about streams asks for max_steps, which would not help
             _check_stream(kwargs.get("train_dataset"))
         super().__init__(*args, **kwargs)
         if pruning is None:
@@ -149,7 +165,9 @@ class DynamicPruningMixin(_Trainer):
         self._check_settings()
         self._loss_rule: LossRule = self._derive_rule(per_sample_loss_fn)
         self._check_dataset()
-        self.pruner = self._make_pruner()  # raises for what does not fit together; each train() makes its own
+        self.pruner = (
+            self._make_pruner()
+        )  # raises for what does not fit together; each train() makes its own
         check_signals(self.pruner.scored_signals, self._loss_rule)
         if looks_once(pruning, self.pruner.num_epochs):
             logger.warning(
@@ -164,7 +182,7 @@ class DynamicPruningMixin(_Trainer):
         self.loss_is_scaled_for_ga = True
         self.add_callback(_Recorder(self))
 
-    # ---- checks -----------------------------------------------------------------------------------------------------
+    # ---- checks ----------------------------------------------------------------------------------
 
     def _check_settings(self) -> None:
         args = self.args
@@ -188,7 +206,9 @@ class DynamicPruningMixin(_Trainer):
         config = args.accelerator_config
         for name in ("dispatch_batches", "split_batches"):
             if args.world_size > 1 and getattr(config, name, None):
-                raise ValueError(f"accelerator_config: {name}=True does not go with pruning on several ranks: unset it.")
+                raise ValueError(
+                    f"accelerator_config: {name}=True does not go with pruning on several ranks: unset it."
+                )
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             warnings.warn(
                 f"hf_dynprune was not verified with {'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'}: compare a "
@@ -199,7 +219,9 @@ class DynamicPruningMixin(_Trainer):
     def _check_dataset(self) -> None:
         dataset: Any = self.train_dataset
         if dataset is None:
-            raise ValueError("pruning= needs a train_dataset; to evaluate alone leave `pruning` out.")
+            raise ValueError(
+                "pruning= needs a train_dataset; to evaluate alone leave `pruning` out."
+            )
         _check_stream(dataset)
         if self.scoring_dataset is not None and len(self.scoring_dataset) != len(dataset):
             raise ValueError(
@@ -207,8 +229,14 @@ class DynamicPruningMixin(_Trainer):
                 "are the same samples in the same order."
             )
         if len(dataset) == 0:
-            raise ValueError("The training dataset is empty (0 samples): check the split and the filters.")
-        if self.args.remove_unused_columns and isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom":
+            raise ValueError(
+                "The training dataset is empty (0 samples): check the split and the filters."
+            )
+        if (
+            self.args.remove_unused_columns
+            and isinstance(dataset, datasets.Dataset)
+            and dataset.format["type"] == "custom"
+        ):
             raise ValueError(
                 "The training dataset has a transform (`with_transform`), and remove_unused_columns=True removes the "
                 "columns that it reads: set remove_unused_columns=False in the TrainingArguments."
@@ -235,7 +263,7 @@ class DynamicPruningMixin(_Trainer):
         """The record of the current run, or of the last one; None with `pruning=None`."""
         return None if self.pruner is None else self.pruner.report
 
-    # ---- data -------------------------------------------------------------------------------------------------------
+    # ---- data ------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         if self.pruning is None:
@@ -255,14 +283,18 @@ class DynamicPruningMixin(_Trainer):
         self._made: tuple[DataLoader, DynamicPruner] | None = (loader, pruner)
         return loader
 
-    def _get_collator_with_removed_columns(self, data_collator: Callable, description: str | None = None) -> Callable:
+    def _get_collator_with_removed_columns(
+        self, data_collator: Callable, description: str | None = None
+    ) -> Callable:
         if description != _DESCRIPTION:
             return super()._get_collator_with_removed_columns(data_collator, description)
-        if not isinstance(self.train_dataset, datasets.Dataset):  # whose columns were removed already
+        if not isinstance(
+            self.train_dataset, datasets.Dataset
+        ):  # whose columns were removed already
             data_collator = super()._get_collator_with_removed_columns(data_collator, description)
         return IndexedCollator(data_collator)
 
-    # ---- length and learning rate -----------------------------------------------------------------------------------
+    # ---- length and learning rate ----------------------------------------------------------------
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple:
         values = super().set_initial_training_values(args, dataloader)
@@ -271,7 +303,9 @@ class DynamicPruningMixin(_Trainer):
         assert self._made is not None  # the loop has just called get_train_dataloader
         (made, self.pruner), self._made = self._made, None
         if made is not dataloader:
-            raise RuntimeError("The Trainer trains from another loader than the one that get_train_dataloader made.")
+            raise RuntimeError(
+                "The Trainer trains from another loader than the one that get_train_dataloader made."
+            )
         self._loss_checked = False
         self._operations = None
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
@@ -286,7 +320,9 @@ class DynamicPruningMixin(_Trainer):
             pruner.total_steps(),
         )
 
-    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
         if self.pruning is None or self.pruner is None:
             return super().create_scheduler(num_training_steps, optimizer)
         if self.lr_scheduler is not None:
@@ -303,10 +339,12 @@ class DynamicPruningMixin(_Trainer):
             def follow_the_budget(schedule: Callable[..., float]) -> Callable[[int], float]:
                 return lambda step: schedule(pruner.clock.virtual(step)) * pruner.lr_scale
 
-            scheduler.lr_lambdas = [follow_the_budget(schedule) for schedule in scheduler.lr_lambdas]
+            scheduler.lr_lambdas = [
+                follow_the_budget(schedule) for schedule in scheduler.lr_lambdas
+            ]
         return scheduler
 
-    # ---- the run ----------------------------------------------------------------------------------------------------
+    # ---- the run ---------------------------------------------------------------------------------
 
     def train(
         self,
@@ -328,7 +366,9 @@ class DynamicPruningMixin(_Trainer):
         if self.pruning is not None and resume_from_checkpoint:
             wanted, folder = resume_from_checkpoint, self.args.output_dir or "."
             # Rank 0 looks: all ranks go on from the same checkpoint, and its files are read once.
-            resume_from_checkpoint = distributed.from_rank_0(lambda: _complete_checkpoint(wanted, folder, stock_checkpoint))
+            resume_from_checkpoint = distributed.from_rank_0(
+                lambda: _complete_checkpoint(wanted, folder, stock_checkpoint)
+            )
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _init_training_state(
@@ -344,7 +384,10 @@ class DynamicPruningMixin(_Trainer):
         )
         if self.pruning is None or self.pruner is None:
             return position
-        if resume_from_checkpoint is not None and not (Path(resume_from_checkpoint) / STATE_FILE).exists():
+        if (
+            resume_from_checkpoint is not None
+            and not (Path(resume_from_checkpoint) / STATE_FILE).exists()
+        ):
             position = self.pruner.adopt(self.state.epoch or 0.0, self.state.global_step)
             logger.warning(
                 "%s has no %s: the run goes on from epoch %d without any score, and the %.4g epochs before count as full "
@@ -375,12 +418,18 @@ class DynamicPruningMixin(_Trainer):
         if isinstance(self.lr_scheduler, LambdaLR) and self._created_lr_scheduler:
             self._renew_learning_rate()
         self._renew_total()
-        if len(pruner.report.epochs) > begun and self.args.logging_strategy != "no":  # not resumed in mid-epoch
+        if (
+            len(pruner.report.epochs) > begun and self.args.logging_strategy != "no"
+        ):  # not resumed in mid-epoch
             self.log(self._epoch_logs())
         loop["steps_in_epoch"] = len(loop["train_dataloader"])
         loop["num_update_steps_per_epoch"] = pruner.clock.length
         self._expected = pruner.batches_done
-        if self.args.dataloader_persistent_workers and loop["resume_from_checkpoint"] and epoch == loop["epochs_trained"]:
+        if (
+            self.args.dataloader_persistent_workers
+            and loop["resume_from_checkpoint"]
+            and epoch == loop["epochs_trained"]
+        ):
             # Workers that last draw their seed once, when they start. In a run that was never interrupted that was in its
             # first epoch: they start here, and the global random state is as if they had been there.
             with torch.random.fork_rng(devices=[]):
@@ -391,16 +440,22 @@ class DynamicPruningMixin(_Trainer):
     def _renew_learning_rate(self) -> None:
         """The plan that begins may scale the learning rate from its first step on."""
         scheduler = self.lr_scheduler
-        for group, base, schedule in zip(self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        for group, base, schedule in zip(
+            self.optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        ):
             group["lr"] = base * schedule(scheduler.last_epoch)
-        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+        scheduler._last_lr = [
+            group["lr"] for group in self.optimizer.param_groups
+        ]  # what is logged
 
     def _renew_total(self) -> None:
         """The true number of steps, in the state and in the progress bar."""
         assert self.pruner is not None
         self.state.max_steps = self.pruner.total_steps()
         for callback in self.callback_handler.callbacks:
-            bar = getattr(callback, "training_bar", None) or getattr(callback, "training_tracker", None)
+            bar = getattr(callback, "training_bar", None) or getattr(
+                callback, "training_tracker", None
+            )
             if bar is not None:
                 bar.total = self.state.max_steps
 
@@ -411,7 +466,11 @@ class DynamicPruningMixin(_Trainer):
             "pruning/kept_samples": record.samples,
             "pruning/kept_share": record.samples / self.pruner.report.num_samples,
             "pruning/choosing_seconds": record.seconds["choosing"],
-            **({"pruning/scoring_seconds": record.seconds["scoring"]} if record.scoring_passes else {}),
+            **(
+                {"pruning/scoring_seconds": record.seconds["scoring"]}
+                if record.scoring_passes
+                else {}
+            ),
             **{f"pruning/score_{name}": value for name, value in record.scores.items()},
         }
 
@@ -458,9 +517,11 @@ class DynamicPruningMixin(_Trainer):
             num_train_samples = trained * max(self.state.max_steps, 1) / steps
         return super()._finalize_training(trial, num_train_samples, start_time)
 
-    # ---- loss -------------------------------------------------------------------------------------------------------
+    # ---- loss ------------------------------------------------------------------------------------
 
-    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+    def _get_num_items_in_batch(
+        self, batch_samples: list, device: torch.device
+    ) -> torch.Tensor | int | None:
         """D: the number of loss terms of all samples of the optimizer step, on all ranks; evaluation has the stock one."""
         if self.pruner is None or not batch_samples or SAMPLE_INDEX not in batch_samples[0]:
             return super()._get_num_items_in_batch(batch_samples, device)
@@ -473,16 +534,27 @@ class DynamicPruningMixin(_Trainer):
         self._expected += len(batch_samples)
         if self._loss_rule.terms is None:
             return self.pruner.sampler.samples_in(self.pruner.batches_done, len(batch_samples))
-        terms = sum((self._loss_rule.terms(batch) * (batch[SAMPLE_INDEX] >= 0)).sum().to(device) for batch in batch_samples)
+        terms = sum(
+            (self._loss_rule.terms(batch) * (batch[SAMPLE_INDEX] >= 0)).sum().to(device)
+            for batch in batch_samples
+        )
         return distributed.sum_over_ranks(terms)
 
     # The next three are overridden for a Trainer whose own compute_loss does not give the outputs of its pass (`sft`).
 
-    def _derive_rule(self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None) -> LossRule:
+    def _derive_rule(
+        self, per_sample_loss_fn: Callable[..., torch.Tensor] | str | None
+    ) -> LossRule:
         """How the loss of one sample follows from the outputs; ValueError, at construction, where that is not known."""
         owner = _owner(type(self), "compute_loss")
-        if per_sample_loss_fn is None and (self.compute_loss_func is not None or owner is not Trainer):
-            what = "compute_loss_func" if self.compute_loss_func is not None else f"{owner.__name__}.compute_loss"
+        if per_sample_loss_fn is None and (
+            self.compute_loss_func is not None or owner is not Trainer
+        ):
+            what = (
+                "compute_loss_func"
+                if self.compute_loss_func is not None
+                else f"{owner.__name__}.compute_loss"
+            )
             way_out = "pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch size,)"
             if owner.__name__ == "SFTTrainer":
                 way_out = "use hf_dynprune.sft.DynamicPruningSFTTrainer, which knows the loss of trl's SFTTrainer"
@@ -493,7 +565,9 @@ class DynamicPruningMixin(_Trainer):
 
     def _own_loss(self, model: torch.nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         """The loss of a batch by the Trainer that is mixed with, and the outputs of its forward pass."""
-        return cast(tuple[torch.Tensor, Any], super().compute_loss(model, inputs, return_outputs=True))
+        return cast(
+            tuple[torch.Tensor, Any], super().compute_loss(model, inputs, return_outputs=True)
+        )
 
     def _scoring_outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
         """The outputs of a pass that only scores; not collective, as ranks make different numbers of these."""
@@ -515,19 +589,31 @@ class DynamicPruningMixin(_Trainer):
         with loss_left_out(self._model_with_loss() if self._loss_checked else None) as left_out:
             own_loss, outputs = self._own_loss(model, inputs)
         # A router's loss and the like, which the model added to its own: kept, unweighted.
-        auxiliary = outputs.get("aux_loss") if isinstance(outputs, Mapping) else getattr(outputs, "aux_loss", None)
+        auxiliary = (
+            outputs.get("aux_loss")
+            if isinstance(outputs, Mapping)
+            else getattr(outputs, "aux_loss", None)
+        )
         if auxiliary is None and not self._loss_rule.from_own_loss:
-            own_loss = own_loss.detach()  # its graph holds as much as the logits: it goes before ours is made
+            own_loss = (
+                own_loss.detach()
+            )  # its graph holds as much as the logits: it goes before ours is made
             if isinstance(outputs, MutableMapping):
                 outputs["loss"] = None
         smoothing = 0.0 if self.label_smoother is None else self.label_smoother.epsilon
         config = getattr(_base_model(self.model), "config", None)
         losses = self._loss_rule.losses(outputs, batch, smoothing, config)
         terms = losses.terms.sum().clamp(min=1)
-        extra = None if auxiliary is None else own_loss - (0.0 if left_out else losses.train.sum() / terms)
+        extra = (
+            None
+            if auxiliary is None
+            else own_loss - (0.0 if left_out else losses.train.sum() / terms)
+        )
         if isinstance(outputs, MutableMapping) and not self._loss_rule.from_own_loss:
             # For a compute_loss above this one, which may look at it: the mean of the batch, as the model gives it.
-            outputs["loss"] = losses.train.detach().sum() / terms + (0.0 if extra is None else extra.detach())
+            outputs["loss"] = losses.train.detach().sum() / terms + (
+                0.0 if extra is None else extra.detach()
+            )
         if not self._loss_checked:
             check_unmixed(self._loss_rule, batch, config)
             self._check_loss(own_loss, losses, len(index), has_auxiliary=auxiliary is not None)
@@ -535,7 +621,9 @@ class DynamicPruningMixin(_Trainer):
         self.pruner.observe(index, observe_signals(self.pruner.signals, outputs, batch, losses))
         # DDP averages the gradients of the ranks; D counts the samples of all of them.
         ranks = self.pruner.ranks
-        denominator = num_items_in_batch if num_items_in_batch is not None else losses.terms.sum() * ranks
+        denominator = (
+            num_items_in_batch if num_items_in_batch is not None else losses.terms.sum() * ranks
+        )
         if isinstance(denominator, torch.Tensor):
             denominator = denominator.clamp(min=1)
         loss = (losses.train * self.pruner.weights(index)).sum() * ranks / denominator
@@ -559,9 +647,15 @@ class DynamicPruningMixin(_Trainer):
         out: transformers' own compute_loss, and our rule instead of it."""
         model = _base_model(self.model)
         stock = _owner(type(self), "compute_loss") is Trainer and self.compute_loss_func is None
-        return model if stock and self._loss_rule.terms is not None and isinstance(model, PreTrainedModel) else None
+        return (
+            model
+            if stock and self._loss_rule.terms is not None and isinstance(model, PreTrainedModel)
+            else None
+        )
 
-    def _check_loss(self, own_loss: torch.Tensor, losses: SampleLosses, batch_size: int, has_auxiliary: bool) -> None:
+    def _check_loss(
+        self, own_loss: torch.Tensor, losses: SampleLosses, batch_size: int, has_auxiliary: bool
+    ) -> None:
         """On the first batch: one loss a sample, and their mean is the model's own loss."""
         if losses.train.shape != (batch_size,):
             raise ValueError(
@@ -573,8 +667,14 @@ class DynamicPruningMixin(_Trainer):
         ours = losses.train.detach().sum() / losses.terms.sum().clamp(min=1)
         own = own_loss.detach().float().mean()
         dtypes = {parameter.dtype for parameter in self.model.parameters()}
-        half = self.args.bf16 or self.args.fp16 or not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        if not torch.isclose(ours, own.to(ours.device), rtol=2e-2 if half else 1e-3, atol=1e-6, equal_nan=True):
+        half = (
+            self.args.bf16
+            or self.args.fp16
+            or not dtypes.isdisjoint({torch.bfloat16, torch.float16})
+        )
+        if not torch.isclose(
+            ours, own.to(ours.device), rtol=2e-2 if half else 1e-3, atol=1e-6, equal_nan=True
+        ):
             raise ValueError(
                 f"The mean of the per-sample losses on the first batch is {ours.item():.6g}, the loss of "
                 f"{type(_base_model(self.model)).__name__} itself {own.item():.6g}: pruning would train something else. "
@@ -582,9 +682,11 @@ class DynamicPruningMixin(_Trainer):
                 "the loss to train."
             )
 
-    # ---- checkpoints ------------------------------------------------------------------------------------------------
+    # ---- checkpoints -----------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
+    ) -> None:
         self._loading_from: str | None = resume_from_checkpoint
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -610,7 +712,9 @@ class DynamicPruningMixin(_Trainer):
         if self.pruning is None or self.pruner is None:
             return
         # Collective: when it returns, the other ranks have written their files.
-        state = self.pruner.state_dict(step=self.state.global_step, learning_rate=self._get_learning_rate())
+        state = self.pruner.state_dict(
+            step=self.state.global_step, learning_rate=self._get_learning_rate()
+        )
         if self.args.should_save:
             folder = Path(output_dir)
             # One of an earlier run in the same place must not make this checkpoint complete before it is.
@@ -618,7 +722,7 @@ class DynamicPruningMixin(_Trainer):
             state["metadata"]["files"] = _content(folder)
             save_tensors(folder / STATE_FILE, **state)
 
-    # ---- card -------------------------------------------------------------------------------------------------------
+    # ---- card ------------------------------------------------------------------------------------
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card: the Trainer's facts, and what was pruned, what it cost, how to repeat it. Beside it `report.json`
@@ -647,9 +751,13 @@ class DynamicPruningMixin(_Trainer):
         folder = self.args.output_dir or "."
         self.save_model(folder, _internal_call=True)
         of_upload = inspect.signature(Trainer.push_to_hub).parameters
-        self.create_model_card(**{name: value for name, value in kwargs.items() if name not in of_upload})
+        self.create_model_card(
+            **{name: value for name, value in kwargs.items() if name not in of_upload}
+        )
         repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
-        with uploading(folder, repo_id, "trainer.push_to_hub()", "--exclude", "checkpoint-*", "--exclude", "_*"):
+        with uploading(
+            folder, repo_id, "trainer.push_to_hub()", "--exclude", "checkpoint-*", "--exclude", "_*"
+        ):
             return super().push_to_hub(*args, **kwargs)
 
 
@@ -675,21 +783,27 @@ class _Recorder(TrainerCallback):
         if control.should_log and self.trainer.pruner is not None:
             self.trainer.pruner.drain()  # the Trainer synchronises with the device here, too
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any
+    ) -> None:
         if metrics and self.trainer.pruner is not None:
             self.trainer.pruner.add_evaluation(metrics)
 
 
-# ---- helpers --------------------------------------------------------------------------------------------------------
+# ---- helpers -------------------------------------------------------------------------------------
 
 
 @contextmanager
-def uploading(folder: str | os.PathLike[str], repo_id: str, again: str, *options: str) -> Iterator[None]:
+def uploading(
+    folder: str | os.PathLike[str], repo_id: str, again: str, *options: str
+) -> Iterator[None]:
     """Says of an upload that fails what happened, that nothing is lost, and how to go on: by the call `again`, or by
     `hf upload` with these options."""
     try:
         yield
-    except Exception as error:  # of the connection, the login or the Hub: they have no class in common
+    except (
+        Exception
+    ) as error:  # of the connection, the login or the Hub: they have no class in common
         command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
         raise RuntimeError(
             f"The upload to {repo_id} failed ({type(error).__name__}: {str(error).strip()}). Nothing is lost: all that was "
@@ -707,8 +821,14 @@ def looks_once(policy: PruningPolicy, epochs: int) -> bool:
     passes score what was not trained, nor behind full-data epochs.
     """
     keep_ratio = getattr(policy, "keep_ratio", None)
-    by_scores = type(policy).score is not PruningPolicy.score and policy.scoring == "trained" and policy.first == 0
-    return by_scores and keep_ratio is not None and math.ceil(epochs / policy.period) * keep_ratio <= 1
+    by_scores = (
+        type(policy).score is not PruningPolicy.score
+        and policy.scoring == "trained"
+        and policy.first == 0
+    )
+    return (
+        by_scores and keep_ratio is not None and math.ceil(epochs / policy.period) * keep_ratio <= 1
+    )
 
 
 def _owner(cls: type, method: str) -> type:
@@ -752,7 +872,11 @@ def _content(folder: Path) -> dict[str, list]:
     content: dict[str, list] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in (STATE_FILE, TRAINER_STATE_NAME) and not name.endswith(".tmp"):
+        if (
+            path.is_file()
+            and name not in (STATE_FILE, TRAINER_STATE_NAME)
+            and not name.endswith(".tmp")
+        ):
             digest = xxhash.xxh3_128()
             with open(path, "rb") as file:
                 while block := file.read(1 << 24):
@@ -789,7 +913,9 @@ def _fault_of_checkpoint(folder: Path, stock: bool) -> str | None:
     return None
 
 
-def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str, stock: bool = False) -> str:
+def _complete_checkpoint(
+    wanted: str | os.PathLike[str] | bool, output_dir: str, stock: bool = False
+) -> str:
     """The checkpoint to resume from: the newest complete one in output_dir for True, else the named one, if complete."""
     if not isinstance(wanted, bool):
         fault = _fault_of_checkpoint(Path(wanted), stock)
@@ -799,7 +925,11 @@ def _complete_checkpoint(wanted: str | os.PathLike[str] | bool, output_dir: str,
                 "the newest complete one."
             )
         return str(wanted)
-    found = [(int(m[1]), p) for p in Path(output_dir).glob("checkpoint-*") if (m := re.fullmatch(r"\D+-(\d+)", p.name))]
+    found = [
+        (int(m[1]), p)
+        for p in Path(output_dir).glob("checkpoint-*")
+        if (m := re.fullmatch(r"\D+-(\d+)", p.name))
+    ]
     for _, folder in sorted(found, reverse=True):
         fault = _fault_of_checkpoint(folder, stock)
         if not fault:

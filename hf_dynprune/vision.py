@@ -52,10 +52,17 @@ class CifarResNet(ResNet):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        weight, features = next(self.conv1.parameters()), cast(list[dict[str, Any]], self.feature_info)
-        stem = nn.Conv2d(weight.shape[1], features[0]["num_chs"], kernel_size=3, padding=1, bias=False)
+        weight, features = (
+            next(self.conv1.parameters()),
+            cast(list[dict[str, Any]], self.feature_info),
+        )
+        stem = nn.Conv2d(
+            weight.shape[1], features[0]["num_chs"], kernel_size=3, padding=1, bias=False
+        )
         stem.to(weight.device, weight.dtype)
-        nn.init.kaiming_normal_(stem.weight, mode="fan_out", nonlinearity="relu")  # as timm's other convolutions
+        nn.init.kaiming_normal_(
+            stem.weight, mode="fan_out", nonlinearity="relu"
+        )  # as timm's other convolutions
         self.add_module("conv1", stem)
         self.add_module("maxpool", nn.Identity())
         for info in features:
@@ -69,12 +76,22 @@ _LARGE: dict[int, tuple[type[nn.Module], tuple[int, ...]]] = {
     34: (BasicBlock, (3, 4, 6, 3)),
     50: (Bottleneck, (3, 4, 6, 3)),
 }
-_INPUT = {"input_size": (3, 32, 32), "mean": CIFAR_MEAN, "std": CIFAR_STD, "crop_pct": 1.0, "interpolation": "bicubic"}
+_INPUT = {
+    "input_size": (3, 32, 32),
+    "mean": CIFAR_MEAN,
+    "std": CIFAR_STD,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+}
 _HEAD = {"num_classes": 10, "first_conv": "conv1", "classifier": "fc"}
 
 default_cfgs = generate_default_cfgs(
     {
-        f"resnet{depth}_cifar": {**_INPUT, **_HEAD, "pool_size": (4, 4) if depth in _LARGE else (8, 8)}
+        f"resnet{depth}_cifar": {
+            **_INPUT,
+            **_HEAD,
+            "pool_size": (4, 4) if depth in _LARGE else (8, 8),
+        }
         for depth in (8, 20, 56, *_LARGE)
     }
 )
@@ -177,20 +194,29 @@ def create_timm_model(
             f"timm {timm.__version__} has no architecture {architecture!r}; close: {close}, all: timm.list_models()"
         )
     if (num_labels is None) == (label_names is None):
-        raise ValueError(f"Give one of num_labels and label_names, got {num_labels} and {label_names}.")
+        raise ValueError(
+            f"Give one of num_labels and label_names, got {num_labels} and {label_names}."
+        )
     mean, std = _checked_statistics(mean, std, in_chans)
     _check_size(image_size)
     if not 0 < crop_pct <= 1:
-        raise ValueError(f"crop_pct must be the share of a side that the centre crop keeps, in (0, 1], got {crop_pct}.")
+        raise ValueError(
+            f"crop_pct must be the share of a side that the centre crop keeps, in (0, 1], got {crop_pct}."
+        )
     model_args = {"in_chans": in_chans, **model_args}
     try:
         json.dumps(model_args)
     except TypeError as error:
-        raise TypeError(f"model_args go into config.json: they must be JSON values, got {model_args}.") from error
+        raise TypeError(
+            f"model_args go into config.json: they must be JSON values, got {model_args}."
+        ) from error
     labels: dict[str, Any] = {"num_labels": num_labels}
     if label_names is not None:
         names = [str(name) for name in label_names]
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+        labels = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+        }
     config = TimmWrapperConfig(architecture=architecture, model_args=model_args, **labels)
     with torch.random.fork_rng(devices=[]):  # the weights drawn here are thrown away
         model = TimmWrapperForImageClassification(config)
@@ -279,22 +305,36 @@ class ImageCache(torch.utils.data.Dataset):
     ) -> None:
         images, labels = torch.as_tensor(images), torch.as_tensor(labels)
         if images.dtype != torch.uint8:
-            raise TypeError(f"images must be uint8 (0 to 255), got {images.dtype}; try (x * 255).round().byte().")
+            raise TypeError(
+                f"images must be uint8 (0 to 255), got {images.dtype}; try (x * 255).round().byte()."
+            )
         if images.ndim != 4 or 0 in images.shape:
-            raise ValueError(f"images must be (N, C, H, W) and not empty, got {tuple(images.shape)}.")
+            raise ValueError(
+                f"images must be (N, C, H, W) and not empty, got {tuple(images.shape)}."
+            )
         if labels.is_floating_point():
             raise TypeError(f"labels must be integers, got {labels.dtype}.")
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"{len(images)} images want labels of shape ({len(images)},), got {tuple(labels.shape)}.")
+            raise ValueError(
+                f"{len(images)} images want labels of shape ({len(images)},), got {tuple(labels.shape)}."
+            )
         if padding_mode not in ("constant", "reflect"):
             raise ValueError(f'padding_mode must be "constant" or "reflect", got {padding_mode!r}.')
         if augment and not 0 <= operator.index(shift) < min(images.shape[2:]):
-            raise ValueError(f"shift must be from 0 to {min(images.shape[2:]) - 1} for these images, got {shift}.")
+            raise ValueError(
+                f"shift must be from 0 to {min(images.shape[2:]) - 1} for these images, got {shift}."
+            )
         if not 0 <= operator.index(seed) < 2**64:
             raise ValueError(f"seed must be in [0, 2**64), got {seed}.")
         self.mean, self.std = _checked_statistics(mean, std, images.shape[1])
         self.images, self.labels = images.cpu().contiguous(), labels.to("cpu", torch.int64)
-        self.augment, self.flip, self.shift, self.padding_mode, self.seed = augment, flip, shift, padding_mode, seed
+        self.augment, self.flip, self.shift, self.padding_mode, self.seed = (
+            augment,
+            flip,
+            shift,
+            padding_mode,
+            seed,
+        )
         self.label_names = None if label_names is None else list(label_names)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -330,7 +370,9 @@ class ImageCache(torch.utils.data.Dataset):
         from .data import find_column
 
         if not isinstance(dataset, datasets.Dataset):
-            raise TypeError(f"dataset must be one split, a datasets.Dataset, got a {type(dataset).__name__}.")
+            raise TypeError(
+                f"dataset must be one split, a datasets.Dataset, got a {type(dataset).__name__}."
+            )
         if channels not in (1, 3):
             raise ValueError(f"channels must be 3 (RGB) or 1 (grey), got {channels}.")
         image_column = find_column(dataset.features, "image", image_column)
@@ -341,7 +383,9 @@ class ImageCache(torch.utils.data.Dataset):
             raise ValueError("The dataset has no rows; at least one image is wanted.")
         feature, labels = dataset.features[label_column], encoded[label_column][:]
         if not all(isinstance(label, int) for label in labels):
-            raise TypeError(f"label_column={label_column!r} must hold integers, got {feature}: see class_encode_column().")
+            raise TypeError(
+                f"label_column={label_column!r} must hold integers, got {feature}: see class_encode_column()."
+            )
         encoded = encoded.select_columns(image_column)
         mode, example = "RGB" if channels == 3 else "L", encoded[0][image_column]
         decode = _decoder(mode, image_size)
@@ -351,7 +395,9 @@ class ImageCache(torch.utils.data.Dataset):
         parallel = _decoder(mode, None)(example).size > 128 * 128 * 3
         with (
             ThreadPoolExecutor(os.cpu_count()) as pool,
-            datasets.utils.tqdm(total=len(encoded), desc="Decoding images", unit=" images") as progress,
+            datasets.utils.tqdm(
+                total=len(encoded), desc="Decoding images", unit=" images"
+            ) as progress,
         ):
             for start in range(0, len(encoded), 1000):
                 rows = encoded[start : start + 1000][image_column]
@@ -391,7 +437,9 @@ class ImageCache(torch.utils.data.Dataset):
         """The batch of these samples: `pixel_values` (B, C, H, W) float32 and `labels` (B,) int64."""
         index = np.asarray(indices, dtype=np.int64)
         if ((index < 0) | (index >= len(self))).any():
-            raise IndexError(f"Sample indices must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}.")
+            raise IndexError(
+                f"Sample indices must be from 0 to {len(self) - 1}, got {index.min()} to {index.max()}."
+            )
         pixels = self.images.numpy()[index]
         if self.augment:
             pixels = self._augmented(pixels, _random_bits(self.seed, self.epoch, index))
@@ -400,17 +448,25 @@ class ImageCache(torch.utils.data.Dataset):
         mean, std = np.array([self.mean, self.std], dtype=np.float32)[..., None, None]
         values -= mean
         values /= std
-        return {"pixel_values": torch.from_numpy(values), "labels": self.labels[torch.from_numpy(index)]}
+        return {
+            "pixel_values": torch.from_numpy(values),
+            "labels": self.labels[torch.from_numpy(index)],
+        }
 
     def _augmented(self, pixels: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Shifts and mirrors uint8 (B, C, H, W) by 64 random bits each: 24 for an offset, the highest to mirror."""
         if self.shift:
             places, mask, half = np.uint64(2 * self.shift + 1), np.uint64(2**24 - 1), np.uint64(24)
-            top, left = (bits & mask) * places >> half, (bits >> half & mask) * places >> half  # a modulo has a bias
+            top, left = (
+                (bits & mask) * places >> half,
+                (bits >> half & mask) * places >> half,
+            )  # a modulo has a bias
             margins = [(0, 0), (0, 0), (self.shift, self.shift), (self.shift, self.shift)]
             padded = np.pad(pixels, margins, mode=self.padding_mode)  # type: ignore[call-overload]
             # A view (B, C, places, places, H, W), from which each sample's window is copied.
-            windows = np.lib.stride_tricks.sliding_window_view(padded, pixels.shape[2:], axis=(2, 3))
+            windows = np.lib.stride_tricks.sliding_window_view(
+                padded, pixels.shape[2:], axis=(2, 3)
+            )
             pixels = windows[np.arange(len(pixels)), :, top, left]
         if self.flip:
             mirrored = bits >> np.uint64(63) == 1
@@ -431,7 +487,10 @@ def batch_collator(features: dict[str, Tensor] | list[dict[str, Any]]) -> dict[s
             f"batch_collator wants a batch (dict) or samples (list of dicts), got {features!s:.100}; "
             "a Trainer needs remove_unused_columns=False."
         )
-    return {key: torch.stack([torch.as_tensor(sample[key]) for sample in features]) for key in features[0]}
+    return {
+        key: torch.stack([torch.as_tensor(sample[key]) for sample in features])
+        for key in features[0]
+    }
 
 
 def _random_bits(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
@@ -441,7 +500,9 @@ def _random_bits(seed: int, epoch: int, index: np.ndarray) -> np.ndarray:
     """
     state = np.zeros(1, dtype=np.uint64)  # an array: products of arrays wrap, those of scalars warn
     for value in (seed, epoch, index):
-        state = state + (np.atleast_1d(value).astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = state + (np.atleast_1d(value).astype(np.uint64) + np.uint64(1)) * np.uint64(
+            0x9E3779B97F4A7C15
+        )
         state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
         state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
         state = state ^ state >> np.uint64(31)
@@ -472,7 +533,9 @@ def _decoder(mode: str, image_size: int | None) -> Callable[[dict[str, Any]], np
 
 def _check_size(image_size: int) -> None:
     if not isinstance(image_size, int) or image_size < 1:
-        raise ValueError(f"image_size must be the side of a square, an int of 1 or more, got {image_size!r}.")
+        raise ValueError(
+            f"image_size must be the side of a square, an int of 1 or more, got {image_size!r}."
+        )
 
 
 def _checked_statistics(
@@ -480,7 +543,11 @@ def _checked_statistics(
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     mean, std = tuple(float(value) for value in mean), tuple(float(value) for value in std)
     if not len(mean) == len(std) == channels:
-        raise ValueError(f"mean and std must have a number for each of {channels} channels, got {mean=}, {std=}.")
+        raise ValueError(
+            f"mean and std must have a number for each of {channels} channels, got {mean=}, {std=}."
+        )
     if not all(0 <= m <= 1 for m in mean) or not all(0 < s <= 1 for s in std):
-        raise ValueError(f"mean must be in [0, 1], std in (0, 1], of pixels divided by 255; got {mean=}, {std=}.")
+        raise ValueError(
+            f"mean must be in [0, 1], std in (0, 1], of pixels divided by 255; got {mean=}, {std=}."
+        )
     return mean, std

@@ -46,22 +46,34 @@ GSM8K = "openai/gsm8k"
 
 @dataclass
 class DataArguments(common.DataArguments):
-    dataset: str = field(default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."})
+    dataset: str = field(
+        default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."}
+    )
     text_column: str | None = field(
         default=None,
-        metadata={"help": "Column of the texts; default: the only one, or text, or answer where there is a question."},
+        metadata={
+            "help": "Column of the texts; default: the only one, or text, or answer where there is a question."
+        },
     )
     prompt_column: str | None = field(
         default=None,
-        metadata={"help": "Column of what stands before a text; default: question where there is an answer, else none."},
+        metadata={
+            "help": "Column of what stands before a text; default: question where there is an answer, else none."
+        },
     )
     answer_only: bool = field(
-        default=True, metadata={"help": "Train and evaluate on the texts alone, not on what stands before them."}
+        default=True,
+        metadata={"help": "Train and evaluate on the texts alone, not on what stands before them."},
     )
     block_size: int | None = field(
-        default=None, metadata={"help": "Join all texts and cut them into blocks of so many tokens; default: a row each."}
+        default=None,
+        metadata={
+            "help": "Join all texts and cut them into blocks of so many tokens; default: a row each."
+        },
     )
-    max_length: int = field(default=1024, metadata={"help": "Tokens after which a row is cut, where rows are samples."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens after which a row is cut, where rows are samples."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset == GSM8K:
@@ -69,7 +81,9 @@ class DataArguments(common.DataArguments):
         for name in ("block_size", "max_length"):
             tokens = getattr(self, name)
             if tokens is not None and tokens < 2:
-                raise ValueError(f"{name}={tokens}: wanted are at least 2 tokens, of which the second can be predicted.")
+                raise ValueError(
+                    f"{name}={tokens}: wanted are at least 2 tokens, of which the second can be predicted."
+                )
         if self.validation_share and self.eval_split:
             raise ValueError(
                 f"Evaluation is to be on {self.eval_split!r} and on validation_share={self.validation_share} of the "
@@ -81,12 +95,19 @@ class DataArguments(common.DataArguments):
 class RecipeArguments(common.ModelArguments):
     model: str = field(
         default="HuggingFaceTB/SmolLM2-135M",
-        metadata={"help": "Hub id or local path of a causal language model: of its weights, configuration and tokenizer."},
+        metadata={
+            "help": "Hub id or local path of a causal language model: of its weights, configuration and tokenizer."
+        },
     )
     lora_rank: int | None = field(
-        default=None, metadata={"help": "Train adapters of this rank on all linear layers (LoRA, by peft), not the model."}
+        default=None,
+        metadata={
+            "help": "Train adapters of this rank on all linear layers (LoRA, by peft), not the model."
+        },
     )
-    lora_alpha: int = field(default=16, metadata={"help": "Scale of the adapters: lora_alpha / lora_rank."})
+    lora_alpha: int = field(
+        default=16, metadata={"help": "Scale of the adapters: lora_alpha / lora_rank."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -103,13 +124,24 @@ class CausalTrainingArguments(common.TrainerArguments):
 
     output_dir: str = field(default="runs/causal_lm", metadata={"help": "Where to write."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Training batch of one rank."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Evaluation batch of one rank."})
-    learning_rate: float = field(
-        default=5e-5, metadata={"help": "Peak learning rate of AdamW; adapters and models from scratch want 10 times that."}
+    per_device_train_batch_size: int = field(
+        default=16, metadata={"help": "Training batch of one rank."}
     )
-    warmup_steps: float = field(default=0.05, metadata={"help": "LR warm-up: a share below 1, or steps."})
-    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
+    per_device_eval_batch_size: int = field(
+        default=16, metadata={"help": "Evaluation batch of one rank."}
+    )
+    learning_rate: float = field(
+        default=5e-5,
+        metadata={
+            "help": "Peak learning rate of AdamW; adapters and models from scratch want 10 times that."
+        },
+    )
+    warmup_steps: float = field(
+        default=0.05, metadata={"help": "LR warm-up: a share below 1, or steps."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="linear", metadata={"help": "Schedule behind the warm-up."}
+    )
     bf16: bool = field(**common.BF16)
     logging_steps: float = field(default=50, metadata={"help": "Log every so many steps."})
 
@@ -148,7 +180,10 @@ def make_config(recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def make_samples(
-    split: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, data: DataArguments, config: PreTrainedConfig
+    split: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    data: DataArguments,
+    config: PreTrainedConfig,
 ) -> datasets.Dataset:
     """`input_ids` and `labels` of each sample: of a row, or of a block of all rows."""
     prompt, text = find_columns(data, split.features)
@@ -159,11 +194,16 @@ def make_samples(
             "many with --block_size 128."
         )
     if (data.block_size or 0) > longest:
-        raise ValueError(f"block_size={data.block_size}: the model takes at the most {longest} tokens.")
+        raise ValueError(
+            f"block_size={data.block_size}: the model takes at the most {longest} tokens."
+        )
 
     def tokenized(rows: dict[str, list]) -> dict[str, list]:
         # Without a prompt this is what the tokenizer sets before each text, if anything.
-        starts = tokenizer([f"{row}\n" for row in rows[prompt]] if prompt else [""] * len(rows[text]), verbose=False)
+        starts = tokenizer(
+            [f"{row}\n" for row in rows[prompt]] if prompt else [""] * len(rows[text]),
+            verbose=False,
+        )
         ends = tokenizer(rows[text], add_special_tokens=False, verbose=False)
         samples: dict[str, list] = {"input_ids": [], "labels": []}
         for start, end in zip(starts["input_ids"], ends["input_ids"], strict=True):
@@ -178,11 +218,19 @@ def make_samples(
             return {name: [row[:length] for row in column] for name, column in rows.items()}
         joined = {name: list(chain.from_iterable(column)) for name, column in rows.items()}
         begins = range(0, len(joined["labels"]), data.block_size)
-        return {name: [tokens[i : i + data.block_size] for i in begins] for name, tokens in joined.items()}
+        return {
+            name: [tokens[i : i + data.block_size] for i in begins]
+            for name, tokens in joined.items()
+        }
 
-    samples = split.map(tokenized, batched=True, remove_columns=split.column_names, desc="Tokenizing")
+    samples = split.map(
+        tokenized, batched=True, remove_columns=split.column_names, desc="Tokenizing"
+    )
     samples = samples.map(cut, batched=True, desc="Cutting")
-    return samples.filter(lambda row: any(label != IGNORED for label in row["labels"][1:]), desc="With tokens to predict")
+    return samples.filter(
+        lambda row: any(label != IGNORED for label in row["labels"][1:]),
+        desc="With tokens to predict",
+    )
 
 
 def load_samples(
@@ -215,7 +263,10 @@ def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Mo
     return peft.get_peft_model(
         model,
         peft.LoraConfig(
-            r=recipe.lora_rank, lora_alpha=recipe.lora_alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+            r=recipe.lora_rank,
+            lora_alpha=recipe.lora_alpha,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
         ),
     )
 
@@ -257,7 +308,13 @@ def main() -> None:
         preprocess_logits_for_metrics=token_losses,
         pruning=policy,
     )
-    common.train(trainer, dataset=data.dataset, task="text-generation", metric="perplexity", advise=recipe.advise)
+    common.train(
+        trainer,
+        dataset=data.dataset,
+        task="text-generation",
+        metric="perplexity",
+        advise=recipe.advise,
+    )
 
 
 if __name__ == "__main__":

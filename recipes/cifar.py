@@ -19,7 +19,13 @@ import torch
 from metrics import accuracy_of, best_classes
 from transformers import SchedulerType, set_seed
 
-from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments, PruningPolicy, score_dataset
+from hf_dynprune import (
+    DynamicPruningTrainer,
+    FullData,
+    PruningArguments,
+    PruningPolicy,
+    score_dataset,
+)
 from hf_dynprune.data import find_column
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
@@ -28,14 +34,19 @@ from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator
 class DataArguments(common.DataArguments):
     dataset: str = field(
         default="uoft-cs/cifar10",
-        metadata={"help": "Hub id or local path of the dataset, such as uoft-cs/cifar10 or uoft-cs/cifar100."},
+        metadata={
+            "help": "Hub id or local path of the dataset, such as uoft-cs/cifar10 or uoft-cs/cifar100."
+        },
     )
     label_column: str | None = field(
-        default=None, metadata={"help": "Name of the label column; default: label, or fine_label (CIFAR-100)."}
+        default=None,
+        metadata={"help": "Name of the label column; default: label, or fine_label (CIFAR-100)."},
     )
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Scale the images to that side, for quick studies: 16 takes a quarter of the time of 32."},
+        metadata={
+            "help": "Scale the images to that side, for quick studies: 16 takes a quarter of the time of 32."
+        },
     )
     train_labels: str | None = field(
         default=None,
@@ -46,7 +57,8 @@ class DataArguments(common.DataArguments):
         },
     )
     train_label_column: str | None = field(
-        default=None, metadata={"help": "Column of these labels, such as worse_label; default: label."}
+        default=None,
+        metadata={"help": "Column of these labels, such as worse_label; default: label."},
     )
 
 
@@ -58,10 +70,13 @@ class RecipeArguments(common.RunArguments):
 
     model: str = field(
         default="resnet18_cifar",
-        metadata={"help": "Any timm architecture; with a CIFAR stem: resnet8_cifar, 20, 56, 18, 34, 50."},
+        metadata={
+            "help": "Any timm architecture; with a CIFAR stem: resnet8_cifar, 20, 56, 18, 34, 50."
+        },
     )
     augmented_scoring: bool = field(
-        default=False, metadata={"help": "Let scoring passes see augmented images, as training does."}
+        default=False,
+        metadata={"help": "Let scoring passes see augmented images, as training does."},
     )
     score: str | None = field(
         default=None,
@@ -70,8 +85,12 @@ class RecipeArguments(common.RunArguments):
             "grand-last-layer, loss, margin, entropy) into <output_dir>/scores.safetensors."
         },
     )
-    score_runs: int | None = field(default=None, metadata={"help": "Runs to combine; default: as published."})
-    score_epochs: int | None = field(default=None, metadata={"help": "Epochs before scoring; default: as published."})
+    score_runs: int | None = field(
+        default=None, metadata={"help": "Runs to combine; default: as published."}
+    )
+    score_epochs: int | None = field(
+        default=None, metadata={"help": "Epochs before scoring; default: as published."}
+    )
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of SGD."})
     eval_every: float = field(
         default=0.0,
@@ -88,16 +107,28 @@ class CifarTrainingArguments(common.TrainerArguments):
 
     output_dir: str = field(default="runs/cifar", metadata={"help": "Where to write."})
     num_train_epochs: float = field(default=20.0, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training batch of one rank."})
-    per_device_eval_batch_size: int = field(default=1000, metadata={"help": "Evaluation batch of one rank."})
+    per_device_train_batch_size: int = field(
+        default=256, metadata={"help": "Training batch of one rank."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=1000, metadata={"help": "Evaluation batch of one rank."}
+    )
     learning_rate: float = field(default=0.4, metadata={"help": "Peak learning rate of SGD."})
-    weight_decay: float = field(default=5e-4, metadata={"help": "Weight decay, not on norms and biases."})
-    warmup_steps: float = field(default=0.15, metadata={"help": "LR warm-up: a share below 1, or steps."})
-    lr_scheduler_type: SchedulerType | str = field(default="linear", metadata={"help": "Schedule behind the warm-up."})
+    weight_decay: float = field(
+        default=5e-4, metadata={"help": "Weight decay, not on norms and biases."}
+    )
+    warmup_steps: float = field(
+        default=0.15, metadata={"help": "LR warm-up: a share below 1, or steps."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="linear", metadata={"help": "Schedule behind the warm-up."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
     bf16: bool = field(**common.BF16)
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Costs a device synchronisation a step."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Costs a device synchronisation a step."}
+    )
     # A batch is made at once from the cache; unused columns do not exist.
     remove_unused_columns: bool = field(default=False, metadata={"help": "Must be False here."})
 
@@ -115,7 +146,12 @@ class Images:
 
 def load_images(data: DataArguments, seed: int) -> Images:
     train_split, test_split = data.load_splits()
-    options = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_column": data.label_column, "image_size": data.image_size}
+    options = {
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "label_column": data.label_column,
+        "image_size": data.image_size,
+    }
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels
     train = ImageCache.from_dataset(train_split, augment=True, shift=shift, seed=seed, **options)
     test = ImageCache.from_dataset(test_split, **options)
@@ -126,14 +162,20 @@ def load_images(data: DataArguments, seed: int) -> Images:
         relabelled = train.labels != own
         if data.validation_share:
             test.labels = held_out
-    plain = ImageCache(train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD)  # the same images, not copied
+    plain = ImageCache(
+        train.images, train.labels, mean=CIFAR_MEAN, std=CIFAR_STD
+    )  # the same images, not copied
     return Images(train, plain, test, relabelled)
 
 
 def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, torch.Tensor]:
     """Of the training images, and of those that are held out of them."""
-    splits = replace(data, dataset=data.train_labels, dataset_config=None, eval_split=None).load_splits()
-    column = find_column(splits[0].features, "label", data.train_label_column, argument="train_label_column")
+    splits = replace(
+        data, dataset=data.train_labels, dataset_config=None, eval_split=None
+    ).load_splits()
+    column = find_column(
+        splits[0].features, "label", data.train_label_column, argument="train_label_column"
+    )
     labels = [torch.tensor([] if split is None else split[column][:]) for split in splits]
     classes = int(train.labels.max()) + 1
     if (
@@ -151,12 +193,16 @@ def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, 
 def note_relabelled(trainer: DynamicPruningTrainer, relabelled: torch.Tensor) -> None:
     """Into the report: the share of all that the choices kept that has another label than its own."""
     kept = trainer.pruner.table["times_kept"]
-    trainer.pruner.add_evaluation({"train_relabelled_share": float(kept[relabelled].sum() / kept.sum())})
+    trainer.pruner.add_evaluation(
+        {"train_relabelled_share": float(kept[relabelled].sum() / kept.sum())}
+    )
 
 
 def make_model(recipe: RecipeArguments, images: Images) -> torch.nn.Module:
     size, names = images.train.images.shape[-1], images.train.label_names
-    return create_timm_model(recipe.model, label_names=names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD)
+    return create_timm_model(
+        recipe.model, label_names=names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD
+    )
 
 
 def make_trainer(
@@ -164,7 +210,9 @@ def make_trainer(
 ) -> DynamicPruningTrainer:
     set_seed(args.seed)
     model = make_model(recipe, images)
-    model.to(memory_format=torch.channels_last)  # a quarter faster in bf16 on a CPU, and on tensor cores
+    model.to(
+        memory_format=torch.channels_last
+    )  # a quarter faster in bf16 on a CPU, and on tensor cores
     optimizer = torch.optim.SGD(
         timm.optim.param_groups_weight_decay(model, args.weight_decay),
         lr=args.learning_rate,
@@ -197,7 +245,9 @@ def main() -> None:
         images = load_images(data, args.seed)
 
     if recipe.eval_every:
-        full_epoch = len(images.train) / (args.train_batch_size * args.world_size * args.gradient_accumulation_steps)
+        full_epoch = len(images.train) / (
+            args.train_batch_size * args.world_size * args.gradient_accumulation_steps
+        )
         args.eval_strategy, args.eval_steps = "steps", max(1, round(recipe.eval_every * full_epoch))
 
     if recipe.score:
@@ -214,7 +264,9 @@ def main() -> None:
             scoring_dataset=images.plain,
             optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": args.learning_rate, **momentum}),
         )
-        print(f"{recipe.score}: {scores.provenance['passes']:,.0f} passes. Written to {args.output_dir}/scores.safetensors.")
+        print(
+            f"{recipe.score}: {scores.provenance['passes']:,.0f} passes. Written to {args.output_dir}/scores.safetensors."
+        )
         return
 
     trainer = make_trainer(recipe, policy, args, images)
@@ -223,7 +275,9 @@ def main() -> None:
         dataset=data.dataset,
         task="image-classification",
         metric="accuracy",
-        evaluate_also=None if images.relabelled is None else partial(note_relabelled, trainer, images.relabelled),
+        evaluate_also=None
+        if images.relabelled is None
+        else partial(note_relabelled, trainer, images.relabelled),
         advise=recipe.advise,
     )
 

@@ -29,10 +29,17 @@ def computes_in_bf16() -> bool:
     long as float32: the recipes' --bf16 is off there, unless the user says otherwise."""
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
+    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in (
+        "DEFAULT",
+        "NO AVX",
+        "AVX2",
+    )
 
 
-BF16 = {"default": computes_in_bf16(), "metadata": {"help": "bfloat16 autocast; so where it is computed in, not emulated."}}
+BF16 = {
+    "default": computes_in_bf16(),
+    "metadata": {"help": "bfloat16 autocast; so where it is computed in, not emulated."},
+}
 
 
 @dataclass
@@ -42,10 +49,17 @@ class DataArguments:
     _argument_group_name = "data"
 
     dataset: str = field(default="", metadata={"help": "Hub id or local path of the dataset."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset that has several."})
-    train_split: str = field(default="train", metadata={"help": "Split to train on, such as train or train[:10%%]."})
+    dataset_config: str | None = field(
+        default=None, metadata={"help": "Configuration of a dataset that has several."}
+    )
+    train_split: str = field(
+        default="train", metadata={"help": "Split to train on, such as train or train[:10%%]."}
+    )
     eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on; default: validation, else test, where there is one."}
+        default=None,
+        metadata={
+            "help": "Split to evaluate on; default: validation, else test, where there is one."
+        },
     )
     validation_share: float = field(
         default=0.0,
@@ -72,7 +86,9 @@ class RunArguments:
 
     _argument_group_name = "run"
 
-    overwrite: bool = field(default=False, metadata={"help": "Write into an output folder that holds a run already."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Write into an output folder that holds a run already."}
+    )
     advise: bool = field(
         default=False,
         metadata={
@@ -88,7 +104,10 @@ class ModelArguments(RunArguments):
     _argument_group_name = "model and run"
 
     model: str = field(
-        default="", metadata={"help": "Hub id or local path of a model: of its weights, configuration and tokenizer."}
+        default="",
+        metadata={
+            "help": "Hub id or local path of a model: of its weights, configuration and tokenizer."
+        },
     )
     from_scratch: bool = field(default=False, metadata={"help": "Start from random weights."})
     model_config: dict[str, Any] | str | None = field(
@@ -111,7 +130,9 @@ class ModelArguments(RunArguments):
             try:
                 self.model_config = json.loads(self.model_config)
             except json.JSONDecodeError as error:
-                raise ValueError(f"model_config={self.model_config!r} is not JSON ({error}).") from error
+                raise ValueError(
+                    f"model_config={self.model_config!r} is not JSON ({error})."
+                ) from error
         if self.model_config is not None:
             if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
                 raise ValueError(
@@ -120,7 +141,9 @@ class ModelArguments(RunArguments):
                 )
             self.from_scratch = True
         if self.tokenizer_vocabulary is not None and self.tokenizer_vocabulary < 1:
-            raise ValueError(f"tokenizer_vocabulary={self.tokenizer_vocabulary} is no number of tokens, such as 8000.")
+            raise ValueError(
+                f"tokenizer_vocabulary={self.tokenizer_vocabulary} is no number of tokens, such as 8000."
+            )
         if self.tokenizer_vocabulary is not None and not self.from_scratch:
             raise ValueError(
                 f"tokenizer_vocabulary={self.tokenizer_vocabulary} trains a tokenizer that the pretrained weights of "
@@ -136,10 +159,12 @@ class TrainerArguments(TrainingArguments):
 
     # transformers wants to be told before it lets a CPU have bf16.
     use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
+        default=not torch.accelerator.is_available(),
+        metadata={"help": "Train on the CPU; so where there is no other."},
     )
     dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(), metadata={"help": "Load into pinned memory, from which CUDA copies faster."}
+        default=torch.cuda.is_available(),
+        metadata={"help": "Load into pinned memory, from which CUDA copies faster."},
     )
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
@@ -155,8 +180,12 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
         mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30) or mallopt(m_mmap_threshold, 2**25)  # the most that an older glibc takes
-        mallopt(m_arena_max, 1)  # the heaps of other threads are given back whatever the thresholds are
+        mallopt(m_mmap_threshold, 2**30) or mallopt(
+            m_mmap_threshold, 2**25
+        )  # the most that an older glibc takes
+        mallopt(
+            m_arena_max, 1
+        )  # the heaps of other threads are given back whatever the thresholds are
 
 
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:
@@ -185,7 +214,9 @@ def _settings(parser: HfArgumentParser, file: str, groups: tuple[Any, ...]) -> d
     except (OSError, yaml.YAMLError) as error:
         parser.error(f"the configuration {file} cannot be read: {error}")
     if not isinstance(settings, dict):
-        parser.error(f"the configuration {file} is no mapping of names to values, such as `keep_ratio: 0.3`.")
+        parser.error(
+            f"the configuration {file} is no mapping of names to values, such as `keep_ratio: 0.3`."
+        )
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, n=1)
@@ -200,7 +231,9 @@ def user_mistakes(parser: HfArgumentParser | None = None) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        _fail(f"{Path(sys.argv[0]).name}: error: {error}") if parser is None else parser.error(str(error))
+        _fail(f"{Path(sys.argv[0]).name}: error: {error}") if parser is None else parser.error(
+            str(error)
+        )
 
 
 def _fail(message: str) -> NoReturn:
@@ -214,12 +247,26 @@ def check_output(args: Any, run: RunArguments) -> None:
     `args` have `output_dir`, and `resume_from_checkpoint` where a run can be continued.
     """
     if run.advise and not isinstance(args, TrainingArguments):
-        raise ValueError("--advise True lets a Trainer train some batches, and this recipe has none: leave it out.")
+        raise ValueError(
+            "--advise True lets a Trainer train some batches, and this recipe has none: leave it out."
+        )
     folder, can_resume = Path(args.output_dir), hasattr(args, "resume_from_checkpoint")
-    found = [path.name for pattern in ("report.json", "checkpoint-*") for path in sorted(folder.glob(pattern))]
-    if can_resume and args.resume_from_checkpoint in ("True", "true"):  # the Trainer's way to say: the newest
+    found = [
+        path.name
+        for pattern in ("report.json", "checkpoint-*")
+        for path in sorted(folder.glob(pattern))
+    ]
+    if can_resume and args.resume_from_checkpoint in (
+        "True",
+        "true",
+    ):  # the Trainer's way to say: the newest
         args.resume_from_checkpoint = True
-    if found and not run.overwrite and not run.advise and not (can_resume and args.resume_from_checkpoint):
+    if (
+        found
+        and not run.overwrite
+        and not run.advise
+        and not (can_resume and args.resume_from_checkpoint)
+    ):
         way_on = "continue it with --resume_from_checkpoint True, " if can_resume else ""
         raise FileExistsError(
             f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, {way_on}"
@@ -231,11 +278,15 @@ class SharedStatistics(TrainerCallback):
     """Before a model is evaluated or saved all ranks get the BatchNorm statistics of rank 0, which are saved: so they
     evaluate what is saved. (Each rank updates its own; the next training step would share them as well.)"""
 
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if control.should_evaluate or control.should_save:
             self.on_epoch_end(args, state, control, model)
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+    def on_epoch_end(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
         if args.world_size > 1:
             from timm.utils import distribute_bn
 
@@ -274,7 +325,10 @@ def train(
         trainer.pruner.table.save(Path(args.output_dir) / "table.safetensors")
     trainer.save_model()
     # On the card a path of this machine would be of no use to others.
-    words = {"dataset": Path(dataset).resolve().name if Path(dataset).exists() else dataset, "tasks": task}
+    words = {
+        "dataset": Path(dataset).resolve().name if Path(dataset).exists() else dataset,
+        "tasks": task,
+    }
     trainer.create_model_card(**words)
     if trainer.is_world_process_zero():
         seconds = report.totals["seconds"]

@@ -90,15 +90,20 @@ class Run:
     def folder(self) -> str:
         words = f"{self.name} {self.cost:g}" if self.name != FULL else self.name
         words += "" if self.rate is None else f" tuning {self.rate:g}"
-        return "_".join("".join(c if c.isalnum() or c == "." else " " for c in words).split()) + f"_seed{self.seed}"
+        return (
+            "_".join("".join(c if c.isalnum() or c == "." else " " for c in words).split())
+            + f"_seed{self.seed}"
+        )
 
 
-# ---- equal cost -----------------------------------------------------------------------------------------------------
+# ---- equal cost ----------------------------------------------------------------------------------
 
 
 def cost_of(policy: PruningPolicy, n: int, epochs: float) -> float:
     """Passes of a run over those of the full run, as planned; what scores cost is counted where it is charged."""
-    return predict(policy, Settings(n, 1, epochs), Measured(1, 0.0, 0.0, 0.0, 0.0)).passes / (n * epochs)
+    return predict(policy, Settings(n, 1, epochs), Measured(1, 0.0, 0.0, 0.0, 0.0)).passes / (
+        n * epochs
+    )
 
 
 def at_cost(policy: PruningPolicy, cost: float, n: int, epochs: float) -> PruningPolicy:
@@ -129,7 +134,11 @@ def own_options(text: str) -> tuple[str, dict[str, str]]:
 
 
 def label(name: str, settings: Mapping[str, Any]) -> str:
-    return f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})" if settings else name
+    return (
+        f"{name} ({', '.join(f'{key} {value}' for key, value in settings.items())})"
+        if settings
+        else name
+    )
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,9 @@ class Rule:
         name, _, fields = text.partition(":")
         settings = json.loads(fields) if fields else {}
         if "keep_ratio" in settings:
-            raise ValueError(f"{text} has a keep_ratio, which follows from --costs here: leave it out.")
+            raise ValueError(
+                f"{text} has a keep_ratio, which follows from --costs here: leave it out."
+            )
         for keep_ratio in ({"keep_ratio": cost}, {"keep_ratio": 1.0}):
             try:
                 return cls(make_policy(name, **keep_ratio, **settings), settings, options)
@@ -170,7 +181,7 @@ class Rule:
         return Run(str(self), cost, seed, options={**options, **self.options})
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 class Study:
@@ -196,10 +207,16 @@ class Study:
         """Without paths of this machine: of data and models elsewhere their names alone, of this study none."""
 
         def word(text: str) -> str:
-            option, equals, value = text.rpartition("=") if text.startswith("--") else ("", "", text)
+            option, equals, value = (
+                text.rpartition("=") if text.startswith("--") else ("", "", text)
+            )
             value = value.replace(f"{self.folder}/", "")
             path = Path(value)
-            outside = len(value) < 1000 and path.exists() and not path.resolve().is_relative_to(Path.cwd())
+            outside = (
+                len(value) < 1000
+                and path.exists()
+                and not path.resolve().is_relative_to(Path.cwd())
+            )
             return option + equals + (path.resolve().name if outside else value)
 
         return [word(text) for text in command]
@@ -232,7 +249,9 @@ class Study:
             if torch.cuda.device_count() > 1:
                 environment["CUDA_VISIBLE_DEVICES"] = str(job % torch.cuda.device_count())
             with open(folder / "log.txt", "w") as log:
-                done = subprocess.run(program, stdout=log, stderr=subprocess.STDOUT, env=environment)
+                done = subprocess.run(
+                    program, stdout=log, stderr=subprocess.STDOUT, env=environment
+                )
         finally:
             self.jobs.put(job)
         if done.returncode != 0:
@@ -270,17 +289,30 @@ def short_run(cost: float, seed: int, epochs: float) -> Run:
 
 def scores_run(text: str, seed: int, **options: Any) -> Run:
     method, own = own_options(text)
-    return Run(f"scores {label(method, own)}", 0.0, seed, options={"score": method, **options, **own})
+    return Run(
+        f"scores {label(method, own)}", 0.0, seed, options={"score": method, **options, **own}
+    )
 
 
-def static_runs(text: str, cost: float, seed: int, n: int, epochs: float, file: Path) -> Iterator[Run]:
+def static_runs(
+    text: str, cost: float, seed: int, n: int, epochs: float, file: Path
+) -> Iterator[Run]:
     """With the scores of a file charged, and given; where the file is not there yet, runs that only have their names."""
     for words, charge in (("charged", True), ("given", False)):
         options = {}
         if file.is_file():
-            policy = at_cost(make_policy("static", scores=str(file), keep_ratio=cost, charge=charge), cost, n, epochs)
+            policy = at_cost(
+                make_policy("static", scores=str(file), keep_ratio=cost, charge=charge),
+                cost,
+                n,
+                epochs,
+            )
             settings = json.dumps({"scores": str(file), "charge": charge})
-            options = {"pruning": "static", "keep_ratio": f"{policy.keep_ratio:.9g}", "pruning_kwargs": settings}
+            options = {
+                "pruning": "static",
+                "keep_ratio": f"{policy.keep_ratio:.9g}",
+                "pruning_kwargs": settings,
+            }
         yield Run(f"{label(*own_options(text))}, scores {words}", cost, seed, options=options)
 
 
@@ -291,21 +323,42 @@ class Sitting:
         self.options, self.study = options, study
         self.pool = ThreadPoolExecutor(options.jobs)
         self.started: dict[Run, Future[Path]] = {}
-        self.waiting: dict[Future[Path], tuple[Run, float]] = {}  # what is to come of each, in full runs
+        self.waiting: dict[
+            Future[Path], tuple[Run, float]
+        ] = {}  # what is to come of each, in full runs
         self.bar = tqdm(unit=" full runs", desc="study", total=self._units())
 
     def _units(self) -> float:
         """Of all that is not finished, in full runs; what scores cost is taken to be one."""
         o, rates = self.options, self.options.learning_rates
-        of_cost = [Run(name, cost, 0) for cost in o.costs for name in (SHORT, *(str(Rule.parse(r, cost)) for r in o.rules))]
+        of_cost = [
+            Run(name, cost, 0)
+            for cost in o.costs
+            for name in (SHORT, *(str(Rule.parse(r, cost)) for r in o.rules))
+        ]
         runs = [replace(run, seed=seed) for run in (full_run(0), *of_cost) for seed in o.seeds]
-        runs += [run for s in o.seeds for c in o.costs for m in o.scores for run in static_runs(m, c, s, 1, 1, Path())]
+        runs += [
+            run
+            for s in o.seeds
+            for c in o.costs
+            for m in o.scores
+            for run in static_runs(m, c, s, 1, 1, Path())
+        ]
         tuned = [full_run(0)]
-        tuned += [Run(name, c, 0) for c in o.costs for name in (SHORT, *map(str, self._tuned_rules(c)))]
-        runs += [replace(run, seed=seed, rate=rate) for run in tuned for seed in o.tuning_seeds for rate in rates]
+        tuned += [
+            Run(name, c, 0) for c in o.costs for name in (SHORT, *map(str, self._tuned_rules(c)))
+        ]
+        runs += [
+            replace(run, seed=seed, rate=rate)
+            for run in tuned
+            for seed in o.tuning_seeds
+            for rate in rates
+        ]
         scores = [scores_run(method, seed) for method in o.scores for seed in o.seeds]
         left = [run for run in runs if not self.study.is_finished(run)]
-        return sum(run.cost for run in left) + sum(not self.study.is_finished(run) for run in scores)
+        return sum(run.cost for run in left) + sum(
+            not self.study.is_finished(run) for run in scores
+        )
 
     def _tuned_rules(self, cost: float) -> list[Rule]:
         rules = [Rule.parse(text, cost) for text in self.options.rules]
@@ -328,7 +381,9 @@ class Sitting:
             future.result()
             run, units = self.waiting.pop(future, (None, 0.0))
             if run is not None and units:
-                self.bar.set_postfix_str(f"{run.name} {run.cost:g}, seed {run.seed} finished", refresh=False)
+                self.bar.set_postfix_str(
+                    f"{run.name} {run.cost:g}, seed {run.seed} finished", refresh=False
+                )
                 self.bar.update(units)
                 summarise(self.study)
 
@@ -349,7 +404,9 @@ class Sitting:
         held_out = {"validation_share": o.validation_share}
 
         def at(rate: float, run: Run) -> Run:
-            return replace(run, rate=rate, options={**run.options, **held_out, "learning_rate": rate})
+            return replace(
+                run, rate=rate, options={**run.options, **held_out, "learning_rate": rate}
+            )
 
         seeds = o.tuning_seeds
         full = self.first([at(rate, full_run(seed)) for seed in seeds for rate in o.learning_rates])
@@ -357,7 +414,10 @@ class Sitting:
         for seed in seeds:
             for cost in o.costs:
                 tuned.append(short_run(cost, seed, full.num_epochs))
-                tuned += [rule.run(cost, seed, full.num_samples, full.num_epochs) for rule in self._tuned_rules(cost)]
+                tuned += [
+                    rule.run(cost, seed, full.num_samples, full.num_epochs)
+                    for rule in self._tuned_rules(cost)
+                ]
         for rate in o.learning_rates:
             for run in tuned:
                 self.start(at(rate, run))
@@ -365,7 +425,9 @@ class Sitting:
         rows = self._tuned(tuned)
         for _ in range(MOST_RATES):  # until there is a worse one on either side
             for name, cost in [key for key, row in rows.items() if row["edge"]]:
-                beyond = next_rate([rate for rate, _ in rows[name, cost]["means"]], rows[name, cost]["chosen"])
+                beyond = next_rate(
+                    [rate for rate, _ in rows[name, cost]["means"]], rows[name, cost]["chosen"]
+                )
                 for run in tuned:
                     if (run.name, run.cost) == (name, cost):
                         self.bar.total += 0 if self.study.is_finished(at(beyond, run)) else run.cost
@@ -387,8 +449,14 @@ class Sitting:
 
             def tuned(run: Run) -> Run:
                 names = (run.name, run.name.partition(" (")[0], first.get(run.cost, ""))
-                rate = next((rates[name, run.cost] for name in names if (name, run.cost) in rates), None)
-                return run if rate is None else replace(run, options={"learning_rate": rate, **run.options})
+                rate = next(
+                    (rates[name, run.cost] for name in names if (name, run.cost) in rates), None
+                )
+                return (
+                    run
+                    if rate is None
+                    else replace(run, options={"learning_rate": rate, **run.options})
+                )
 
             of_full = {"learning_rate": rates[FULL, 1.0]} if rates else {}
             scores = {
@@ -396,7 +464,9 @@ class Sitting:
                 for method in o.scores
                 for seed in o.seeds
                 if not all(
-                    self.study.is_finished(run) for c in o.costs for run in static_runs(method, c, seed, 1, 1, Path())
+                    self.study.is_finished(run)
+                    for c in o.costs
+                    for run in static_runs(method, c, seed, 1, 1, Path())
                 )
             }
             full = self.first([tuned(full_run(seed)) for seed in o.seeds])
@@ -409,7 +479,9 @@ class Sitting:
             for (method, seed), future in scores.items():
                 self.wait([future])
                 for cost in o.costs:
-                    for run in static_runs(method, cost, seed, n, epochs, future.result() / SCORES_FILE):
+                    for run in static_runs(
+                        method, cost, seed, n, epochs, future.result() / SCORES_FILE
+                    ):
                         self.start(tuned(run))
             self.wait(list(self.waiting))
         finally:
@@ -417,7 +489,7 @@ class Sitting:
             self.bar.close()
 
 
-# ---- summary --------------------------------------------------------------------------------------------------------
+# ---- summary -------------------------------------------------------------------------------------
 
 
 def paired(values: dict[int, float], others: dict[int, float]) -> dict[str, Any] | None:
@@ -426,11 +498,21 @@ def paired(values: dict[int, float], others: dict[int, float]) -> dict[str, Any]
     if not differences:
         return None
     mean, count = statistics.mean(differences), len(differences)
-    half = stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5 if count > 1 else None
-    return {"mean": mean, "interval": None if half is None else [mean - half, mean + half], "seeds": count}
+    half = (
+        stats.t.ppf(0.975, count - 1) * statistics.stdev(differences) / count**0.5
+        if count > 1
+        else None
+    )
+    return {
+        "mean": mean,
+        "interval": None if half is None else [mean - half, mean + half],
+        "seeds": count,
+    }
 
 
-def reached(points: Iterable[tuple[float, float]], value: float, lower: bool = False) -> tuple[float, bool] | None:
+def reached(
+    points: Iterable[tuple[float, float]], value: float, lower: bool = False
+) -> tuple[float, bool] | None:
     """The cost at which the line through the points (cost, mean) first reaches a value, and False; the cheapest cost, and
     True, where that is better already; None where it does not get there."""
     sign = -1 if lower else 1
@@ -453,11 +535,19 @@ def summarise(study: Study) -> dict[str, Any]:
     reports: dict[tuple[str, float], dict[int, PruningReport]] = {}
     for run in sorted(set(found) - {run for run, _ in tuning}, key=lambda run: run.seed):
         reports.setdefault((run.name, run.cost), {})[run.seed] = found[run]
-    values = {key: {seed: report.metrics[metric] for seed, report in seeds.items()} for key, seeds in reports.items()}
+    values = {
+        key: {seed: report.metrics[metric] for seed, report in seeds.items()}
+        for key, seeds in reports.items()
+    }
     rows = []
     if full := reports.get((FULL, 1.0)):
-        rows = [row_of(key, seeds, values, next(iter(full.values())).num_epochs) for key, seeds in reports.items()]
-        rows.sort(key=lambda row: (-row["wanted"], row["mean"] if lower else -row["mean"], row["name"]))
+        rows = [
+            row_of(key, seeds, values, next(iter(full.values())).num_epochs)
+            for key, seeds in reports.items()
+        ]
+        rows.sort(
+            key=lambda row: (-row["wanted"], row["mean"] if lower else -row["mean"], row["name"])
+        )
     environments: list[dict[str, Any]] = []
     for report in found.values():
         if report.environment not in environments:
@@ -476,11 +566,17 @@ def summarise(study: Study) -> dict[str, Any]:
     return content
 
 
-def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, float], dict[int, PruningReport]]) -> None:
+def draw(
+    folder: Path,
+    summary: dict[str, Any],
+    reports: Mapping[tuple[str, float], dict[int, PruningReport]],
+) -> None:
     """picture.png and targets.png, of all costs; of each picture_0.3.png and, how often its rules kept the samples,
     selection_0.3.png."""
     metric, better = summary["metric"], {"lower_is_better": summary["lower_is_better"]}
-    full = next((list(row["values"].values()) for row in summary["rows"] if row["name"] == FULL), [])
+    full = next(
+        (list(row["values"].values()) for row in summary["rows"] if row["name"] == FULL), []
+    )
     points: dict[str, list[tuple[float, list[float]]]] = {}
     at: dict[float, dict[str, list[float]]] = {}
     choosing: dict[float, dict[str, list[PruningReport]]] = {}
@@ -490,17 +586,29 @@ def draw(folder: Path, summary: dict[str, Any], reports: Mapping[tuple[str, floa
             points.setdefault(row["name"], []).append((row["cost"], of))
             words = row["name"] if row["ranked"] else f"{row['name']}, at cost {row['cost']:.2f}"
             at.setdefault(row["wanted"], {})[words] = of
-        if all(report.selection.get("choices", 0) > 1 and report.selection["always"] < 1 for report in seeds):
+        if all(
+            report.selection.get("choices", 0) > 1 and report.selection["always"] < 1
+            for report in seeds
+        ):
             choosing.setdefault(row["wanted"], {})[row["name"]] = seeds
     for cost, methods in at.items():
-        plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(folder / f"picture_{cost:g}.png", dpi=150)
+        plot_methods(methods, metric, full=full, baseline=SHORT, **better).savefig(
+            folder / f"picture_{cost:g}.png", dpi=150
+        )
     for cost, rules in choosing.items():
         best = islice(rules.items(), PANELS)  # the rows are sorted
         plot_selection(dict(best)).savefig(folder / f"selection_{cost:g}.png", dpi=100)
-    lines = {name: of for name, of in points.items() if len(of) > 1} or points  # the others are in the picture of their cost
+    lines = {
+        name: of for name, of in points.items() if len(of) > 1
+    } or points  # the others are in the picture of their cost
     if lines:
-        plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(folder / "picture.png", dpi=150)
-    wanted = {t["value"]: {name: cost for name, cost in t["costs"].items() if name in lines} for t in summary["targets"]}
+        plot_costs(lines, metric, full=full, baseline=SHORT, **better).savefig(
+            folder / "picture.png", dpi=150
+        )
+    wanted = {
+        t["value"]: {name: cost for name, cost in t["costs"].items() if name in lines}
+        for t in summary["targets"]
+    }
     if any(cost for costs in wanted.values() for cost in costs.values()):
         plot_targets(wanted, metric, baseline=SHORT).savefig(folder / "targets.png", dpi=150)
 
@@ -517,10 +625,19 @@ def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str
         finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)} or means
         chosen = (min if lower else max)(finite, key=finite.__getitem__)
         ends = (min(means), max(means))
-        edge = chosen in ends and all(mean != means[chosen] for rate, mean in means.items() if rate != chosen)
+        edge = chosen in ends and all(
+            mean != means[chosen] for rate, mean in means.items() if rate != chosen
+        )
         seeds = min(map(len, at.values()))
         rows.append(
-            {"name": name, "cost": cost, "means": list(means.items()), "chosen": chosen, "edge": edge, "seeds": seeds}
+            {
+                "name": name,
+                "cost": cost,
+                "means": list(means.items()),
+                "chosen": chosen,
+                "edge": edge,
+                "seeds": seeds,
+            }
         )
     return rows
 
@@ -528,7 +645,9 @@ def tuned_rates(runs: Iterable[tuple[Run, float]], lower: bool) -> list[dict[str
 def chosen_rates(folder: Path) -> dict[tuple[str, float], float]:
     """The best learning rates that a study tuned, by name and cost."""
     if not (folder / "summary.json").is_file():
-        raise ValueError(f"{folder} has no summary.json: wanted is the folder of a study that tuned learning rates.")
+        raise ValueError(
+            f"{folder} has no summary.json: wanted is the folder of a study that tuned learning rates."
+        )
     tuning = json.loads((folder / "summary.json").read_text())["tuning"]
     return {(row["name"], row["cost"]): row["chosen"] for row in tuning}
 
@@ -548,7 +667,10 @@ def row_of(
     name, wanted = key
     own = values[key]
     costs = [report.passes / (report.num_samples * epochs) for report in seeds.values()]
-    seconds = [sum(s for phase, s in report.totals["seconds"].items() if phase != "evaluation") for report in seeds.values()]
+    seconds = [
+        sum(s for phase, s in report.totals["seconds"].items() if phase != "evaluation")
+        for report in seeds.values()
+    ]
     cost = statistics.mean(costs)
     return {
         "name": name,
@@ -560,15 +682,21 @@ def row_of(
         "mean": statistics.mean(own.values()),
         "deviation": statistics.stdev(own.values()) if len(own) > 1 else None,
         "to_full_run": paired(own, values[FULL, 1.0]) if name != FULL else None,
-        "to_short_run": paired(own, values[SHORT, wanted]) if (SHORT, wanted) in values and name != SHORT else None,
-        "to_random": paired(own, values[RANDOM, wanted]) if (RANDOM, wanted) in values and name != RANDOM else None,
+        "to_short_run": paired(own, values[SHORT, wanted])
+        if (SHORT, wanted) in values and name != SHORT
+        else None,
+        "to_random": paired(own, values[RANDOM, wanted])
+        if (RANDOM, wanted) in values and name != RANDOM
+        else None,
         "seconds": statistics.mean(seconds),
         "passes": statistics.mean(report.passes for report in seeds.values()),
         "values": own,
     }
 
 
-def targets(rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool) -> list[dict[str, Any]]:
+def targets(
+    rows: Sequence[dict[str, Any]], wanted: Sequence[float], lower: bool
+) -> list[dict[str, Any]]:
     """For each value that is wanted (default: shares of the full run's, where methods have several costs) the cost at which
     each reaches it, on the line through its means, which ends at the full run; and whether its cheapest runs were better
     already."""
@@ -599,30 +727,49 @@ def tables(summary: dict[str, Any]) -> dict[str, str]:
 
     what = f"{metric.replace('_', ' ')}{' (%)' if percent else ''}"
     parts = {}
-    for cost in sorted({row["wanted"] for row in summary["rows"] if row["name"] != FULL}, reverse=True):
+    for cost in sorted(
+        {row["wanted"] for row in summary["rows"] if row["name"] != FULL}, reverse=True
+    ):
         rows = [row for row in summary["rows"] if row["wanted"] == cost or row["name"] == FULL]
         parts[f"table_{cost:g}"] = table(rows, what, number)
     if summary["targets"]:
         values = [number(target["value"], digits=digits - 1) for target in summary["targets"]]
-        names = sorted(summary["targets"][0]["costs"], key=lambda name: _first(summary["targets"], name))
-        cells = [[name, *(_cost(target["costs"][name]) for target in summary["targets"])] for name in names]
+        names = sorted(
+            summary["targets"][0]["costs"], key=lambda name: _first(summary["targets"], name)
+        )
+        cells = [
+            [name, *(_cost(target["costs"][name]) for target in summary["targets"])]
+            for name in names
+        ]
         parts["targets"] = _markdown([f"cost at which {what} is", *values], cells)
     if summary["tuning"]:
         rates = sorted({rate for row in summary["tuning"] for rate, _ in row["means"]})
         cells = []
         for row in summary["tuning"]:
-            shown = {rate: f"**{number(mean)}**" if rate == row["chosen"] else number(mean) for rate, mean in row["means"]}
-            cells.append([f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)])
-        parts["tuning"] = _markdown([f"{what} on data held out, at learning rate", *(f"{rate:g}" for rate in rates)], cells)
+            shown = {
+                rate: f"**{number(mean)}**" if rate == row["chosen"] else number(mean)
+                for rate, mean in row["means"]
+            }
+            cells.append(
+                [f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)]
+            )
+        parts["tuning"] = _markdown(
+            [f"{what} on data held out, at learning rate", *(f"{rate:g}" for rate in rates)], cells
+        )
     return parts
 
 
 def _markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows))
+    return "\n".join(
+        f"| {' | '.join(cells)} |" for cells in (head, ["---", *["---:"] * (len(head) - 1)], *rows)
+    )
 
 
 def _first(targets: Sequence[dict[str, Any]], name: str) -> list[float]:
-    return [math.inf if target["costs"][name] is None else target["costs"][name][0] for target in targets]
+    return [
+        math.inf if target["costs"][name] is None else target["costs"][name][0]
+        for target in targets
+    ]
 
 
 def _cost(found: tuple[float, bool] | None) -> str:
@@ -636,7 +783,11 @@ def table(rows: Sequence[dict[str, Any]], heading: str, number: Callable[..., st
         if found is None:
             return ""
         mean, interval = number(found["mean"], "+"), found["interval"]
-        return mean if interval is None else f"{mean} ({number(interval[0], '+')} to {number(interval[1], '+')})"
+        return (
+            mean
+            if interval is None
+            else f"{mean} ({number(interval[0], '+')} to {number(interval[1], '+')})"
+        )
 
     shown = []
     for row in sorted(rows, key=lambda row: (-row["wanted"], not row["ranked"])):
@@ -652,10 +803,12 @@ def table(rows: Sequence[dict[str, Any]], heading: str, number: Callable[..., st
                 str(row["seeds"]),
             ]
         )
-    return _markdown(["method", "cost", heading, "to the short run", "to random", "seconds", "seeds"], shown)
+    return _markdown(
+        ["method", "cost", heading, "to the short run", "to random", "seconds", "seeds"], shown
+    )
 
 
-# ---- command line ---------------------------------------------------------------------------------------------------
+# ---- command line --------------------------------------------------------------------------------
 
 
 def note(study: Study, options: argparse.Namespace) -> None:
@@ -665,7 +818,11 @@ def note(study: Study, options: argparse.Namespace) -> None:
         ValueError: if the folder has a study of another recipe.
     """
     file = study.folder / "study.json"
-    noted = {"recipe": study.portable(study.recipe), "metric": options.metric, "lower_is_better": options.lower_is_better}
+    noted = {
+        "recipe": study.portable(study.recipe),
+        "metric": options.metric,
+        "lower_is_better": options.lower_is_better,
+    }
     before = json.loads(file.read_text()) if file.exists() else {}
     for name, value in noted.items():
         if before.get(name, value) != value:
@@ -675,27 +832,61 @@ def note(study: Study, options: argparse.Namespace) -> None:
     study.folder.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", *study.portable(sys.argv)])
     commands = [*(known for known in before.get("commands", []) if known != command), command]
-    file.write_text(json.dumps({**noted, "targets": options.targets, "commands": commands}, indent=2) + "\n")
+    file.write_text(
+        json.dumps({**noted, "targets": options.targets, "commands": commands}, indent=2) + "\n"
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study")
-    parser.add_argument("--rules", nargs="*", default=["random", "epsilon-greedy", "ucb"], help="see above")
-    parser.add_argument("--scores", nargs="*", default=[], help=f"for static pruning: {', '.join(METHODS)}")
-    parser.add_argument("--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--learning_rates", type=float, nargs="*", default=[], help="to choose from; default: the recipe's")
-    parser.add_argument(
-        "--rates_of", type=Path, help="folder of the study that chose the learning rates, in place of tuning"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--tune", choices=("each", "first"), default="each", help="each rule, or the first for all rules")
-    parser.add_argument("--tuning_seeds", type=int, nargs="+", default=[0], help="of the runs that tune")
-    parser.add_argument("--validation_share", type=float, default=0.1, help="of the training data, held out for tuning")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder of the study")
+    parser.add_argument(
+        "--rules", nargs="*", default=["random", "epsilon-greedy", "ucb"], help="see above"
+    )
+    parser.add_argument(
+        "--scores", nargs="*", default=[], help=f"for static pruning: {', '.join(METHODS)}"
+    )
+    parser.add_argument(
+        "--costs", type=float, nargs="+", default=[0.3], help="in (0, 1), of the full run"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument(
+        "--learning_rates",
+        type=float,
+        nargs="*",
+        default=[],
+        help="to choose from; default: the recipe's",
+    )
+    parser.add_argument(
+        "--rates_of",
+        type=Path,
+        help="folder of the study that chose the learning rates, in place of tuning",
+    )
+    parser.add_argument(
+        "--tune",
+        choices=("each", "first"),
+        default="each",
+        help="each rule, or the first for all rules",
+    )
+    parser.add_argument(
+        "--tuning_seeds", type=int, nargs="+", default=[0], help="of the runs that tune"
+    )
+    parser.add_argument(
+        "--validation_share",
+        type=float,
+        default=0.1,
+        help="of the training data, held out for tuning",
+    )
     parser.add_argument("--metric", default="eval_accuracy", help="of the last evaluation")
     parser.add_argument("--lower_is_better", action="store_true")
     parser.add_argument(
-        "--targets", type=float, nargs="*", default=[], help="values of the metric that methods are to reach"
+        "--targets",
+        type=float,
+        nargs="*",
+        default=[],
+        help="values of the metric that methods are to reach",
     )
     parser.add_argument(
         "--jobs",
@@ -719,8 +910,12 @@ def main() -> None:
     for row in summary["tuning"]:
         if row["edge"]:
             where = f"{row['name']}, cost {row['cost']:g}"
-            print(f"{where}: the best learning rate, {row['chosen']:g}, is the lowest or highest of those tried. Try more.")
-    print(f"Written to {options.output_dir}: summary.json, tables, pictures, and a folder for each run.")
+            print(
+                f"{where}: the best learning rate, {row['chosen']:g}, is the lowest or highest of those tried. Try more."
+            )
+    print(
+        f"Written to {options.output_dir}: summary.json, tables, pictures, and a folder for each run."
+    )
 
 
 def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
@@ -730,23 +925,35 @@ def check(options: argparse.Namespace, recipe: Sequence[str]) -> None:
             f"{''.join(recipe[:1]) or 'nothing'} is no recipe: wanted is -- recipes/cifar.py, say, and its options."
         )
     if len(set(options.learning_rates)) == 1 or min(options.learning_rates, default=1) <= 0:
-        raise ValueError(f"--learning_rates {options.learning_rates}: wanted are several above 0 to choose from, or none.")
+        raise ValueError(
+            f"--learning_rates {options.learning_rates}: wanted are several above 0 to choose from, or none."
+        )
     if options.rates_of is not None:
         if options.learning_rates:
-            raise ValueError("--rates_of takes rates, --learning_rates tries them: leave out one of them.")
+            raise ValueError(
+                "--rates_of takes rates, --learning_rates tries them: leave out one of them."
+            )
         first = str(Rule.parse(options.rules[0], 0.5)) if options.rules else SHORT
         known = chosen_rates(options.rates_of)
         wanted = [(FULL, 1.0), *((name, cost) for cost in options.costs for name in (SHORT, first))]
-        if missing := [f"{name} at cost {cost:g}" for name, cost in wanted if (name, cost) not in known]:
-            raise ValueError(f"{options.rates_of} has no learning rates of {', '.join(missing)}: tune them there.")
+        if missing := [
+            f"{name} at cost {cost:g}" for name, cost in wanted if (name, cost) not in known
+        ]:
+            raise ValueError(
+                f"{options.rates_of} has no learning rates of {', '.join(missing)}: tune them there."
+            )
     for cost in options.costs:
         if not 0 < cost < 1:
-            raise ValueError(f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1).")
+            raise ValueError(
+                f"--costs {cost:g} is out of range: wanted is a share of the full run, in (0, 1)."
+            )
         for text in options.rules:
             Rule.parse(text, cost)
     for text in options.scores:
         if own_options(text)[0] not in METHODS:
-            raise ValueError(f"--scores {text}: wanted are some of {', '.join(METHODS)}, with options of the recipe behind.")
+            raise ValueError(
+                f"--scores {text}: wanted are some of {', '.join(METHODS)}, with options of the recipe behind."
+            )
 
 
 if __name__ == "__main__":

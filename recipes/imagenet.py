@@ -50,10 +50,16 @@ from hf_dynprune.vision import create_timm_model
 class DataArguments(common.DataArguments):
     dataset: str = field(
         default="ILSVRC/imagenet-1k",
-        metadata={"help": "Hub id or local path of the dataset: images by class in train/ and val/, or parquet files."},
+        metadata={
+            "help": "Hub id or local path of the dataset: images by class in train/ and val/, or parquet files."
+        },
     )
-    image_column: str | None = field(default=None, metadata={"help": "Name of the image column; default: the only one."})
-    label_column: str | None = field(default=None, metadata={"help": "Name of the label column; default: label."})
+    image_column: str | None = field(
+        default=None, metadata={"help": "Name of the image column; default: the only one."}
+    )
+    label_column: str | None = field(
+        default=None, metadata={"help": "Name of the label column; default: label."}
+    )
 
 
 @dataclass
@@ -62,28 +68,46 @@ class RecipeArguments(common.RunArguments):
 
     _argument_group_name = "model, images and run"
 
-    model: str = field(default="resnet50", metadata={"help": "Any timm architecture, such as resnet18, 34, 50."})
+    model: str = field(
+        default="resnet50", metadata={"help": "Any timm architecture, such as resnet18, 34, 50."}
+    )
     image_size: int = field(default=224, metadata={"help": "Side of a training image in pixels."})
     eval_image_size: int | None = field(
-        default=None, metadata={"help": "Side of an evaluation image in pixels; default: that of a training image."}
+        default=None,
+        metadata={
+            "help": "Side of an evaluation image in pixels; default: that of a training image."
+        },
     )
     crop_pct: float = field(
         default=0.875,
-        metadata={"help": "Evaluation: the crop's part of the short side; 0.875 scales that to 256 for a crop of 224."},
+        metadata={
+            "help": "Evaluation: the crop's part of the short side; 0.875 scales that to 256 for a crop of 224."
+        },
     )
     min_crop: float = field(
-        default=0.08, metadata={"help": "Training: the least share of an image's area that a random crop takes."}
+        default=0.08,
+        metadata={"help": "Training: the least share of an image's area that a random crop takes."},
     )
     auto_augment: str | None = field(
-        default=None, metadata={"help": "timm's name of a policy, such as rand-m7-mstd0.5 (RandAugment); default: none."}
+        default=None,
+        metadata={
+            "help": "timm's name of a policy, such as rand-m7-mstd0.5 (RandAugment); default: none."
+        },
     )
     color_jitter: float = field(
-        default=0.0, metadata={"help": "Largest change of brightness, contrast, saturation; timm's usual is 0.4."}
+        default=0.0,
+        metadata={
+            "help": "Largest change of brightness, contrast, saturation; timm's usual is 0.4."
+        },
     )
-    random_erasing: float = field(default=0.0, metadata={"help": "Probability to erase a random part of an image."})
+    random_erasing: float = field(
+        default=0.0, metadata={"help": "Probability to erase a random part of an image."}
+    )
     base_learning_rate: float = field(
         default=0.1,
-        metadata={"help": "learning_rate = base_learning_rate × global batch / 256, unless --learning_rate is given."},
+        metadata={
+            "help": "learning_rate = base_learning_rate × global batch / 256, unless --learning_rate is given."
+        },
     )
     momentum: float = field(default=0.9, metadata={"help": "Nesterov momentum of SGD."})
     ema_decay: float = field(
@@ -96,9 +120,13 @@ class RecipeArguments(common.RunArguments):
 
     def __post_init__(self) -> None:
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1), such as 0.9999, or 0 for no average, got {self.ema_decay}.")
+            raise ValueError(
+                f"ema_decay must be in [0, 1), such as 0.9999, or 0 for no average, got {self.ema_decay}."
+            )
         if not 0 < self.min_crop <= 1:
-            raise ValueError(f"min_crop must be a share of the image's area, in (0, 1], got {self.min_crop}.")
+            raise ValueError(
+                f"min_crop must be a share of the image's area, in (0, 1], got {self.min_crop}."
+            )
         if self.auto_augment and self.color_jitter:
             raise ValueError(
                 f"timm lets auto_augment={self.auto_augment!r} replace color_jitter={self.color_jitter}: leave one out."
@@ -111,30 +139,51 @@ class ImageNetTrainingArguments(common.TrainerArguments):
 
     output_dir: str = field(default="runs/imagenet", metadata={"help": "Where to write."})
     num_train_epochs: float = field(default=90.0, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(default=256, metadata={"help": "Training batch of one rank."})
-    per_device_eval_batch_size: int = field(default=256, metadata={"help": "Evaluation batch of one rank."})
-    learning_rate: float | None = field(
-        default=None, metadata={"help": "Peak learning rate of SGD; default: --base_learning_rate × global batch / 256."}
+    per_device_train_batch_size: int = field(
+        default=256, metadata={"help": "Training batch of one rank."}
     )
-    weight_decay: float = field(default=1e-4, metadata={"help": "Weight decay, not on norms and biases."})
+    per_device_eval_batch_size: int = field(
+        default=256, metadata={"help": "Evaluation batch of one rank."}
+    )
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of SGD; default: --base_learning_rate × global batch / 256."
+        },
+    )
+    weight_decay: float = field(
+        default=1e-4, metadata={"help": "Weight decay, not on norms and biases."}
+    )
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
-    warmup_steps: float = field(default=0.055, metadata={"help": "LR warm-up: a share below 1, or steps."})
-    lr_scheduler_type: SchedulerType | str = field(default="cosine", metadata={"help": "Schedule behind the warm-up."})
+    warmup_steps: float = field(
+        default=0.055, metadata={"help": "LR warm-up: a share below 1, or steps."}
+    )
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Schedule behind the warm-up."}
+    )
     max_grad_norm: float = field(default=0.0, metadata={"help": "Gradient clipping; 0 is none."})
     bf16: bool = field(**common.BF16)
     dataloader_num_workers: int = field(
-        default=min(8, os.cpu_count() or 1), metadata={"help": "Processes of one rank that load and augment images."}
+        default=min(8, os.cpu_count() or 1),
+        metadata={"help": "Processes of one rank that load and augment images."},
     )
-    dataloader_persistent_workers: bool = field(default=True, metadata={"help": "Keep them from epoch to epoch."})
-    eval_strategy: IntervalStrategy | str = field(default="epoch", metadata={"help": "When to evaluate: no, epoch, steps."})
+    dataloader_persistent_workers: bool = field(
+        default=True, metadata={"help": "Keep them from epoch to epoch."}
+    )
+    eval_strategy: IntervalStrategy | str = field(
+        default="epoch", metadata={"help": "When to evaluate: no, epoch, steps."}
+    )
     save_strategy: SaveStrategy | str = field(
         default="epoch", metadata={"help": "When to write checkpoints: no, epoch, steps."}
     )
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep."})
     logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "Costs a device synchronisation a step."})
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Costs a device synchronisation a step."}
+    )
     ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "Several ranks: look for weights that a step does not use; costs time."}
+        default=False,
+        metadata={"help": "Several ranks: look for weights that a step does not use; costs time."},
     )
 
 
@@ -244,7 +293,9 @@ class WeightAverage(TrainerCallback):
 
     def _take_from(self, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         if "ema" not in state:
-            raise ValueError("The checkpoint has no average of the weights: resume with --ema_decay 0, as the run began.")
+            raise ValueError(
+                "The checkpoint has no average of the weights: resume with --ema_decay 0, as the run began."
+            )
         self.average.module.load_state_dict(state["ema"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -261,14 +312,18 @@ class WeightAverage(TrainerCallback):
         self.model.load_state_dict(last)
         if trainer.is_world_process_zero():
             self.average.module.save_pretrained(folder)
-            print(f"average of the weights: accuracy {100 * metrics['eval_ema_accuracy']:.2f} %. Written to {folder}.")
+            print(
+                f"average of the weights: accuracy {100 * metrics['eval_ema_accuracy']:.2f} %. Written to {folder}."
+            )
 
 
 def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, ImageNetTrainingArguments
     )
-    args.dataloader_persistent_workers = args.dataloader_persistent_workers and args.dataloader_num_workers > 0
+    args.dataloader_persistent_workers = (
+        args.dataloader_persistent_workers and args.dataloader_num_workers > 0
+    )
     if args.learning_rate is None:
         global_batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         args.learning_rate = recipe.base_learning_rate * global_batch / 256
@@ -278,7 +333,9 @@ def main() -> None:
         common.check_output(args, recipe)
         train_split, eval_split = data.load_splits()
         if eval_split is None:
-            raise ValueError(f"The dataset {data.dataset!r} has no validation or test split: name one with --eval_split.")
+            raise ValueError(
+                f"The dataset {data.dataset!r} has no validation or test split: name one with --eval_split."
+            )
         image_column = find_column(train_split.features, "image", data.image_column)
         label_column = find_column(train_split.features, "label", data.label_column)
         names = class_names(train_split, label_column)
@@ -293,9 +350,15 @@ def main() -> None:
         augmented, plain = make_transforms(recipe, model.config.pretrained_cfg)
         train, scoring, test = (
             LabelledImages(split, image_column, label_column, len(names), transform, args.seed)
-            for split, transform in ((train_split, augmented), (train_split, plain), (eval_split, plain))
+            for split, transform in (
+                (train_split, augmented),
+                (train_split, plain),
+                (eval_split, plain),
+            )
         )
-    model.to(memory_format=torch.channels_last)  # a quarter faster in bf16 on a CPU, and on tensor cores
+    model.to(
+        memory_format=torch.channels_last
+    )  # a quarter faster in bf16 on a CPU, and on tensor cores
     optimizer = torch.optim.SGD(
         timm.optim.param_groups_weight_decay(model, args.weight_decay),
         lr=args.learning_rate,

@@ -18,13 +18,19 @@ class Accuracy(evaluate.Metric):
             citation="",
             inputs_description="predictions: the best classes of a sample, best first; references: its label",
             features=datasets.Features(
-                {"predictions": datasets.Sequence(datasets.Value("int64")), "references": datasets.Value("int64")}
+                {
+                    "predictions": datasets.Sequence(datasets.Value("int64")),
+                    "references": datasets.Value("int64"),
+                }
             ),
         )
 
     def _compute(self, predictions, references, k: tuple[int, ...] = (1,)) -> dict[str, float]:
         hits = np.asarray(predictions) == np.asarray(references)[:, None]
-        return {"accuracy" if n == 1 else f"top{n}_accuracy": float(hits[:, :n].any(1).mean()) for n in k}
+        return {
+            "accuracy" if n == 1 else f"top{n}_accuracy": float(hits[:, :n].any(1).mean())
+            for n in k
+        }
 
 
 class MacroF1(evaluate.Metric):
@@ -35,7 +41,9 @@ class MacroF1(evaluate.Metric):
             description=self.__doc__,
             citation="",
             inputs_description="predictions: the class predicted for a sample; references: its label",
-            features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
         )
 
     def _compute(self, predictions, references) -> dict[str, float]:
@@ -53,7 +61,9 @@ def accuracy_of(*k: int):
     metric = Accuracy(keep_in_memory=True)
 
     def compute(prediction) -> dict[str, float]:
-        return metric.compute(predictions=prediction.predictions, references=prediction.label_ids, k=k)
+        return metric.compute(
+            predictions=prediction.predictions, references=prediction.label_ids, k=k
+        )
 
     return compute
 

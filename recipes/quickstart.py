@@ -44,8 +44,12 @@ LEARNING_RATE, BATCH_SIZE = 0.1, 16
 def load_data() -> tuple[ImageCache, ImageCache]:
     """The digits as training and test images, half of each class in either; the split is always the same."""
     digits = load_digits()
-    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[:, None]  # grey levels 0 to 16 -> (N, 1, 8, 8) uint8
-    train, test = train_test_split(np.arange(len(images)), test_size=0.5, stratify=digits.target, random_state=0)
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)[
+        :, None
+    ]  # grey levels 0 to 16 -> (N, 1, 8, 8) uint8
+    train, test = train_test_split(
+        np.arange(len(images)), test_size=0.5, stratify=digits.target, random_state=0
+    )
     pixels = images[train] / 255
     statistics = {"mean": [float(pixels.mean())], "std": [float(pixels.std())]}
     return (
@@ -58,12 +62,19 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
-def make_trainer(policy: PruningPolicy, epochs: float, seed: int, output_dir: Path) -> DynamicPruningTrainer:
+def make_trainer(
+    policy: PruningPolicy, epochs: float, seed: int, output_dir: Path
+) -> DynamicPruningTrainer:
     """Of the same model with the same initial weights; only the policy and the number of epochs differ."""
     train_images, test_images = load_data()
     set_seed(seed)
     model = create_timm_model(
-        "resnet8_cifar", num_labels=10, image_size=8, in_chans=1, mean=train_images.mean, std=train_images.std
+        "resnet8_cifar",
+        num_labels=10,
+        image_size=8,
+        in_chans=1,
+        mean=train_images.mean,
+        std=train_images.std,
     )
     args = TrainingArguments(
         output_dir=str(output_dir),
@@ -99,10 +110,18 @@ def make_trainer(policy: PruningPolicy, epochs: float, seed: int, output_dir: Pa
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/quickstart"), help="where the results go")
-    parser.add_argument("--epochs", type=int, default=20, help="of the full run and of the pruned run")
-    parser.add_argument("--keep_ratio", type=float, default=0.3, help="share of the data that the pruned run keeps")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/quickstart"), help="where the results go"
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="of the full run and of the pruned run"
+    )
+    parser.add_argument(
+        "--keep_ratio", type=float, default=0.3, help="share of the data that the pruned run keeps"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of weights, order and choices")
     options = parser.parse_args()
 
@@ -131,11 +150,19 @@ def main() -> None:
     # The last trainer is the pruned run's.
     trainer.save_model()
     compared = {"full": reports["full run"], "short": reports["short run"]}
-    trainer.create_model_card(model_name="digits-resnet8", dataset="handwritten digits of scikit-learn", **compared)
-    for name, file in (("full run", "full.json"), ("short run", "short.json"), ("pruned run", "report.json")):
+    trainer.create_model_card(
+        model_name="digits-resnet8", dataset="handwritten digits of scikit-learn", **compared
+    )
+    for name, file in (
+        ("full run", "full.json"),
+        ("short run", "short.json"),
+        ("pruned run", "report.json"),
+    ):
         reports[name].save(options.output_dir / file)
     plot_runs(reports).savefig(options.output_dir / "comparison.png", dpi=150)
-    print(f"Written to {options.output_dir}: the pruned run's model, its card and report, and comparison.png.")
+    print(
+        f"Written to {options.output_dir}: the pruned run's model, its card and report, and comparison.png."
+    )
 
 
 if __name__ == "__main__":

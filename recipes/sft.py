@@ -25,7 +25,9 @@ GSM8K = "openai/gsm8k"
 
 @dataclass
 class DataArguments(common.DataArguments):
-    dataset: str = field(default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."})
+    dataset: str = field(
+        default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."}
+    )
 
     def __post_init__(self) -> None:
         if self.dataset == GSM8K:
@@ -37,7 +39,8 @@ class ModelArguments(ModelConfig):
     _argument_group_name = "model"
 
     model_name_or_path: str | None = field(
-        default="HuggingFaceTB/SmolLM2-135M", metadata={"help": "Hub id or local path of the model."}
+        default="HuggingFaceTB/SmolLM2-135M",
+        metadata={"help": "Hub id or local path of the model."},
     )
 
 
@@ -50,11 +53,14 @@ class SFTArguments(SFTConfig):
     output_dir: str | None = field(default="runs/sft", metadata={"help": "Where to write."})
     # transformers wants to be told before it lets a CPU have bf16.
     use_cpu: bool = field(
-        default=not torch.accelerator.is_available(), metadata={"help": "Train on the CPU; so where there is no other."}
+        default=not torch.accelerator.is_available(),
+        metadata={"help": "Train on the CPU; so where there is no other."},
     )
     bf16: bool | None = field(
         default=None if common.computes_in_bf16() else False,
-        metadata={"help": "bfloat16 autocast; so where it is computed in, not emulated, and --fp16 is not asked for."},
+        metadata={
+            "help": "bfloat16 autocast; so where it is computed in, not emulated, and --fp16 is not asked for."
+        },
     )
     save_strategy: SaveStrategy | str = field(
         default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
@@ -66,7 +72,8 @@ def prompts(split: datasets.Dataset) -> datasets.Dataset:
     if not {"question", "answer"} <= set(split.column_names):
         return split
     return split.map(
-        lambda row: {"prompt": f"{row['question']}\n", "completion": row["answer"]}, remove_columns=split.column_names
+        lambda row: {"prompt": f"{row['question']}\n", "completion": row["answer"]},
+        remove_columns=split.column_names,
     )
 
 
@@ -89,7 +96,13 @@ def main() -> None:
         peft_config=get_peft_config(model),
         pruning=policy,
     )
-    common.train(trainer, dataset=data.dataset, task="text-generation", metric="mean_token_accuracy", advise=run.advise)
+    common.train(
+        trainer,
+        dataset=data.dataset,
+        task="text-generation",
+        metric="mean_token_accuracy",
+        advise=run.advise,
+    )
 
 
 if __name__ == "__main__":

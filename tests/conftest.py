@@ -10,7 +10,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # read once, when huggingface_hub is imported; child processes inherit it
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # read once, when huggingface_hub is imported; child processes inherit it
+)
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warn in each forked worker
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; several test processes share the cores
@@ -21,7 +23,9 @@ from reliability import check_key, merge
 
 # No deadline and no complaint of slowness: the first example of a test pays for imports, and machines differ.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True)
+settings.register_profile(
+    "ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True
+)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -40,7 +44,9 @@ def reliability(request):
     def tried(row, count=1):
         check_key(row)
         if not (isinstance(count, int) and count >= 1):
-            raise ValueError(f"reliability({row!r}, {count!r}): the count is a whole number of at least 1.")
+            raise ValueError(
+                f"reliability({row!r}, {count!r}): the count is a whole number of at least 1."
+            )
         request.node.user_properties.append(("reliability", [row, count]))
 
     return tried

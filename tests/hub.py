@@ -50,7 +50,9 @@ class Hub:
 
     def revision(self, repository):
         """40 hex digits that change with the content."""
-        content = sorted((path, hashlib.sha1(data).hexdigest()) for path, data in self.files[repository].items())
+        content = sorted(
+            (path, hashlib.sha1(data).hexdigest()) for path, data in self.files[repository].items()
+        )
         return hashlib.sha1(repr(content).encode()).hexdigest()
 
 
@@ -98,19 +100,26 @@ class _Handler(BaseHTTPRequestHandler):
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
             known = self.hub.files.setdefault(name, {})
-            return self.reply({"url": f"{self.hub.url}/{name}", "name": name}, 409 if known else 200)
+            return self.reply(
+                {"url": f"{self.hub.url}/{name}", "name": name}, 409 if known else 200
+            )
         if path == "/api/validate-yaml":
             return self.reply({"errors": [], "warnings": []})
         if match := re.fullmatch(r"/api/(?:models|datasets)/(.+)/preupload/.+", path):
             files = json.loads(body)["files"]
-            modes = [{"path": f["path"], "uploadMode": _mode(f), "shouldIgnore": False} for f in files]
+            modes = [
+                {"path": f["path"], "uploadMode": _mode(f), "shouldIgnore": False} for f in files
+            ]
             return self.reply({"files": modes})
         if match := re.fullmatch(r"/(?:datasets/)?(.+)\.git/info/lfs/objects/batch", path):
             objects = [
                 {**o, "actions": {"upload": {"href": f"{self.hub.url}/blob/{o['oid']}"}}}
                 for o in json.loads(body)["objects"]
             ]
-            return self.reply({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+            return self.reply(
+                {"transfer": "basic", "objects": objects},
+                Content_Type="application/vnd.git-lfs+json",
+            )
         if match := re.fullmatch(r"/api/(?:models|datasets)/(.+)/commit/.+", path):
             return self.commit(match[1], [json.loads(line) for line in body.splitlines()])
         return self.reply({"error": f"unknown: POST {path}"}, 404)
@@ -150,7 +159,14 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self, head=False):
         path = unquote(urlsplit(self.path).path)
         if path == "/api/whoami-v2":
-            return self.reply({"type": "user", "name": "user", "auth": {"accessToken": {"role": "write"}}, "orgs": []})
+            return self.reply(
+                {
+                    "type": "user",
+                    "name": "user",
+                    "auth": {"accessToken": {"role": "write"}},
+                    "orgs": [],
+                }
+            )
         if match := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             name, file = match.groups()
             data = self.hub.files.get(name, {}).get(file)
@@ -159,22 +175,35 @@ class _Handler(BaseHTTPRequestHandler):
                 return self.reply({"error": "not found"}, 404, head, X_Error_Code=code)
             etag = f'"{hashlib.sha1(data).hexdigest()}"'
             return self.reply(data, 200, head, ETag=etag, X_Repo_Commit=self.hub.revision(name))
-        if match := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(/tree/.+|/revision/.+)?", path):
+        if match := re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(/tree/.+|/revision/.+)?", path
+        ):
             kind, name, rest = match.groups()
             if name not in self.hub.files:
                 return self.reply({"error": "not found"}, 404, head, X_Error_Code="RepoNotFound")
             files = self.hub.files[name]
             if rest and rest.startswith("/tree"):
                 tree = [
-                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()} for p, d in files.items()
+                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for p, d in files.items()
                 ]
                 return self.reply(tree, 200, head)
             siblings = [{"rfilename": path} for path in files]
-            info = {"id": name, f"{kind[:-1]}Id": name, "sha": self.hub.revision(name), "siblings": siblings, "tags": []}
+            info = {
+                "id": name,
+                f"{kind[:-1]}Id": name,
+                "sha": self.hub.revision(name),
+                "siblings": siblings,
+                "tags": [],
+            }
             return self.reply({**info, "private": False, "downloads": 0, "likes": 0}, 200, head)
         return self.reply({"error": f"unknown: GET {path}"}, 404, head)
 
 
 def _mode(file):
     """As the Hub decides it by the name: binary files go through LFS."""
-    return "lfs" if file["path"].endswith((".safetensors", ".bin", ".pt", ".pth", ".parquet", ".png")) else "regular"
+    return (
+        "lfs"
+        if file["path"].endswith((".safetensors", ".bin", ".pt", ".pth", ".parquet", ".png"))
+        else "regular"
+    )

@@ -13,7 +13,15 @@ from pathlib import Path
 import torch
 from test_checkpoints import CHANGING, GRID
 from test_tasks import Some, train
-from tiny import assert_same_run, every_checkpoint, images, learning_rates, tiny_models, trainer, vit
+from tiny import (
+    assert_same_run,
+    every_checkpoint,
+    images,
+    learning_rates,
+    tiny_models,
+    trainer,
+    vit,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import BatchSampler
@@ -24,7 +32,10 @@ from hf_dynprune.distributed import world
 from hf_dynprune.pruner import DynamicPruner
 
 GLOBAL_BATCH = 12
-RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # as torchrun says
+RANK, RANKS = (
+    int(os.environ.get("RANK", 0)),
+    int(os.environ.get("WORLD_SIZE", 1)),
+)  # as torchrun says
 
 
 def same_run(folder, accumulation, scoring="trained"):
@@ -73,7 +84,14 @@ def gradients(folder):
     for name in tiny_models():
         for weighted in (False, True):
             batch = 8 // RANKS
-            run, steps = train(name, folder, batch, 2, pruning=Some(weighted=weighted), ddp_find_unused_parameters=False)
+            run, steps = train(
+                name,
+                folder,
+                batch,
+                2,
+                pruning=Some(weighted=weighted),
+                ddp_find_unused_parameters=False,
+            )
             seen[name, weighted] = [gradient for _, gradient, _ in steps], run.pruner.table["last"]
     return seen
 
@@ -87,7 +105,12 @@ def resume_anywhere(folder):
     ):
 
         def make(place, accumulation=accumulation, loader=loader):
-            settings = {**GRID, **loader, "gradient_accumulation_steps": accumulation, "ddp_find_unused_parameters": False}
+            settings = {
+                **GRID,
+                **loader,
+                "gradient_accumulation_steps": accumulation,
+                "ddp_find_unused_parameters": False,
+            }
             settings["per_device_train_batch_size"] = 4 if loader else 3
             return trainer(place, model=vit(dropout=0.1), data=data, pruning=CHANGING, **settings)
 
@@ -97,7 +120,12 @@ def resume_anywhere(folder):
 
 def newest_checkpoint(folder):
     """Rank 0 looks for it: one with a broken file of another rank is refused, and passed over, on all."""
-    settings = {**GRID, "per_device_train_batch_size": 2, "num_train_epochs": 2, "ddp_find_unused_parameters": False}
+    settings = {
+        **GRID,
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2,
+        "ddp_find_unused_parameters": False,
+    }
     make = lambda: trainer(folder, data=images(26), pruning=CHANGING, **settings)  # noqa: E731
     run = make()
     run.train()
@@ -123,7 +151,9 @@ def refused(folder):
     """What cannot go well on several ranks."""
     options = ("dispatch_batches", "split_batches")
     errors = {
-        name: error_of(lambda name=name: trainer(folder, pruning=UCB(0.5), accelerator_config={name: True}))
+        name: error_of(
+            lambda name=name: trainer(folder, pruning=UCB(0.5), accelerator_config={name: True})
+        )
         for name in options
     }
     shard = images(40).shard(RANKS, RANK)  # its own part of the data on each rank
@@ -162,11 +192,17 @@ def sharded(folder):
     pruner = DynamicPruner(UCB(0.6, first=1), 45, batch_size=8 // RANKS, num_epochs=4)
     for epoch in range(pruner.num_epochs):
         pruner.begin_epoch(epoch)
-        for number, batch in enumerate(list(BatchSampler(pruner.sampler, pruner.batch_size, False))[RANK::RANKS]):
+        for number, batch in enumerate(
+            list(BatchSampler(pruner.sampler, pruner.batch_size, False))[RANK::RANKS]
+        ):
             index = torch.tensor([i if i >= 0 else -1 for i in batch])
             rows = [i if i >= 0 else ~i for i in batch]
             losses = torch.nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
-            loss = (losses * pruner.weights(index)).sum() * RANKS / pruner.sampler.samples_in(number, 1)
+            loss = (
+                (losses * pruner.weights(index)).sum()
+                * RANKS
+                / pruner.sampler.samples_in(number, 1)
+            )
             optimizer.zero_grad()
             loss.backward()
             pruner.observe(index, {"loss": losses})
@@ -178,7 +214,17 @@ def sharded(folder):
 
 SCENARIOS = {
     1: (plain, accumulated, dropped_scored, sharded),
-    2: (plain, accumulated, dropped_scored, sharded, gradients, resume_anywhere, newest_checkpoint, refused, full_data),
+    2: (
+        plain,
+        accumulated,
+        dropped_scored,
+        sharded,
+        gradients,
+        resume_anywhere,
+        newest_checkpoint,
+        refused,
+        full_data,
+    ),
     3: (plain, accumulated, dropped_scored, newest_checkpoint),
 }
 
@@ -194,7 +240,9 @@ def main(folder):
         torch.save(seen, folder / f"rank{RANK}.pt")
         torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(0)  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
+    os._exit(
+        0
+    )  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
 
 
 if __name__ == "__main__":

@@ -51,25 +51,39 @@ ROWS = {
         "epochs of one long run, checked against a slow reference in plain Python",
         "the right choice and scores in every epoch; memory and files do not grow, checkpoints by their report alone",
     ),
-    "ranks": Row("2 and 3 processes against one with the larger batch", "the same samples in the same steps, and scores"),
-    "accumulation": Row(
-        "batches accumulated against one big batch, six kinds of model", "the same weights and scores, to rounding"
+    "ranks": Row(
+        "2 and 3 processes against one with the larger batch",
+        "the same samples in the same steps, and scores",
     ),
-    "tasks": Row("kinds of model and task, trained with pruning", "each score is the loss of its own sample"),
+    "accumulation": Row(
+        "batches accumulated against one big batch, six kinds of model",
+        "the same weights and scores, to rounding",
+    ),
+    "tasks": Row(
+        "kinds of model and task, trained with pruning", "each score is the loss of its own sample"
+    ),
     "trainer options": Row(
         "save_only_model, save_total_limit, load_best_model_at_end, hub_strategy, auto_find_batch_size, "
         "hyperparameter_search, ignore_data_skip, early stopping, a push in mid-run",
         "they do what they do in the stock Trainer, and the scores stay right",
     ),
-    "properties": Row("random inputs drawn by Hypothesis", "the properties of policies, sampler, clock and report hold"),
+    "properties": Row(
+        "random inputs drawn by Hypothesis",
+        "the properties of policies, sampler, clock and report hold",
+    ),
     "conformance": Row("checks of the contract that every policy keeps", "each policy keeps it"),
-    "memory": Row("the bytes that a causal language model keeps for its losses", "no second copy of the logits"),
+    "memory": Row(
+        "the bytes that a causal language model keeps for its losses",
+        "no second copy of the logits",
+    ),
 }
 
 
 def check_key(key):
     if key not in ROWS:
-        raise ValueError(f"There is no row {key!r} in tests/reliability.py; the rows are {', '.join(map(repr, ROWS))}.")
+        raise ValueError(
+            f"There is no row {key!r} in tests/reliability.py; the rows are {', '.join(map(repr, ROWS))}."
+        )
 
 
 def read(path=RECORD):
@@ -87,32 +101,47 @@ def merge(path, rows):
     for key in record:
         check_key(key)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({key: record[key] for key in ROWS if key in record}, indent=1) + "\n")
+    temporary.write_text(
+        json.dumps({key: record[key] for key in ROWS if key in record}, indent=1) + "\n"
+    )
     os.replace(temporary, path)
 
 
 def happened(failed):
-    return "held each time" if failed == 0 else f"**failed {failed:,} time{'s' if failed > 1 else ''}**"
+    return (
+        "held each time"
+        if failed == 0
+        else f"**failed {failed:,} time{'s' if failed > 1 else ''}**"
+    )
 
 
 def render(record):
     """The table, for the rows that the record has."""
     for key in record:
         check_key(key)
-    lines = ["| what was tried | how often | promised | what happened |", "| --- | ---: | --- | --- |"]
+    lines = [
+        "| what was tried | how often | promised | what happened |",
+        "| --- | ---: | --- | --- |",
+    ]
     for key, (tried, promised) in ROWS.items():
         if key in record:
             row = record[key]
-            lines.append(f"| {tried.format(**row)} | {row['tried']:,} | {promised} | {happened(row['failed'])} |")
+            lines.append(
+                f"| {tried.format(**row)} | {row['tried']:,} | {promised} | {happened(row['failed'])} |"
+            )
     return "\n".join(lines)
 
 
 def put_into(text, table, name="reliability"):
     """The text with the table between the markers of that name."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    changed, found = re.subn(f"{start}\n.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL)
+    changed, found = re.subn(
+        f"{start}\n.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL
+    )
     if found != 1:
-        raise ValueError(f"Wanted is one place for the table, between {start} and {end}; there are {found}.")
+        raise ValueError(
+            f"Wanted is one place for the table, between {start} and {end}; there are {found}."
+        )
     return changed
 
 
@@ -120,4 +149,6 @@ if __name__ == "__main__":
     record = read()
     README.write_text(put_into(README.read_text(), render(record)))
     missing = [key for key in ROWS if key not in record]
-    print(f"{len(record)} rows rendered into README.md; not tried yet: {', '.join(missing) or 'none'}")
+    print(
+        f"{len(record)} rows rendered into README.md; not tried yet: {', '.join(missing) or 'none'}"
+    )

@@ -12,7 +12,11 @@ from reliability import README, ROOT, put_into
 RESULTS = ROOT / "recipes" / "results" / "benchmarks"
 NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
 RULES = NEEDED | {"loss-proportional": "loss-proportional", "orderdp": "OrderDP"}
-NAMES = {"resnet8_cifar": "ResNet-8 (CIFAR)", "bert": "a tiny BERT", "causal_lm": "a small Llama, vocabulary 32,000"}
+NAMES = {
+    "resnet8_cifar": "ResNet-8 (CIFAR)",
+    "bert": "a tiny BERT",
+    "causal_lm": "a small Llama, vocabulary 32,000",
+}
 
 
 def rows(file, **wanted):
@@ -68,7 +72,10 @@ def lines():
     yield (
         "the same, 0.3 of 100 million; memory at the peak",
         f"`RandomSampler` over all, {found['ucb']['full_seconds']:.0f} s",
-        "; ".join(f"{NEEDED[n]} {r['seconds']:.0f} s, {r['bytes_a_sample']:.1f} bytes a sample" for n, r in found.items()),
+        "; ".join(
+            f"{NEEDED[n]} {r['seconds']:.0f} s, {r['bytes_a_sample']:.1f} bytes a sample"
+            for n, r in found.items()
+        ),
         "choosing_100m",
     )
     for n, size in ((1_280_000, "1.28 million"), (10_000_000, "10 million")):
@@ -76,7 +83,8 @@ def lines():
             found = {row["way"]: row for row in rows("exchange", samples=n, ranks=ranks)}
             ours = found["once an epoch (hf_dynprune)"]
             each, packed = (
-                found[f"in every step (all_gather{more})"]["ms_an_epoch"] / 1000 for more in ("", ", float32 indices")
+                found[f"in every step (all_gather{more})"]["ms_an_epoch"] / 1000
+                for more in ("", ", float32 indices")
             )
             yield (
                 f"what {ranks} ranks (gloo) tell each other in an epoch, 0.3 of {size} samples",
@@ -115,7 +123,13 @@ def lines():
 def render():
     head = ["| what | beside | figure | file |", "| --- | --- | --- | --- |"]
     return "\n".join(
-        [*head, *(f"| {' | '.join(cells)} | [{f}.json](recipes/results/benchmarks/{f}.json) |" for *cells, f in lines())]
+        [
+            *head,
+            *(
+                f"| {' | '.join(cells)} | [{f}.json](recipes/results/benchmarks/{f}.json) |"
+                for *cells, f in lines()
+            ),
+        ]
     )
 
 

@@ -32,7 +32,12 @@ TITLES = {
 }
 TUNED = ("cifar10_resnet8", "cifar10_16px", "banking77_bert", "shakespeare_llama")
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
-SHOWN = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "loss-proportional": "loss-proportional"}
+SHOWN = {
+    "random": "random",
+    "epsilon-greedy": "ε-greedy",
+    "ucb": "UCB",
+    "loss-proportional": "loss-proportional",
+}
 
 
 def summary(name):
@@ -51,7 +56,11 @@ def costs(name):
 
 def rows_at(name, cost):
     """The rows of a study at a cost, and that of its full run, by their names."""
-    return {row["name"]: row for row in summary(name)["rows"] if row["wanted"] == cost or row["name"] == "full run"}
+    return {
+        row["name"]: row
+        for row in summary(name)["rows"]
+        if row["wanted"] == cost or row["name"] == "full run"
+    }
 
 
 def overview():
@@ -75,15 +84,22 @@ def overview():
         for cost in costs(name):
             rows = rows_at(name, cost)
             reached = [f"{scale * rows[run]['mean']:.2f}" for run in ("full run", "short run")]
-            cells = [*reached, *(difference(rows.get(rule), scale) for rule in SHOWN), str(rows["short run"]["seeds"])]
+            cells = [
+                *reached,
+                *(difference(rows.get(rule), scale) for rule in SHOWN),
+                str(rows["short run"]["seeds"]),
+            ]
             lines.append(f"| {title} | {cost:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-# ---- the claims of the central paper --------------------------------------------------------------------------------
+# ---- the claims of the central paper -------------------------------------------------------------
 
 REPRODUCED, IN_PART, NOT = "reproduced", "in part", "not reproduced"
-CLAIMED = {"cifar10_resnet8": "32 pixels", "cifar10_16px": "16 pixels"}  # the studies of three seeds and more
+CLAIMED = {
+    "cifar10_resnet8": "32 pixels",
+    "cifar10_16px": "16 pixels",
+}  # the studies of three seeds and more
 RULES = {"epsilon-greedy": "ε-greedy", "ucb": "UCB"}  # of the paper
 SCORES = {"el2n": "EL2N", "grand": "GraNd", "forgetting": "forgetting"}
 
@@ -99,7 +115,11 @@ def points(found):
 
 def by_scores(rows, words):
     """Static pruning with its scores charged, or given: (name of the method, row)."""
-    return [(SCORES[name.split()[0]], row) for name, row in rows.items() if name.endswith(f", scores {words}")]
+    return [
+        (SCORES[name.split()[0]], row)
+        for name, row in rows.items()
+        if name.endswith(f", scores {words}")
+    ]
 
 
 def verdict(held):
@@ -113,8 +133,13 @@ def static_scores_cost_more(name):
     for cost in costs(name):
         rows = rows_at(name, cost)
         if found := by_scores(rows, "charged"):
-            shown = [f"{method} {points(row['to_short_run'])} at a cost of {row['cost']:.2f}" for method, row in found]
-            words.append(f"difference to the short run of cost {cost:g}, with the scores counted: {', '.join(shown)}")
+            shown = [
+                f"{method} {points(row['to_short_run'])} at a cost of {row['cost']:.2f}"
+                for method, row in found
+            ]
+            words.append(
+                f"difference to the short run of cost {cost:g}, with the scores counted: {', '.join(shown)}"
+            )
             held += [row["to_short_run"]["interval"][1] < 0 for _, row in found]
     return "; ".join(words), held
 
@@ -124,7 +149,9 @@ def random_beats_static_scores(name):
     for cost in costs(name):
         if found := by_scores(rows_at(name, cost), "given"):
             shown = [f"{method} {points(row['to_random'])}" for method, row in found]
-            words.append(f"difference to dynamic random at {cost:g} of the samples, scores given: {', '.join(shown)}")
+            words.append(
+                f"difference to dynamic random at {cost:g} of the samples, scores given: {', '.join(shown)}"
+            )
             held += [row["to_random"]["interval"][1] < 0 for _, row in found]
     return "; ".join(words), held
 
@@ -148,10 +175,20 @@ def most_are_sometimes(name):
     words, held = [], []
     for rule, shown in RULES.items():
         found, chance = (tuple(100 * share for share in shares) for shares in kept(name, rule, 0.3))
-        kinds = ("in at most a tenth of its choices", "in at least nine tenths", "neither always nor never")
-        of = [f"{a:.1f} % {kind} (by chance {b:.1f} %)" for kind, a, b in zip(kinds, found, chance, strict=True)]
+        kinds = (
+            "in at most a tenth of its choices",
+            "in at least nine tenths",
+            "neither always nor never",
+        )
+        of = [
+            f"{a:.1f} % {kind} (by chance {b:.1f} %)"
+            for kind, a, b in zip(kinds, found, chance, strict=True)
+        ]
         words.append(f"{shown} at 0.3 kept of the samples {', '.join(of)}")
-        held += [found[2] > 50, found[2] > chance[2] + 1]  # most are; more than a coin would have it
+        held += [
+            found[2] > 50,
+            found[2] > chance[2] + 1,
+        ]  # most are; more than a coin would have it
     return "; ".join(words), held
 
 
@@ -160,7 +197,9 @@ def rules_beat_random(name):
     for cost in costs(name):
         rows = rows_at(name, cost)
         found = [(shown, rows[rule]["to_random"]) for rule, shown in RULES.items() if rule in rows]
-        words.append(f"at {cost:g} {', '.join(f'{shown} {points(difference)}' for shown, difference in found)}")
+        words.append(
+            f"at {cost:g} {', '.join(f'{shown} {points(difference)}' for shown, difference in found)}"
+        )
         held += [difference["interval"][0] > 0 for _, difference in found]
     return "difference to dynamic random " + "; ".join(words), held
 
@@ -186,32 +225,57 @@ CLAIMS = {
 
 def claims():
     """The claims in the abstracts of the central paper, what was measured, what became of them."""
-    lines = ["| claim | measured here (points of accuracy; 95 %) | verdict |", "| --- | --- | --- |"]
+    lines = [
+        "| claim | measured here (points of accuracy; 95 %) | verdict |",
+        "| --- | --- | --- |",
+    ]
     for words, judge in CLAIMS.items():
         judged = [(size, *judge(name)) for name, size in CLAIMED.items()]
         found = "<br>".join(f"{size}: {measured}" for size, measured, held in judged if held)
-        lines.append(f"| {words} | {found} | {verdict([each for *_, held in judged for each in held])} |")
+        lines.append(
+            f"| {words} | {found} | {verdict([each for *_, held in judged for each in held])} |"
+        )
     lines.append("| The same on ImageNet | not on two CPU cores | not testable here |")
     return "\n".join(lines)
 
 
-# ---- settings, one at a time; wrong labels --------------------------------------------------------------------------
+# ---- settings, one at a time; wrong labels -------------------------------------------------------
 
 # What is varied, the rule as it is, the rows with other values; the values, that of the rule as it is between stars.
 VARIED = (
     ("learning rate", "short run", "full (num_train_epochs 6, learning_rate {})", "0.8 *1.6*"),
     ("learning rate", "epsilon-greedy", "epsilon-greedy (learning_rate {})", "*0.8* 1.6"),
     ("learning rate", "loss-proportional", "loss-proportional (learning_rate {})", "0.8 *1.6*"),
-    ("epochs, at the same cost", "epsilon-greedy", "epsilon-greedy (num_train_epochs {})", "12 *20* 60"),
-    ("epochs, at the same cost", "loss-proportional", "loss-proportional (num_train_epochs {})", "12 *20* 60"),
+    (
+        "epochs, at the same cost",
+        "epsilon-greedy",
+        "epsilon-greedy (num_train_epochs {})",
+        "12 *20* 60",
+    ),
+    (
+        "epochs, at the same cost",
+        "loss-proportional",
+        "loss-proportional (num_train_epochs {})",
+        "12 *20* 60",
+    ),
     ("`alpha`", "loss-proportional", "loss-proportional (alpha {})", "0.5 *1.0* 2.0"),
     ("`epsilon`", "epsilon-greedy", "epsilon-greedy (epsilon {})", "0.0 *0.1* 0.3"),
     ("full-data epochs first", "loss-proportional", "loss-proportional (first {})", "*0* 2"),
-    ("share of full-data epochs last", "loss-proportional", "loss-proportional (last {})", "*0.0* 0.1"),
+    (
+        "share of full-data epochs last",
+        "loss-proportional",
+        "loss-proportional (last {})",
+        "*0.0* 0.1",
+    ),
     ("`c`", "ucb", "ucb (c {})", "*1.0* 5.0"),
     ("`decay`", "ucb", "ucb (decay {})", "0.3 *0.8* 1.0"),
     ("`period`", "epsilon-greedy", "epsilon-greedy (period {})", "*1* 5"),
-    ("`scoring`, `period` 5", "epsilon-greedy (period 5)", "epsilon-greedy (period 5, scoring {})", "*trained* dropped all"),
+    (
+        "`scoring`, `period` 5",
+        "epsilon-greedy (period 5)",
+        "epsilon-greedy (period 5, scoring {})",
+        "*trained* dropped all",
+    ),
     (
         "`scoring_mode`, of the dropped",
         "epsilon-greedy (period 5, scoring dropped)",
@@ -235,8 +299,13 @@ def settings():
         names = {value: rule if "*" in value else pattern.format(value) for value in values.split()}
         reached = {value: 100 * rows[name]["mean"] for value, name in names.items()}
         best = max(reached.values())
-        cells = [f"{value}: **{mean:.1f}**" if mean == best else f"{value}: {mean:.1f}" for value, mean in reached.items()]
-        lines.append(f"| {what} | {SHOWN.get(rule.partition(' (')[0], rule)} | {', '.join(cells)} |")
+        cells = [
+            f"{value}: **{mean:.1f}**" if mean == best else f"{value}: {mean:.1f}"
+            for value, mean in reached.items()
+        ]
+        lines.append(
+            f"| {what} | {SHOWN.get(rule.partition(' (')[0], rule)} | {', '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
@@ -258,19 +327,30 @@ def noise():
     ]
     for name, row in rows_at(NOISE, 0.3).items():
         difference = points(row["to_short_run"]) if row["to_short_run"] else ""
-        cells = (name, f"{100 * row['mean']:.2f}", difference, f"{100 * trained[name]:.1f}", str(row["seeds"]))
+        cells = (
+            name,
+            f"{100 * row['mean']:.2f}",
+            difference,
+            f"{100 * trained[name]:.1f}",
+            str(row["seeds"]),
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-# ---- pages ----------------------------------------------------------------------------------------------------------
+# ---- pages ---------------------------------------------------------------------------------------
 
 
 def rendered(text):
     for words in re.findall(r"<!-- (study [\w. ]+) -->", text):
         _, name, table = words.split()
         text = put_into(text, (STUDIES / name / f"{table}.md").read_text().strip(), words)
-    for name, render in (("overview", overview), ("claims", claims), ("settings", settings), ("noise", noise)):
+    for name, render in (
+        ("overview", overview),
+        ("claims", claims),
+        ("settings", settings),
+        ("noise", noise),
+    ):
         text = put_into(text, render(), name) if f"<!-- {name} -->" in text else text
     return text
 

@@ -12,7 +12,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import KnownLoss, Shares, bert, images, known_losses, same_weights, texts, trainer, values, vit
+from tiny import (
+    KnownLoss,
+    Shares,
+    bert,
+    images,
+    known_losses,
+    same_weights,
+    texts,
+    trainer,
+    values,
+    vit,
+)
 from transformers import Trainer, TrainerCallback
 
 from hf_dynprune import (
@@ -33,7 +44,7 @@ from hf_dynprune.advice import Advice, Measured, Settings, assumed_share, predic
 from hf_dynprune.report import PHASES
 from hf_dynprune.trainer import looks_once
 
-# ---- prediction -----------------------------------------------------------------------------------------------------
+# ---- prediction ----------------------------------------------------------------------------------
 
 RUN = Settings(num_samples=100, batch_size=10, num_epochs=4)
 SPENT = Measured(
@@ -54,12 +65,24 @@ SPENT = Measured(
 
 def test_a_run_adds_up():
     full = predict(FullData(), RUN, SPENT)
-    assert full.seconds == {"training": 7 + 40 * 1.0 + 4 * 2, "scoring": 0, "choosing": 0, "evaluation": 0}
+    assert full.seconds == {
+        "training": 7 + 40 * 1.0 + 4 * 2,
+        "scoring": 0,
+        "choosing": 0,
+        "evaluation": 0,
+    }
     assert (full.steps, full.epochs, full.passes) == (40, 4, 400)
-    short = predict(FullData(), Settings(num_samples=105, batch_size=10, num_epochs=4), SPENT)  # batches of 5 samples
+    short = predict(
+        FullData(), Settings(num_samples=105, batch_size=10, num_epochs=4), SPENT
+    )  # batches of 5 samples
     assert short.seconds["training"] == pytest.approx(7 + 42 * 0.9 + 44 * 0.1 + 4 * 2)
     pruned = predict(UCB(0.3), RUN, SPENT, choosing=0.25)
-    assert pruned.seconds == {"training": 7 + 12 * 1.0 + 4 * 2, "scoring": 0, "choosing": 1, "evaluation": 0}
+    assert pruned.seconds == {
+        "training": 7 + 12 * 1.0 + 4 * 2,
+        "scoring": 0,
+        "choosing": 1,
+        "evaluation": 0,
+    }
     assert (pruned.steps, pruned.passes, pruned.total) == (12, 120, 28)
 
 
@@ -86,7 +109,9 @@ def test_what_the_arguments_say_of_evaluation_and_checkpoints():
 
     assert seconds(eval_strategy="epoch")["evaluation"] == 4 * 3.0
     assert seconds(eval_strategy="epoch", eval_delay=3, eval_on_start=True)["evaluation"] == 3 * 3.0
-    assert seconds(eval_strategy="steps", eval_steps=5)["evaluation"] == 3 * 3.0  # after 5, 10 and the last, 12
+    assert (
+        seconds(eval_strategy="steps", eval_steps=5)["evaluation"] == 3 * 3.0
+    )  # after 5, 10 and the last, 12
     assert seconds(eval_strategy="steps", eval_steps=0.25)["evaluation"] == 4 * 3.0
     assert seconds(save_strategy="epoch")["training"] - seconds()["training"] == 4 * 4.0
     assert seconds()["training"] - seconds(persistent_workers=True)["training"] == 3 * 2.0
@@ -108,14 +133,27 @@ POLICIES = [
     "settings",
     [
         {"eval_strategy": "epoch", "save_strategy": "epoch"},
-        {"num_train_epochs": 2.5, "gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 3},
-        {"max_steps": 9, "dataloader_drop_last": True, "eval_strategy": "epoch", "save_strategy": "steps", "save_steps": 4},
+        {
+            "num_train_epochs": 2.5,
+            "gradient_accumulation_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+        },
+        {
+            "max_steps": 9,
+            "dataloader_drop_last": True,
+            "eval_strategy": "epoch",
+            "save_strategy": "steps",
+            "save_steps": 4,
+        },
     ],
     ids=["epochs", "half an epoch", "steps"],
 )
 def test_steps_passes_evaluations_and_checkpoints_are_those_of_the_run(policy, settings, tmp_path):
     data = {"eval_dataset": images(8, seed=1)}
-    run = trainer(tmp_path, data=images(36), pruning=policy, extra=data, save_total_limit=None, **settings)
+    run = trainer(
+        tmp_path, data=images(36), pruning=policy, extra=data, save_total_limit=None, **settings
+    )
     measured = changed(waiting=0.0, forward=0.0, backward=0.0, optimizer=1.0)
     prediction = predict(policy, Settings.of(run), measured)
     run.train()
@@ -125,7 +163,9 @@ def test_steps_passes_evaluations_and_checkpoints_are_those_of_the_run(policy, s
     assert prediction.epochs == len(run.pruning_report.epochs)
     assert prediction.seconds["evaluation"] == evaluations * SPENT.evaluation
     scorings = sum(epoch.scoring_passes > 0 for epoch in run.pruning_report.epochs)
-    assert prediction.seconds["scoring"] == pytest.approx(scorings * 0.5 + totals["scoring_passes"] * 0.01)
+    assert prediction.seconds["scoring"] == pytest.approx(
+        scorings * 0.5 + totals["scoring_passes"] * 0.01
+    )
     assert prediction.seconds["training"] - prediction.steps == pytest.approx(
         len(list(tmp_path.glob("checkpoint-*"))) * SPENT.checkpoint
     )
@@ -146,11 +186,13 @@ def test_sizes_that_depend_on_the_data_are_assumed_and_say_so():
     assert prediction.assumed == pytest.approx((0.6, 0.9))
     assert (prediction.least_seconds, prediction.total) == pytest.approx((15 + 24, 15 + 36))
     assert prediction.passes == 360
-    hiding = predict(KAKURENBO(), RUN, SPENT)  # what is hidden goes forward, but before the first choice
+    hiding = predict(
+        KAKURENBO(), RUN, SPENT
+    )  # what is hidden goes forward, but before the first choice
     assert hiding.least_seconds == pytest.approx(15 + 4 * 7 + 3 * (0.5 + 30 * 0.01))
 
 
-# ---- findings -------------------------------------------------------------------------------------------------------
+# ---- findings ------------------------------------------------------------------------------------
 
 
 def advice(*policies, measured=SPENT, **settings):
@@ -187,20 +229,30 @@ def test_the_loader_is_the_limit():
     found = advice(RandomPruning(0.5), measured=slow).findings["loader"]
     assert "60 % of a step is waiting for data" in found
     assert "would take 16.0 s instead of 40.0 s" in found
-    busy = changed(waiting=0.6, loading=0.01, forward=0.1, backward=0.2)  # what is between two steps is not all loading
+    busy = changed(
+        waiting=0.6, loading=0.01, forward=0.1, backward=0.2
+    )  # what is between two steps is not all loading
     assert "loader" not in advice(RandomPruning(0.5), measured=busy).findings
 
 
 def test_scoring_evaluation_and_epoch_starts_eat_the_gain():
-    found = advice(RandomPruning(0.1), RandomPruning(0.3), measured=changed(), eval_strategy="epoch").findings
-    assert "75 % of RandomPruning(keep_ratio=0.1), and more than 30 % of 1 others" in found["evaluation"]
+    found = advice(
+        RandomPruning(0.1), RandomPruning(0.3), measured=changed(), eval_strategy="epoch"
+    ).findings
+    assert (
+        "75 % of RandomPruning(keep_ratio=0.1), and more than 30 % of 1 others"
+        in found["evaluation"]
+    )
     assert "evaluate less often" in found["evaluation"]
     found = advice(UCB(0.5, scoring="all"), measured=changed(scoring=0.1)).findings
     assert "of UCB(scoring='all', keep_ratio=0.5)." in found["scoring"]
     found = advice(RandomPruning(0.1), measured=changed(epoch_start=5.0), workers=2).findings
     assert "5.0 s an epoch, 20.0 s of 24.0 s" in found["epoch starts"]
     assert (
-        "epoch starts" not in advice(RandomPruning(0.1), measured=changed(epoch_start=5.0), persistent_workers=True).findings
+        "epoch starts"
+        not in advice(
+            RandomPruning(0.1), measured=changed(epoch_start=5.0), persistent_workers=True
+        ).findings
     )
 
 
@@ -214,18 +266,31 @@ def test_policies_that_cannot_act():
 def test_it_prints_and_is_json():
     found = advice(UCB(0.3), InfoBatch(), eval_strategy="epoch")
     lines = str(found).splitlines()
-    assert re.split(r" {2,}", lines[0]) == ["policy", "cost", *PHASES, "total", "saved", "as long: all data for"]
+    assert re.split(r" {2,}", lines[0]) == [
+        "policy",
+        "cost",
+        *PHASES,
+        "total",
+        "saved",
+        "as long: all data for",
+    ]
     assert lines[1].startswith("FullData()")
     assert lines[3].startswith("~ InfoBatch(prune_ratio=0.5)")
     assert len({len(line) for line in lines[:4]}) == 1
     rows = json.loads(json.dumps(found.to_dict()))["predictions"]
-    assert [row["label"] for row in rows] == ["FullData()", "UCB(keep_ratio=0.3)", "InfoBatch(prune_ratio=0.5)"]
-    assert rows[1]["saved"] == pytest.approx(1 - rows[1]["total_seconds"] / rows[0]["total_seconds"])
+    assert [row["label"] for row in rows] == [
+        "FullData()",
+        "UCB(keep_ratio=0.3)",
+        "InfoBatch(prune_ratio=0.5)",
+    ]
+    assert rows[1]["saved"] == pytest.approx(
+        1 - rows[1]["total_seconds"] / rows[0]["total_seconds"]
+    )
     assert rows[1]["estimate"] is None
     assert rows[2]["estimate"]["kept"] == pytest.approx([0.6, 0.9])
 
 
-# ---- the dry run ----------------------------------------------------------------------------------------------------
+# ---- the dry run ---------------------------------------------------------------------------------
 
 
 class Counts(TrainerCallback):
@@ -246,7 +311,10 @@ MADE = {
         lambda: (lambda model: (model, own_optimizer(model)))(vit(dropout=0.3)),
         {"cls": Trainer, "dataloader_num_workers": 1, "dataloader_persistent_workers": True},
     ),
-    "stock, model_init": (lambda: (None, {"model_init": lambda: vit(dropout=0.3)}), {"cls": Trainer}),
+    "stock, model_init": (
+        lambda: (None, {"model_init": lambda: vit(dropout=0.3)}),
+        {"cls": Trainer},
+    ),
     "pruning": (lambda: (vit(dropout=0.3), {}), {"pruning": UCB(0.5, scoring="dropped")}),
     "pruning, bf16, accumulation": (
         lambda: (vit(dropout=0.3), {}),
@@ -267,9 +335,20 @@ def test_it_leaves_all_as_it_was(kind, tmp_path):
         random.seed(1)
         np.random.seed(1)
         model, extra = make()
-        evaluation = {} if "data" in settings else {"eval_dataset": images(12, seed=1), "eval_strategy": "epoch"}
+        evaluation = (
+            {}
+            if "data" in settings
+            else {"eval_dataset": images(12, seed=1), "eval_strategy": "epoch"}
+        )
         strategy = {"eval_strategy": evaluation.pop("eval_strategy")} if evaluation else {}
-        return trainer(folder, model=model, extra={**extra, **evaluation}, save_strategy="epoch", **strategy, **settings)
+        return trainer(
+            folder,
+            model=model,
+            extra={**extra, **evaluation},
+            save_strategy="epoch",
+            **strategy,
+            **settings,
+        )
 
     run = made(tmp_path / "a")
     counts = Counts()
@@ -334,7 +413,13 @@ def test_it_predicts_a_run_of_known_seconds(tmp_path):
     def made(policy, folder):
         extra = {"per_sample_loss_fn": known_losses, "eval_dataset": values(40)}
         return trainer(
-            folder, model=Slow(), data=SlowSamples(), pruning=policy, extra=extra, eval_strategy="epoch", **SECONDS
+            folder,
+            model=Slow(),
+            data=SlowSamples(),
+            pruning=policy,
+            extra=extra,
+            eval_strategy="epoch",
+            **SECONDS,
         )
 
     policies = [UCB(0.5), UCB(0.3, scoring="all")]
@@ -346,8 +431,12 @@ def test_it_predicts_a_run_of_known_seconds(tmp_path):
         seconds = time.perf_counter() - begun
         assert prediction.total == pytest.approx(seconds, rel=0.15)
         for phase, measured in run.pruning_report.totals["seconds"].items():
-            start = found.measured.run_start if phase == "training" else 0.0  # train()'s own, before the first epoch
-            assert prediction.seconds[phase] - start == pytest.approx(measured, rel=0.2, abs=0.2), phase
+            start = (
+                found.measured.run_start if phase == "training" else 0.0
+            )  # train()'s own, before the first epoch
+            assert prediction.seconds[phase] - start == pytest.approx(measured, rel=0.2, abs=0.2), (
+                phase
+            )
     m = found.measured
     assert m.waiting == pytest.approx(0.032, rel=0.3)
     assert m.loading == pytest.approx(0.032, rel=0.3)
@@ -383,8 +472,12 @@ def test_what_it_asks_for(tmp_path):
     assert labels[0] == "RandomPruning(keep_ratio=0.1)"
     own = trainer(tmp_path, data=images(40), pruning=OrderDP(0.3))
     assert advise(own, batches=4).predictions[0].policy == OrderDP(0.3)
-    small = trainer(tmp_path, cls=Trainer, data=images(40), dataloader_drop_last=True)  # 4 samples do not fill a batch of 8
-    assert {getattr(p.policy, "keep_ratio", None) for p in advise(small, batches=4).predictions} == {0.3, 0.5, 0.7, None}
+    small = trainer(
+        tmp_path, cls=Trainer, data=images(40), dataloader_drop_last=True
+    )  # 4 samples do not fill a batch of 8
+    assert {
+        getattr(p.policy, "keep_ratio", None) for p in advise(small, batches=4).predictions
+    } == {0.3, 0.5, 0.7, None}
 
 
 def test_mistakes(tmp_path):
@@ -403,7 +496,14 @@ def test_mistakes(tmp_path):
 
 def test_the_benchmark(tmp_path):
     root = Path(__file__).parents[1]
-    options = ["--quickstart_epochs", "1", "--rounds", "1", "--output", str(tmp_path / "advice.json")]
+    options = [
+        "--quickstart_epochs",
+        "1",
+        "--rounds",
+        "1",
+        "--output",
+        str(tmp_path / "advice.json"),
+    ]
     command = [sys.executable, str(root / "recipes/benchmarks/advice.py"), *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -416,7 +516,7 @@ def test_the_benchmark(tmp_path):
     assert f"worst: quickstart, {result['worst']['run']}" in done.stdout
 
 
-# ---- the Trainer says it, too ---------------------------------------------------------------------------------------
+# ---- the Trainer says it, too --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -445,13 +545,19 @@ def test_the_trainer_says_once_that_scores_decide_nothing(tmp_path, caplog):
         caplog.clear()
         run = trainer(tmp_path, **settings)
         run.train()
-        return [record for record in caplog.records if "never observed samples come first" in record.getMessage()]
+        return [
+            record
+            for record in caplog.records
+            if "never observed samples come first" in record.getMessage()
+        ]
 
     (warning,) = said(pruning=UCB(0.3), num_train_epochs=2)
     assert warning.levelname == "WARNING"
     for word in ("2 epochs with UCB(", 'scoring="all"', "first=1"):
         assert word in warning.getMessage()
-    assert len(said(pruning=UCB(0.2), max_steps=3)) == 1  # 40 samples, batches of 8: one step an epoch
+    assert (
+        len(said(pruning=UCB(0.2), max_steps=3)) == 1
+    )  # 40 samples, batches of 8: one step an epoch
     assert said(pruning=UCB(0.2), max_steps=6) == []
     assert said(pruning=UCB(0.5), num_train_epochs=3) == []
     assert said(pruning=UCB(0.3, scoring="all"), num_train_epochs=2) == []

@@ -25,10 +25,20 @@ def parse(*words: str) -> PruningArguments:
         (["--pruning", "UCB", "--keep_ratio", "0.3"], UCB(0.3)),
         (["--pruning=epsilon_greedy", "--keep_ratio=1"], EpsilonGreedy(1.0)),
         (
-            ["--pruning", "random", "--keep_ratio", "0.1", "--pruning_kwargs", '{"replacement": false, "last": 0.125}'],
+            [
+                "--pruning",
+                "random",
+                "--keep_ratio",
+                "0.1",
+                "--pruning_kwargs",
+                '{"replacement": false, "last": 0.125}',
+            ],
             RandomPruning(0.1, replacement=False, last=0.125),
         ),
-        (["--pruning", "ucb", "--pruning_kwargs", '{"keep_ratio": 0.2, "max_age": null}'], UCB(0.2)),
+        (
+            ["--pruning", "ucb", "--pruning_kwargs", '{"keep_ratio": 0.2, "max_age": null}'],
+            UCB(0.2),
+        ),
     ],
 )
 def test_command_line(words, policy):
@@ -39,7 +49,17 @@ def test_command_line_beside_training_arguments(tmp_path):
     from transformers import TrainingArguments
 
     parser = HfArgumentParser((PruningArguments, TrainingArguments))
-    words = ["--pruning", "ucb", "--keep_ratio", "0.3", "--output_dir", str(tmp_path), "--use_cpu", "--seed", "7"]
+    words = [
+        "--pruning",
+        "ucb",
+        "--keep_ratio",
+        "0.3",
+        "--output_dir",
+        str(tmp_path),
+        "--use_cpu",
+        "--seed",
+        "7",
+    ]
     pruning, training = parser.parse_args_into_dataclasses(words)
     assert pruning.policy() == UCB(0.3)
     assert training.seed == 7
@@ -57,7 +77,9 @@ def test_mapping_and_file(tmp_path, kwargs):
 
 
 def test_yaml_file(tmp_path):
-    (tmp_path / "run.yaml").write_text("pruning: ucb\nkeep_ratio: 0.3\npruning_kwargs:\n  period: 10\n  bonus: std\n")
+    (tmp_path / "run.yaml").write_text(
+        "pruning: ucb\nkeep_ratio: 0.3\npruning_kwargs:\n  period: 10\n  bonus: std\n"
+    )
     (arguments,) = HfArgumentParser(PruningArguments).parse_yaml_file(str(tmp_path / "run.yaml"))
     assert arguments.policy() == UCB(0.3, period=10, bonus="std")
 
@@ -77,18 +99,24 @@ def test_kwargs_that_are_no_json_are_named(text):
 
 @pytest.mark.parametrize("value", ["[1]", "10", '"x"', [1], 3])
 def test_kwargs_that_are_no_mapping_are_named(value):
-    with pytest.raises(ValueError, match=r"pruning_kwargs=.* must be a mapping, such as \{\"period\": 10\}"):
+    with pytest.raises(
+        ValueError, match=r"pruning_kwargs=.* must be a mapping, such as \{\"period\": 10\}"
+    ):
         PruningArguments("ucb", pruning_kwargs=value)
 
 
 def test_keep_ratio_given_twice():
-    with pytest.raises(ValueError, match=r"keep_ratio is given twice: 0.3 by itself, 0.4 in pruning_kwargs"):
+    with pytest.raises(
+        ValueError, match=r"keep_ratio is given twice: 0.3 by itself, 0.4 in pruning_kwargs"
+    ):
         PruningArguments("ucb", 0.3, {"keep_ratio": 0.4}).policy()
 
 
 @pytest.mark.parametrize("settings", [{"keep_ratio": 0.3}, {"pruning_kwargs": {"period": 10}}])
 def test_settings_without_a_policy(settings):
-    with pytest.raises(ValueError, match=r"has no effect with pruning='none': choose a policy \(full, random"):
+    with pytest.raises(
+        ValueError, match=r"has no effect with pruning='none': choose a policy \(full, random"
+    ):
         PruningArguments(**settings).policy()
 
 
@@ -98,7 +126,10 @@ def test_settings_without_a_policy(settings):
         (("ucbb",), "no policy 'ucbb': did you mean 'ucb'"),
         (("ucb", 3.0), "keep_ratio=3.0 is out of range"),
         (("full", 0.3), "Policy 'full' has no field 'keep_ratio'"),
-        (("ucb", None, {"periode": 3}), "Policy 'ucb' has no field 'periode': did you mean 'period'"),
+        (
+            ("ucb", None, {"periode": 3}),
+            "Policy 'ucb' has no field 'periode': did you mean 'period'",
+        ),
         (("ucb", None, {"period": 0}), "period=0 is out of range"),
     ],
 )

@@ -38,7 +38,13 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
     options, name = BENCHMARKS[script]
     file = tmp_path / "result.json"
     done = subprocess.run(
-        [sys.executable, ROOT / f"recipes/benchmarks/{script}.py", *options.split(), "--output", file],
+        [
+            sys.executable,
+            ROOT / f"recipes/benchmarks/{script}.py",
+            *options.split(),
+            "--output",
+            file,
+        ],
         capture_output=True,
         text=True,
         timeout=300,
@@ -93,7 +99,9 @@ def test_a_run_that_fails_stops_no_other():
 
 def test_every_other_round_is_in_reverse_order():
     seen = []
-    found = measure.in_turns({name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}, 3)
+    found = measure.in_turns(
+        {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}, 3
+    )
     assert seen == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}
 
@@ -101,5 +109,7 @@ def test_every_other_round_is_in_reverse_order():
 def test_the_interval_of_a_ratio():
     found = measure.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert found["ratio"] == 2
-    assert found["ratio_95"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)  # t = 4.3027 with 2 degrees of freedom
+    assert found["ratio_95"] == pytest.approx(
+        [2 - 2.4841, 2 + 2.4841], abs=1e-4
+    )  # t = 4.3027 with 2 degrees of freedom
     assert measure.ratio([3.0], [2.0])["ratio_95"] is None

@@ -30,20 +30,36 @@ from hf_dynprune import UCB, DynamicPruningTrainer, EpsilonGreedy, RandomPruning
 from hf_dynprune.pruner import STATE_FILE
 
 CHANGING = UCB(keep_ratio=0.4, first=1, last=0.25)  # epochs of 26, 10, 10, 26 samples
-GRID = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 4}
+GRID = {
+    "num_train_epochs": 4,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "per_device_train_batch_size": 4,
+}
 
 
-# ---- exact resume ----------------------------------------------------------------------------------------------------
+# ---- exact resume --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [CHANGING, Shares(), EpsilonGreedy(0.5, period=2, first=1, last=0.25)])
+@pytest.mark.parametrize(
+    "policy", [CHANGING, Shares(), EpsilonGreedy(0.5, period=2, first=1, last=0.25)]
+)
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_resuming_from_any_checkpoint_continues_the_identical_run(policy, accumulation, tmp_path, reliability):
+def test_resuming_from_any_checkpoint_continues_the_identical_run(
+    policy, accumulation, tmp_path, reliability
+):
     data = images(26)
 
     def make(folder):
         model = vit(dropout=0.1)
-        return trainer(folder, model=model, data=data, pruning=policy, gradient_accumulation_steps=accumulation, **GRID)
+        return trainer(
+            folder,
+            model=model,
+            data=data,
+            pruning=policy,
+            gradient_accumulation_steps=accumulation,
+            **GRID,
+        )
 
     for _ in every_checkpoint(make, tmp_path):
         reliability("resume")
@@ -57,7 +73,12 @@ def test_resuming_from_any_checkpoint_with_workers(persistent, accumulation, tmp
 
     def make(folder):
         model = vit(dropout=0.1)
-        grid = {**GRID, **settings, "per_device_train_batch_size": 6, "gradient_accumulation_steps": accumulation}
+        grid = {
+            **GRID,
+            **settings,
+            "per_device_train_batch_size": 6,
+            "gradient_accumulation_steps": accumulation,
+        }
         return trainer(folder, model=model, data=data, pruning=CHANGING, **grid)
 
     for _ in every_checkpoint(make, tmp_path):
@@ -88,11 +109,13 @@ def test_resuming_a_run_that_is_complete_trains_nothing_more(tmp_path):
     assert comparable(again.pruning_report) == comparable(whole.pruning_report)
 
 
-# ---- which checkpoint ------------------------------------------------------------------------------------------------
+# ---- which checkpoint ----------------------------------------------------------------------------
 
 
 def run_with_checkpoints(folder, **settings):
-    return trainer(folder, **{"pruning": UCB(0.6), "save_strategy": "steps", "save_steps": 2, **settings})
+    return trainer(
+        folder, **{"pruning": UCB(0.6), "save_strategy": "steps", "save_steps": 2, **settings}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -134,22 +157,39 @@ def empty(path):
 
 
 def foreign(path):
-    path.write_bytes((path.parent / ("model.safetensors" if path.name == STATE_FILE else STATE_FILE)).read_bytes())
+    path.write_bytes(
+        (
+            path.parent / ("model.safetensors" if path.name == STATE_FILE else STATE_FILE)
+        ).read_bytes()
+    )
 
 
-FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "config.json", STATE_FILE)
-FAULTS = [(file, fault) for file in FILES for fault in (truncate, flip, zero, empty, foreign, Path.unlink)]
+FILES = (
+    "model.safetensors",
+    "optimizer.pt",
+    "scheduler.pt",
+    "rng_state.pth",
+    "config.json",
+    STATE_FILE,
+)
+FAULTS = [
+    (file, fault) for file in FILES for fault in (truncate, flip, zero, empty, foreign, Path.unlink)
+]
 FAULTS += [("trainer_state.json", fault) for fault in (truncate, zero, empty, foreign, Path.unlink)]
 
 
-@pytest.mark.parametrize(("file", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value))
+@pytest.mark.parametrize(
+    ("file", "fault"), FAULTS, ids=lambda value: getattr(value, "__name__", value)
+)
 def test_a_broken_checkpoint_is_refused_by_name_and_passed_over_otherwise(
     file, fault, finished, checkpoints, caplog, reliability
 ):
     fault(checkpoints / "checkpoint-9" / file)
     before = contents(checkpoints)
     with pytest.raises(ValueError, match=rf"(?s)checkpoint-9.*{file}.*resume_from_checkpoint=True"):
-        run_with_checkpoints(checkpoints).train(resume_from_checkpoint=str(checkpoints / "checkpoint-9"))
+        run_with_checkpoints(checkpoints).train(
+            resume_from_checkpoint=str(checkpoints / "checkpoint-9")
+        )
     assert contents(checkpoints) == before  # nothing was overwritten
     part = run_with_checkpoints(checkpoints)
     part.train(resume_from_checkpoint=True)
@@ -173,9 +213,14 @@ def test_the_newest_complete_checkpoint_is_taken_whatever_follows_it(finished, c
 
 
 def test_states_of_different_steps_do_not_make_a_checkpoint(checkpoints):
-    shutil.copy(checkpoints / "checkpoint-6" / "trainer_state.json", checkpoints / "checkpoint-8" / "trainer_state.json")
+    shutil.copy(
+        checkpoints / "checkpoint-6" / "trainer_state.json",
+        checkpoints / "checkpoint-8" / "trainer_state.json",
+    )
     with pytest.raises(ValueError, match=r"of step 6.* of step 8"):
-        run_with_checkpoints(checkpoints).train(resume_from_checkpoint=str(checkpoints / "checkpoint-8"))
+        run_with_checkpoints(checkpoints).train(
+            resume_from_checkpoint=str(checkpoints / "checkpoint-8")
+        )
 
 
 def test_no_complete_checkpoint_at_all(checkpoints):
@@ -193,11 +238,15 @@ def test_a_checkpoint_that_is_written_over_another_is_complete_only_at_its_end(c
             super()._save_rng_state(output_dir)
             raise KeyboardInterrupt
 
-    anew = trainer(checkpoints, cls=Killed, pruning=UCB(0.6), save_strategy="steps", save_steps=2, seed=7)
+    anew = trainer(
+        checkpoints, cls=Killed, pruning=UCB(0.6), save_strategy="steps", save_steps=2, seed=7
+    )
     with pytest.raises(KeyboardInterrupt):
         anew.train()
     with pytest.raises(ValueError, match=r"trainer_state\.json cannot be read"):
-        run_with_checkpoints(checkpoints, seed=7).train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+        run_with_checkpoints(checkpoints, seed=7).train(
+            resume_from_checkpoint=str(checkpoints / "checkpoint-2")
+        )
 
 
 @pytest.mark.parametrize(
@@ -215,19 +264,34 @@ def test_a_checkpoint_that_is_written_over_another_is_complete_only_at_its_end(c
         ({"data_seed": 1}, r"data seed: 42 there, 1 here"),
     ],
 )
-def test_another_run_is_refused_on_resume_with_both_values(changes, message, checkpoints, reliability):
+def test_another_run_is_refused_on_resume_with_both_values(
+    changes, message, checkpoints, reliability
+):
     before = contents(checkpoints)
-    with pytest.raises(ValueError, match=rf"{message}.*Resume with the settings of the checkpoint, or start a new run"):
-        run_with_checkpoints(checkpoints, **changes).train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+    with pytest.raises(
+        ValueError,
+        match=rf"{message}.*Resume with the settings of the checkpoint, or start a new run",
+    ):
+        run_with_checkpoints(checkpoints, **changes).train(
+            resume_from_checkpoint=str(checkpoints / "checkpoint-2")
+        )
     assert contents(checkpoints) == before
     reliability("refused")
 
 
-# ---- checkpoints of the stock Trainer --------------------------------------------------------------------------------
+# ---- checkpoints of the stock Trainer ------------------------------------------------------------
 
 
 def stock_run(folder, **settings):
-    run = trainer(folder, cls=Trainer, save_strategy="steps", save_steps=1, optim="sgd", num_train_epochs=4, **settings)
+    run = trainer(
+        folder,
+        cls=Trainer,
+        save_strategy="steps",
+        save_steps=1,
+        optim="sgd",
+        num_train_epochs=4,
+        **settings,
+    )
     run.train()
     return run
 
@@ -240,7 +304,9 @@ def test_a_stock_checkpoint_is_refused_with_the_way_out(tmp_path):
         run_with_checkpoints(tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("step", [10, 7])  # at the end of an epoch, and in the middle of one of 5 steps
+@pytest.mark.parametrize(
+    "step", [10, 7]
+)  # at the end of an epoch, and in the middle of one of 5 steps
 def test_a_stock_checkpoint_is_continued_on_purpose(step, tmp_path, caplog):
     stock_run(tmp_path / "stock")
     checkpoint = tmp_path / "stock" / f"checkpoint-{step}"
@@ -275,7 +341,7 @@ def test_a_stock_checkpoint_that_is_broken_is_refused_on_purpose_too(tmp_path):
         run_with_checkpoints(tmp_path).train(str(tmp_path / "checkpoint-5"), stock_checkpoint=True)
 
 
-# ---- options of the Trainer ------------------------------------------------------------------------------------------
+# ---- options of the Trainer ----------------------------------------------------------------------
 
 
 def test_ignore_data_skip_restarts_the_interrupted_epoch(checkpoints, tmp_path, reliability):
@@ -320,12 +386,18 @@ def test_load_best_model_at_end(tmp_path, reliability):
     settings = {"extra": extra, "save_total_limit": 2, "learning_rate": 0.05, **BEST}
     whole = run_with_checkpoints(tmp_path / "whole", **settings)
     whole.train()
-    losses = {entry["step"]: entry["eval_loss"] for entry in whole.state.log_history if "eval_loss" in entry}
+    losses = {
+        entry["step"]: entry["eval_loss"]
+        for entry in whole.state.log_history
+        if "eval_loss" in entry
+    }
     best = min(losses, key=losses.get)
     assert best != max(losses)  # the best is not the last, or nothing is tested here
     assert whole.state.best_global_step == best
     assert whole.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-6)
-    assert whole.pruning_report.metrics["eval_loss"] == losses[max(losses)]  # of the last, not of the best
+    assert (
+        whole.pruning_report.metrics["eval_loss"] == losses[max(losses)]
+    )  # of the last, not of the best
     part = run_with_checkpoints(tmp_path / "whole", **settings)
     newest = max(int(path.name.split("-")[1]) for path in (tmp_path / "whole").glob("checkpoint-*"))
     part.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{newest}"))
@@ -334,11 +406,18 @@ def test_load_best_model_at_end(tmp_path, reliability):
 
 
 def test_early_stopping_ends_the_run_and_its_record(tmp_path, reliability):
-    extra = {"eval_dataset": images(10, seed=3), "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)]}
-    run = run_with_checkpoints(tmp_path, extra=extra, num_train_epochs=20, learning_rate=0.0, **BEST)
+    extra = {
+        "eval_dataset": images(10, seed=3),
+        "callbacks": [EarlyStoppingCallback(early_stopping_patience=1)],
+    }
+    run = run_with_checkpoints(
+        tmp_path, extra=extra, num_train_epochs=20, learning_rate=0.0, **BEST
+    )
     run.train()
     report = run.pruning_report
-    assert run.state.global_step == 4  # the loss of the second evaluation is no better than that of the first
+    assert (
+        run.state.global_step == 4
+    )  # the loss of the second evaluation is no better than that of the first
     assert sum(record.optimizer_steps for record in report.epochs) == 4
     assert report.num_epochs == pytest.approx(4 / 3)
     assert report.totals["forward_passes"] == 24 + 8
@@ -387,11 +466,15 @@ def test_hyperparameter_search_starts_each_trial_with_an_empty_table(tmp_path, r
     best = run.hyperparameter_search(
         hp_space=lambda trial: {
             "learning_rate": trial.suggest_categorical("learning_rate", [1e-3, 1e-1]),
-            "per_device_train_batch_size": trial.suggest_categorical("per_device_train_batch_size", [4, 8]),
+            "per_device_train_batch_size": trial.suggest_categorical(
+                "per_device_train_batch_size", [4, 8]
+            ),
         },
         n_trials=3,
         backend="optuna",
-        sampler=optuna.samplers.GridSampler({"learning_rate": [1e-3, 1e-1], "per_device_train_batch_size": [4, 8]}, seed=0),
+        sampler=optuna.samplers.GridSampler(
+            {"learning_rate": [1e-3, 1e-1], "per_device_train_batch_size": [4, 8]}, seed=0
+        ),
     )
     assert best.hyperparameters["learning_rate"] in (1e-3, 1e-1)
     assert len(reports) == 3
@@ -425,10 +508,17 @@ run.train()
 def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, tmp_path, reliability):
     with Hub() as hub:
         tests = Path(__file__).parent
-        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": f"{tests}:{tests.parent}"}
+        environment = {
+            **hub.environment(tmp_path / "home"),
+            "PYTHONPATH": f"{tests}:{tests.parent}",
+        }
         command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), strategy]
         subprocess.run(command, env=environment, check=True, timeout=300)
-        names = ["last-checkpoint"] if strategy == "checkpoint" else [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
+        names = (
+            ["last-checkpoint"]
+            if strategy == "checkpoint"
+            else [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
+        )
         files = hub.files["user/model"]
     for name in names:
         folder = tmp_path / name
@@ -445,8 +535,19 @@ def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, tmp_path, rel
 def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, tmp_path, reliability):
     with Hub() as hub:
         tests = Path(__file__).parent
-        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": f"{tests}:{tests.parent}"}
-        command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), "every_save"]
+        environment = {
+            **hub.environment(tmp_path / "home"),
+            "PYTHONPATH": f"{tests}:{tests.parent}",
+        }
+        command = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-c",
+            PUSHING,
+            str(tmp_path / "out"),
+            "every_save",
+        ]
         subprocess.run(command, env=environment, check=True, timeout=300)
         messages = [message for _, message in hub.commits]
         # The Trainer uploads in the background and writes the next save over what it uploads: then huggingface_hub gives up
@@ -465,7 +566,7 @@ def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, tmp_path, reliabilit
     reliability("trainer options")
 
 
-# ---- runs of one trainer ---------------------------------------------------------------------------------------------
+# ---- runs of one trainer -------------------------------------------------------------------------
 
 
 def test_a_second_train_starts_fresh(tmp_path):

@@ -37,7 +37,9 @@ def images(tmp_path_factory):
     pixels = [Image.fromarray(a) for a in generator.integers(0, 256, (24, 8, 8, 3), dtype=np.uint8)]
     features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])}
     labels = generator.integers(0, 3, 24).tolist()
-    data = datasets.Dataset.from_dict({"img": pixels, "label": labels}, features=datasets.Features(features))
+    data = datasets.Dataset.from_dict(
+        {"img": pixels, "label": labels}, features=datasets.Features(features)
+    )
     (folder / "data").mkdir()
     data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return folder / "model", folder / "data"
@@ -53,16 +55,32 @@ def texts(tmp_path_factory):
     fast.save_pretrained(folder / "model")
     bert().save_pretrained(folder / "model")
     generator = np.random.default_rng(0)
-    rows = [" ".join(f"w{i}" for i in generator.integers(0, 20, generator.integers(2, 7))) for _ in range(24)]
+    rows = [
+        " ".join(f"w{i}" for i in generator.integers(0, 20, generator.integers(2, 7)))
+        for _ in range(24)
+    ]
     features = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
     labels = generator.integers(0, 2, 24).tolist()
-    data = datasets.Dataset.from_dict({"text": rows, "label": labels}, features=datasets.Features(features))
+    data = datasets.Dataset.from_dict(
+        {"text": rows, "label": labels}, features=datasets.Features(features)
+    )
     (folder / "data").mkdir()
     data.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
     return folder / "model", folder / "data"
 
 
-LITTLE = ["--runs", 2, "--epochs", 1, "--num_train_epochs", 2, "--use_cpu", True, "--report_to", "none"]
+LITTLE = [
+    "--runs",
+    2,
+    "--epochs",
+    1,
+    "--num_train_epochs",
+    2,
+    "--use_cpu",
+    True,
+    "--report_to",
+    "none",
+]
 
 
 def test_score_images(images, tmp_path):
@@ -101,7 +119,17 @@ def test_score_texts(texts, tmp_path):
 )
 def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_path, capsys):
     model, data = images
-    where = ["--method", "el2n", "--model", model, "--dataset", data, "--output_dir", tmp_path, *LITTLE]
+    where = [
+        "--method",
+        "el2n",
+        "--model",
+        model,
+        "--dataset",
+        data,
+        "--output_dir",
+        tmp_path,
+        *LITTLE,
+    ]
     assert main(["score", *map(str, [*where, *changes])]) == 2
     captured = capsys.readouterr()
     assert message in captured.err
@@ -115,7 +143,14 @@ def test_help_names_the_commands_and_their_arguments():
     assert "static pruning" in done.stdout
     done = hf_dynprune("score", "--help")
     assert done.returncode == 0
-    for option in ("--method", "--dataset", "--runs", "--num_train_epochs", "examples:", "exit status:"):
+    for option in (
+        "--method",
+        "--dataset",
+        "--runs",
+        "--num_train_epochs",
+        "examples:",
+        "exit status:",
+    ):
         assert option in done.stdout
 
 

@@ -14,22 +14,32 @@ from hf_dynprune.cli import main
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "recipes" / "results"
 STUDY = RESULTS / "studies" / "cifar10_resnet8"
-UCB, FULL, SHORT = (STUDY / f"{name}_seed0" / "report.json" for name in ("ucb_0.3", "full_run", "short_run_0.3"))
+UCB, FULL, SHORT = (
+    STUDY / f"{name}_seed0" / "report.json" for name in ("ucb_0.3", "full_run", "short_run_0.3")
+)
 
 
 def commands():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "model_cards" / "README.md").read_text(), flags=re.DOTALL)
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (ROOT / "model_cards" / "README.md").read_text(), flags=re.DOTALL
+    )
     return [shlex.split(block.replace("\\\n", " ")) for block in blocks]
 
 
-@pytest.mark.parametrize("command", commands(), ids=lambda command: Path(command[command.index("--output") + 1]).stem)
+@pytest.mark.parametrize(
+    "command", commands(), ids=lambda command: Path(command[command.index("--output") + 1]).stem
+)
 def test_published_cards_are_what_the_command_writes_now(command, tmp_path, monkeypatch):
     assert command[:2] == ["hf-dynprune", "card"]
     monkeypatch.chdir(ROOT)
     arguments = []
     for argument in command[1:]:  # as the shell does
         found = sorted(map(str, Path().glob(argument))) if "*" in argument else []
-        arguments += [str(tmp_path / Path(argument).name)] if argument.startswith("model_cards/") else found or [argument]
+        arguments += (
+            [str(tmp_path / Path(argument).name)]
+            if argument.startswith("model_cards/")
+            else found or [argument]
+        )
     assert main(arguments) == 0
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (card,) = (name for name in written if name.endswith(".md"))
@@ -41,7 +51,11 @@ def test_published_cards_are_what_the_command_writes_now(command, tmp_path, monk
 
 
 def test_published_cards_are_all_made_so():
-    made = {Path(command[command.index(option) + 1]).name for command in commands() for option in ("--output", "--picture")}
+    made = {
+        Path(command[command.index(option) + 1]).name
+        for command in commands()
+        for option in ("--output", "--picture")
+    }
     assert made == {path.name for path in (ROOT / "model_cards").iterdir()} - {"README.md"}
 
 
@@ -54,7 +68,10 @@ def test_without_output_the_card_is_printed(capsys):
 
 
 def test_results_are_in_the_metadata_if_it_is_known_of_what(capsys):
-    assert main(["card", str(UCB), "--dataset", "uoft-cs/cifar10", "--task", "image-classification"]) == 0
+    assert (
+        main(["card", str(UCB), "--dataset", "uoft-cs/cifar10", "--task", "image-classification"])
+        == 0
+    )
     data = ModelCard(capsys.readouterr().out).data
     assert data.datasets == ["uoft-cs/cifar10"]
     found = {result.metric_type: result.metric_value for result in data.eval_results}
@@ -65,13 +82,23 @@ def test_json(capsys):
     assert main(["card", str(UCB), "--full", str(FULL), "--short", str(SHORT), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["policy"]["name"] == "ucb"
-    assert facts["full"]["results"]["accuracy"]["mean"] == PruningReport.load(FULL).metrics["eval_accuracy"]
-    assert facts["short"]["cost_ratio"] == pytest.approx(PruningReport.load(SHORT).passes / (50_000 * 20))
+    assert (
+        facts["full"]["results"]["accuracy"]["mean"]
+        == PruningReport.load(FULL).metrics["eval_accuracy"]
+    )
+    assert facts["short"]["cost_ratio"] == pytest.approx(
+        PruningReport.load(SHORT).passes / (50_000 * 20)
+    )
 
 
 def test_card_in_another_folder_than_its_picture(tmp_path):
     (tmp_path / "pictures").mkdir()
-    where = ["--output", str(tmp_path / "README.md"), "--picture", str(tmp_path / "pictures" / "a.png")]
+    where = [
+        "--output",
+        str(tmp_path / "README.md"),
+        "--picture",
+        str(tmp_path / "pictures" / "a.png"),
+    ]
     assert main(["card", str(UCB), *where]) == 0
     assert "](pictures/a.png)" in (tmp_path / "README.md").read_text()
 
@@ -82,8 +109,14 @@ def test_card_in_another_folder_than_its_picture(tmp_path):
         (["nowhere.json"], "nowhere.json"),
         ([str(ROOT / "pyproject.toml")], r"pyproject.toml is no report of hf_dynprune"),
         ([str(UCB), str(UCB)], "Two reports of the run have the seed 0"),
-        ([str(UCB), "--full", str(SHORT)], "The full run is one of 'full' and 6 epochs: wanted is 'full'"),
-        ([str(UCB), "--short", str(RESULTS / "quickstart" / "seed_0" / "short.json")], "898 samples, the run 50,000"),
+        (
+            [str(UCB), "--full", str(SHORT)],
+            "The full run is one of 'full' and 6 epochs: wanted is 'full'",
+        ),
+        (
+            [str(UCB), "--short", str(RESULTS / "quickstart" / "seed_0" / "short.json")],
+            "898 samples, the run 50,000",
+        ),
         ([str(FULL), "--picture", "x.png"], "nothing to draw for --picture"),
     ],
 )

@@ -20,12 +20,16 @@ ROOT = Path(__file__).parents[1]
 
 def train(folder, seed=0, keep_ratio=0.5, epochs=CHOICES):
     """A run of a loop without a model: writes what a recipe writes, and a checkpoint."""
-    pruner = DynamicPruner(UCB(keep_ratio=keep_ratio), N, batch_size=4, num_epochs=epochs, seed=seed)
+    pruner = DynamicPruner(
+        UCB(keep_ratio=keep_ratio), N, batch_size=4, num_epochs=epochs, seed=seed
+    )
     for epoch in range(epochs):
         pruner.begin_epoch(epoch)
         for index in torch.tensor(list(pruner.sampler)).split(4):
             pruner.observe(index, {"loss": index.float() + 1})
-        pruner.add_evaluation({"eval_accuracy": 0.5 + (epoch + seed) / 10, "eval_loss": 1.5, "eval_runtime": 3.0})
+        pruner.add_evaluation(
+            {"eval_accuracy": 0.5 + (epoch + seed) / 10, "eval_loss": 1.5, "eval_runtime": 3.0}
+        )
     pruner.end_epoch()
     pruner.report.save(folder / "report.json")
     pruner.table.save(folder / "table.safetensors")
@@ -43,7 +47,9 @@ def runs(tmp_path):
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])}
+    )
     images = [Image.new("RGB", (4, 4), (i, i, i)) for i in range(N)]
     data = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * (N // 2)}, features)
     for name, columns in (("images", data), ("texts", data.remove_columns("img"))):
@@ -64,7 +70,7 @@ def call(capsys, *arguments, status=0):
     return out
 
 
-# ---- report ---------------------------------------------------------------------------------------------------------
+# ---- report --------------------------------------------------------------------------------------
 
 
 def test_a_run_in_full(runs, capsys):
@@ -79,7 +85,9 @@ def test_a_run_in_full(runs, capsys):
     assert lines["optimizer steps"] == "6"
     assert lines["seconds"].endswith("evaluation 9.0")
     assert lines["last metrics"] == "eval_accuracy 70.00 %, eval_loss 1.5"  # not eval_runtime
-    shares = [f"{kind} {100 * run.selection[kind]:.2f} %" for kind in ("always", "sometimes", "never")]
+    shares = [
+        f"{kind} {100 * run.selection[kind]:.2f} %" for kind in ("always", "sometimes", "never")
+    ]
     assert lines["kept"] == ", ".join(shares) + " (choices: 3)"
     assert lines["kept by chance"].startswith("always 12.50 %")
     assert not {"resumed", "non-finite", "preparation"} & set(lines)
@@ -114,7 +122,9 @@ def test_runs_side_by_side(runs, capsys):
 def test_committed_reports_side_by_side(capsys):
     files = sorted((ROOT / "recipes" / "results" / "quickstart").glob("*/full.json"))
     out = call(capsys, "report", *files).splitlines()
-    assert [line.split()[0] for line in out[1:-1]] == [str(file) for file in files]  # names that differ
+    assert [line.split()[0] for line in out[1:-1]] == [
+        str(file) for file in files
+    ]  # names that differ
 
 
 def test_json(runs, capsys):
@@ -162,14 +172,18 @@ def test_an_unknown_metric_names_the_known_ones(runs, capsys):
         assert "eval_accuracy" in error
 
 
-# ---- plot -----------------------------------------------------------------------------------------------------------
+# ---- plot ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("kind", "options", "start"),
     [
         ("runs", ["--output", "a.png"], b"\x89PNG"),
-        ("runs", ["--against", "seconds", "--metric", "eval_loss", "--output", "new/a.svg"], b"<?xml"),
+        (
+            "runs",
+            ["--against", "seconds", "--metric", "eval_loss", "--output", "new/a.svg"],
+            b"<?xml",
+        ),
         ("selection", ["--name", "one", "two", "--output", "a.pdf"], b"%PDF"),
     ],
 )
@@ -190,8 +204,12 @@ def test_runs_of_one_name_are_seeds(tmp_path, capsys, monkeypatch):
     assert Path("runs.png").exists()
     assert "UCB: 75.00 % (70.00 to 80.00)" in Path("runs.svg").read_text()
     train(Path("other"), keep_ratio=0.25)
-    assert "more than the seed" in call(capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", "UCB", status=2)
-    assert "1 names for 2 files" in call(capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", status=2)
+    assert "more than the seed" in call(
+        capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", "UCB", status=2
+    )
+    assert "1 names for 2 files" in call(
+        capsys, "plot", "runs", "seed_0", "other", "--name", "UCB", status=2
+    )
 
 
 def test_plot_scores(runs, capsys):
@@ -200,18 +218,31 @@ def test_plot_scores(runs, capsys):
     assert (runs[0] / "scores.png").stat().st_size > 5000
 
 
-@pytest.mark.parametrize("source", ["", "table.safetensors", "checkpoint-6", "checkpoint-6/pruning_state.safetensors"])
+@pytest.mark.parametrize(
+    "source", ["", "table.safetensors", "checkpoint-6", "checkpoint-6/pruning_state.safetensors"]
+)
 def test_plot_classes_from_a_run_or_a_checkpoint(source, runs, dataset, capsys):
     pytest.importorskip("matplotlib")
     times = DynamicPruner(UCB(keep_ratio=0.5), N, batch_size=4, num_epochs=CHOICES)
     times.load(runs[0] / "checkpoint-6")
     share = times.table["times_kept"].reshape(-1, 2).double().mean(0) / CHOICES
     file = runs[0] / "classes.svg"
-    call(capsys, "plot", "classes", runs[0] / source, "--dataset", dataset / "images", "--output", file)
+    call(
+        capsys,
+        "plot",
+        "classes",
+        runs[0] / source,
+        "--dataset",
+        dataset / "images",
+        "--output",
+        file,
+    )
     text = file.read_text()
     assert f"all samples: {50:.1f} %" in text
     assert text.index("<!-- cat -->") != text.index("<!-- dog -->")
-    assert (text.index("<!-- cat -->") < text.index("<!-- dog -->")) == bool(share[0] <= share[1])  # from the lowest
+    assert (text.index("<!-- cat -->") < text.index("<!-- dog -->")) == bool(
+        share[0] <= share[1]
+    )  # from the lowest
 
 
 def test_plot_samples(runs, dataset, capsys):
@@ -229,7 +260,9 @@ def test_mistakes_about_the_samples(runs, dataset, capsys, tmp_path):
     )
     assert "holds neither" in call(capsys, "plot", "classes", tmp_path, *data, status=2)
     assert "does not exist" in call(capsys, "plot", "classes", tmp_path / "none", *data, status=2)
-    assert "no column 'colour'" in call(capsys, "plot", "classes", runs[0], *data, "--label_column", "colour", status=2)
+    assert "no column 'colour'" in call(
+        capsys, "plot", "classes", runs[0], *data, "--label_column", "colour", status=2
+    )
     texts = ["--dataset", dataset / "texts", "--output", tmp_path / "x.png"]
     assert "Found 0 image columns" in call(capsys, "plot", "samples", runs[0], *texts, status=2)
     (runs[1] / "table.safetensors").replace(runs[0] / "table.safetensors")
@@ -240,7 +273,9 @@ def test_mistakes_about_the_samples(runs, dataset, capsys, tmp_path):
 
 
 def test_an_output_that_cannot_be(runs, capsys):
-    assert ".png, .pdf or .svg" in call(capsys, "plot", "runs", runs[0], "--output", "runs.jpeg2000", status=2)
+    assert ".png, .pdf or .svg" in call(
+        capsys, "plot", "runs", runs[0], "--output", "runs.jpeg2000", status=2
+    )
 
 
 def test_without_matplotlib_the_extra_is_named(runs, capsys, monkeypatch):
@@ -248,10 +283,12 @@ def test_without_matplotlib_the_extra_is_named(runs, capsys, monkeypatch):
     assert "pip install hf-dynprune[recipes]" in call(capsys, "plot", "runs", runs[0], status=1)
 
 
-# ---- the exit status of all commands --------------------------------------------------------------------------------
+# ---- the exit status of all commands -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [["report"], ["plot"], *(["plot", k] for k in ("runs", "classes", "samples"))])
+@pytest.mark.parametrize(
+    "arguments", [["report"], ["plot"], *(["plot", k] for k in ("runs", "classes", "samples"))]
+)
 def test_help_has_an_example_and_the_exit_status(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*arguments, "--help"])
@@ -261,7 +298,10 @@ def test_help_has_an_example_and_the_exit_status(arguments, capsys):
     assert "exit status: 0; 2 for a mistake" in out
 
 
-@pytest.mark.parametrize("arguments", [[], ["plot"], ["plot", "pie"], ["report"], ["plot", "runs", "x", "--against", "y"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["plot"], ["plot", "pie"], ["report"], ["plot", "runs", "x", "--against", "y"]],
+)
 def test_wrong_arguments_are_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -285,12 +325,19 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch):
 
 def test_a_reader_that_goes_away():
     program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
-    files = sorted((ROOT / "recipes" / "results" / "studies" / "cifar10_long").glob("*/report.json"))
+    files = sorted(
+        (ROOT / "recipes" / "results" / "studies" / "cifar10_long").glob("*/report.json")
+    )
     reading, writing = os.pipe()
     os.close(reading)
     command = [sys.executable, "-c", program, "report", *map(str, files)]
     done = subprocess.run(
-        command, stdout=writing, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=120
+        command,
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
     )
     os.close(writing)
     assert (done.returncode, done.stderr) == (141, "")

@@ -23,7 +23,10 @@ CASES = {
     "rs2": ("random", {"keep_ratio": 0.4, "replacement": False}),
     "epsilon-greedy": ("epsilon-greedy", {"keep_ratio": 0.4}),
     "ucb": ("ucb", {"keep_ratio": 0.4}),
-    "ucb with all options": ("ucb", {"keep_ratio": 0.4, "bonus": "std", "c": 2.0, "decay": 0.3, "epsilon": 0.25}),
+    "ucb with all options": (
+        "ucb",
+        {"keep_ratio": 0.4, "bonus": "std", "c": 2.0, "decay": 0.3, "epsilon": 0.25},
+    ),
     "loss-proportional": ("loss-proportional", {"keep_ratio": 0.4}),
     "orderdp": ("orderdp", {"keep_ratio": 0.4}),
     "infobatch": ("infobatch", {"prune_ratio": 0.4}),
@@ -75,16 +78,22 @@ def _noted(reliability):
 
 
 every_case = pytest.mark.parametrize("case", CASES)
-score_case = pytest.mark.parametrize("case", [case for case in CASES if has_scores(policy_of(case))])
+score_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if has_scores(policy_of(case))]
+)
 
 
 def observed_table(policy: PruningPolicy, losses: list[float], epochs: int = 1) -> SampleTable:
     """A table after each sample was observed, `losses[i]` that of sample i; None: never."""
     table = SampleTable(len(losses), policy.columns)
-    index = torch.tensor([i for i, loss in enumerate(losses) if loss is not None], dtype=torch.int64)
+    index = torch.tensor(
+        [i for i, loss in enumerate(losses) if loss is not None], dtype=torch.int64
+    )
     values = torch.tensor([loss for loss in losses if loss is not None], dtype=torch.float32)
     for epoch in range(epochs):
-        table.observe(index, dict.fromkeys(policy.signals, values), update=policy.observe, epoch=epoch)
+        table.observe(
+            index, dict.fromkeys(policy.signals, values), update=policy.observe, epoch=epoch
+        )
     return table
 
 
@@ -159,7 +168,10 @@ def test_one_sample(case):
 def test_keep_all_is_the_stock_order_without_weights(case):
     policy = policy_of(case, **KEEP_ALL.get(case, {"keep_ratio": 1.0}))
     pruner = begun(policy, observed_table(policy, LOSSES), seed=5)
-    assert list(pruner.sampler) == torch.randperm(11, generator=torch.Generator().manual_seed(5)).tolist()
+    assert (
+        list(pruner.sampler)
+        == torch.randperm(11, generator=torch.Generator().manual_seed(5)).tolist()
+    )
     assert pruner.weights(torch.arange(11)).tolist() == [1.0] * 11
     assert pruner.lr_scale == 1.0
 
@@ -172,7 +184,10 @@ def test_equal_scores_prefer_nobody(case):
         for i in plan_of(policy, table, seed).indices.tolist():
             counts[i] += 1
     expected = sum(counts) / 20  # where all are kept there is no deviation
-    assert all(abs(count - expected) <= 4.5 * math.sqrt(expected * (1 - expected / 200)) for count in counts)
+    assert all(
+        abs(count - expected) <= 4.5 * math.sqrt(expected * (1 - expected / 200))
+        for count in counts
+    )
 
 
 @every_case
@@ -226,7 +241,9 @@ def test_settings_survive_json(case):
     again = make_policy(**json.loads(json.dumps(policy.to_dict())))
     assert again == policy
     assert type(again) is type(policy)
-    assert policy.to_dict().items() >= {**CASES[case][1], **settings, "name": CASES[case][0]}.items()
+    assert (
+        policy.to_dict().items() >= {**CASES[case][1], **settings, "name": CASES[case][0]}.items()
+    )
 
 
 @every_case
@@ -240,7 +257,7 @@ def test_signals_and_columns_are_declared(case):
         assert column.dtype.is_floating_point or not math.isnan(column.initial)
 
 
-# ---- a run that was interrupted goes on as if it had not been -------------------------------------------------------
+# ---- a run that was interrupted goes on as if it had not been ------------------------------------
 
 N, BATCH = 23, 3
 
@@ -263,12 +280,21 @@ def train(pruner: DynamicPruner, start=(0, 0), stop_after=None):
             return seen
         pruner.begin_epoch(epoch)
         order = torch.tensor(list(pruner.sampler))
-        batches = order.where(order >= 0, -1).split(pruner.batch_size)[pruner.rank :: pruner.ranks]  # -1 is padding
+        batches = order.where(order >= 0, -1).split(pruner.batch_size)[
+            pruner.rank :: pruner.ranks
+        ]  # -1 is padding
         for batch in batches[start[1] if epoch == start[0] else 0 :]:
             if stop_after is not None and len(seen) == stop_after:
                 return seen
             step = pruner.clock.start + pruner.batches_done // 2
-            seen.append((batch.tolist(), pruner.weights(batch).tolist(), pruner.clock.virtual(step), pruner.lr_scale))
+            seen.append(
+                (
+                    batch.tolist(),
+                    pruner.weights(batch).tolist(),
+                    pruner.clock.virtual(step),
+                    pruner.lr_scale,
+                )
+            )
             losses = torch.tensor([loss_of(i, epoch) for i in batch.tolist()])
             pruner.observe(batch, dict.fromkeys(pruner.policy.signals, losses))
         pruner.end_epoch()
@@ -281,7 +307,10 @@ def outcome(pruner: DynamicPruner) -> dict:
     for part in (report["totals"], *report["epochs"]):
         part.pop("seconds")
     report.pop("resumed")
-    return {"table": {n: c.nan_to_num(-1).tolist() for n, c in pruner.table.state_dict().items()}, **report}
+    return {
+        "table": {n: c.nan_to_num(-1).tolist() for n, c in pruner.table.state_dict().items()},
+        **report,
+    }
 
 
 @every_case
@@ -297,7 +326,9 @@ def test_resumed_run_equals_the_uninterrupted_one(case, budget, tmp_path):
     for record in whole.report.epochs:
         ends.append((ends[-1] if ends else 0) + whole.batches(record.samples))
     # before the first batch, in an epoch on all data, at its end, in a chosen one, in one that holds the plan, and so on
-    for stop in sorted({0, 1, ends[0], ends[0] + 2, ends[1], ends[1] + 1, ends[2], ends[-1] - 1, ends[-1]}):
+    for stop in sorted(
+        {0, 1, ends[0], ends[0] + 2, ends[1], ends[1] + 1, ends[2], ends[-1] - 1, ends[-1]}
+    ):
         broken = make_pruner(policy, budget)
         before = train(broken, stop_after=stop)
         broken.save(tmp_path)
@@ -307,7 +338,7 @@ def test_resumed_run_equals_the_uninterrupted_one(case, budget, tmp_path):
         assert outcome(resumed) == expected
 
 
-# ---- several ranks --------------------------------------------------------------------------------------------------
+# ---- several ranks -------------------------------------------------------------------------------
 
 
 class Threads:
@@ -335,17 +366,27 @@ class Threads:
         return self.ranks
 
     def broadcast(self, tensor, source):
-        tensor.copy_(self._exchange(("broadcast", source, tensor.shape, tensor.dtype), tensor.clone())[source])
+        tensor.copy_(
+            self._exchange(("broadcast", source, tensor.shape, tensor.dtype), tensor.clone())[
+                source
+            ]
+        )
 
     def all_gather(self, parts, tensor):
-        for part, value in zip(parts, self._exchange(("gather", tensor.shape, tensor.dtype), tensor.clone()), strict=True):
+        for part, value in zip(
+            parts,
+            self._exchange(("gather", tensor.shape, tensor.dtype), tensor.clone()),
+            strict=True,
+        ):
             part.copy_(value)
 
     def all_reduce(self, tensor):
         tensor.copy_(sum(self._exchange(("reduce", tensor.shape, tensor.dtype), tensor.clone())))
 
     def broadcast_object_list(self, objects, source):
-        objects[:] = copy.deepcopy(self._exchange(("broadcast", source, len(objects)), objects)[source])
+        objects[:] = copy.deepcopy(
+            self._exchange(("broadcast", source, len(objects)), objects)[source]
+        )
 
     def all_gather_object(self, objects, value):
         objects[:] = copy.deepcopy(self._exchange("gather objects", value))
@@ -355,7 +396,9 @@ class Threads:
         self._meeting.wait()
         calls = list(self._calls)
         self._meeting.wait()  # all have read it
-        assert all(theirs == call for theirs, _ in calls), f"The ranks are out of step: {[theirs for theirs, _ in calls]}"
+        assert all(theirs == call for theirs, _ in calls), (
+            f"The ranks are out of step: {[theirs for theirs, _ in calls]}"
+        )
         return [value for _, value in calls]
 
     def run(self, function):
@@ -374,7 +417,9 @@ class Threads:
         with mock.patch.object(distributed, "dist", self), ThreadPoolExecutor(self.ranks) as pool:
             futures = [pool.submit(work, rank) for rank in range(self.ranks)]
             errors = [future.exception() for future in futures]
-        for error in sorted(filter(None, errors), key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        for error in sorted(
+            filter(None, errors), key=lambda error: isinstance(error, threading.BrokenBarrierError)
+        ):
             raise error  # the cause before its consequences
         return [future.result() for future in futures]
 
@@ -399,7 +444,9 @@ def test_several_ranks_train_what_one_trains(case, ranks):
     assert outcomes[0]["table"] == expected["table"]
     assert outcomes[0]["selection"] == expected["selection"]
     for one, *parts in zip(alone, *shares, strict=True):  # a global batch
-        samples = [pair for indices, weights, *_ in parts for pair in zip(indices, weights, strict=True)]
+        samples = [
+            pair for indices, weights, *_ in parts for pair in zip(indices, weights, strict=True)
+        ]
         assert [pair for pair in samples if pair[0] >= 0] == list(zip(*one[:2], strict=True))
         assert {weight for i, weight in samples if i < 0} <= {0.0}
         assert all(part[2:] == one[2:] for part in parts)
@@ -415,7 +462,7 @@ def test_ranks_out_of_step_are_found_out():
         on_ranks(2, rank_1_is_missing)
 
 
-# ---- beyond 2^24, where float32 no longer tells two numbers apart ---------------------------------------------------
+# ---- beyond 2^24, where float32 no longer tells two numbers apart --------------------------------
 
 
 @every_case
@@ -423,7 +470,11 @@ def test_indices_above_2_to_the_24_are_exact(case):
     n = 2**24 + 3
     hard = [2**24 - 1, 2**24, 2**24 + 1, 2**24 + 2]
     settings = {"keep_ratio": 4 / n, "epsilon": 0.0, "max_rescale": n}
-    given = {name: value for name, value in settings.items() if getattr(policy_of(case), name, None) is not None}
+    given = {
+        name: value
+        for name, value in settings.items()
+        if getattr(policy_of(case), name, None) is not None
+    }
     policy = policy_of(case, **given)
     pruner = DynamicPruner(policy, n, batch_size=4, num_epochs=2)
     table = pruner.table
@@ -432,7 +483,12 @@ def test_indices_above_2_to_the_24_are_exact(case):
         table[name].fill_(column[0].item())  # all had a loss of 0
     losses = torch.tensor([1.0, 2.0, 3.0, 4.0])
     for rows, index in ((table, [hard[2], hard[0], hard[3], hard[1]]), (small, [3, 1, 4, 2])):
-        rows.observe(torch.tensor(index), dict.fromkeys(policy.signals, losses), update=policy.observe, epoch=0)
+        rows.observe(
+            torch.tensor(index),
+            dict.fromkeys(policy.signals, losses),
+            update=policy.observe,
+            epoch=0,
+        )
     for column in policy.columns:
         here, there = table[column.name], small[column.name]
         assert same(here[hard], there[1:])
@@ -458,4 +514,6 @@ def test_indices_above_2_to_the_24_are_exact(case):
     assert (pruner.weights(batch) > 0).all()
     pruner.observe(batch, dict.fromkeys(policy.signals, losses))
     pruner.end_epoch()
-    assert sorted(torch.nonzero(table["last_observed"]).squeeze(1).tolist()) == sorted(batch.tolist())
+    assert sorted(torch.nonzero(table["last_observed"]).squeeze(1).tolist()) == sorted(
+        batch.tolist()
+    )

@@ -20,7 +20,9 @@ def folder(tmp_path_factory):
     """Datasets in the forms in which they lie on a disk."""
     root = tmp_path_factory.mktemp("data")
     for split, n in (("train", 10), ("validation", 3), ("test", 2)):
-        rows = datasets.Dataset.from_dict({"text": [f"{split} {i}" for i in range(n)], "label": [i % 3 for i in range(n)]})
+        rows = datasets.Dataset.from_dict(
+            {"text": [f"{split} {i}" for i in range(n)], "label": [i % 3 for i in range(n)]}
+        )
         (root / "csv").mkdir(exist_ok=True)
         rows.to_csv(root / "csv" / f"{split}.csv")
         (root / "parquet").mkdir(exist_ok=True)
@@ -34,7 +36,9 @@ def folder(tmp_path_factory):
     for config in ("first", "second"):
         (root / "configs" / config).mkdir(parents=True)
         shutil.copy(root / "csv" / "train.csv", root / "configs" / config)
-    listed = "".join(f"- config_name: {config}\n  data_files: {config}/*.csv\n" for config in ("first", "second"))
+    listed = "".join(
+        f"- config_name: {config}\n  data_files: {config}/*.csv\n" for config in ("first", "second")
+    )
     (root / "configs" / "README.md").write_text(f"---\nconfigs:\n{listed}---\n")
     (root / "broken").mkdir()
     (root / "broken" / "train.parquet").write_bytes(b"no parquet")
@@ -42,12 +46,16 @@ def folder(tmp_path_factory):
     return root
 
 
-# ---- splits ---------------------------------------------------------------------------------------------------------
+# ---- splits --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("form", "columns", "train", "validation"),
-    [("csv", ["text", "label"], 10, 3), ("parquet", ["text", "label"], 10, 3), ("images", ["image", "label"], 20, 6)],
+    [
+        ("csv", ["text", "label"], 10, 3),
+        ("parquet", ["text", "label"], 10, 3),
+        ("images", ["image", "label"], 20, 6),
+    ],
 )
 def test_splits_of_a_folder(form, columns, train, validation, folder):
     data, evaluation = load_splits(str(folder / form))
@@ -67,15 +75,23 @@ def test_a_share_of_the_training_split_is_held_out(folder):
     assert sorted(train["text"][:] + held_out["text"][:]) == [f"train {i}" for i in range(10)]
     assert train["text"][:] == sorted(train["text"])  # in their order
     assert held_out["text"][:] != [f"train {i}" for i in range(7, 10)]  # at random
-    assert load_splits(str(folder / "csv"), validation_share=0.3)[1]["text"][:] == held_out["text"][:]
+    assert (
+        load_splits(str(folder / "csv"), validation_share=0.3)[1]["text"][:] == held_out["text"][:]
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"validation_share": 1.0}, "validation_share=1.0 is out of range"),
-        ({"validation_share": 0.01}, "validation_share=0.01 of 10 rows leaves nothing to train or to evaluate on"),
-        ({"validation_share": 0.3, "evaluation": "test"}, "'test' and on validation_share=0.3 .* leave one of the two out"),
+        (
+            {"validation_share": 0.01},
+            "validation_share=0.01 of 10 rows leaves nothing to train or to evaluate on",
+        ),
+        (
+            {"validation_share": 0.3, "evaluation": "test"},
+            "'test' and on validation_share=0.3 .* leave one of the two out",
+        ),
     ],
 )
 def test_a_share_that_cannot_be_held_out(options, message, folder):
@@ -97,15 +113,45 @@ def test_a_path_may_start_at_home(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        ("nothing", {}, FileNotFoundError, "nothing' is no folder here, and no Hub id .*: mend the path"),
+        (
+            "nothing",
+            {},
+            FileNotFoundError,
+            "nothing' is no folder here, and no Hub id .*: mend the path",
+        ),
         ("empty", {}, FileNotFoundError, "empty' was not found, .* doesn't contain any data files"),
-        ("csv/train.csv", {}, NotADirectoryError, "train.csv' is a file: give the folder that it lies in, '.*csv'"),
+        (
+            "csv/train.csv",
+            {},
+            NotADirectoryError,
+            "train.csv' is a file: give the folder that it lies in, '.*csv'",
+        ),
         ("broken", {}, ValueError, "The files of the dataset '.*broken' cannot be read: Parquet "),
-        ("csv", {"train": "trian"}, ValueError, "has no split 'trian'; it has train, validation, test"),
-        ("csv", {"evaluation": "dev[:2]"}, ValueError, "has no split 'dev'; it has train, validation, test"),
+        (
+            "csv",
+            {"train": "trian"},
+            ValueError,
+            "has no split 'trian'; it has train, validation, test",
+        ),
+        (
+            "csv",
+            {"evaluation": "dev[:2]"},
+            ValueError,
+            "has no split 'dev'; it has train, validation, test",
+        ),
         ("csv", {"train": "train[:x]"}, ValueError, r"train\[:x\]"),
-        ("configs", {}, ValueError, r"(?s)Config name is missing.*'first', 'second'.* Name it: --dataset_config"),
-        ("configs", {"config": "third"}, ValueError, "'third' not found.*'first', 'second'.* Name it: --dataset_config"),
+        (
+            "configs",
+            {},
+            ValueError,
+            r"(?s)Config name is missing.*'first', 'second'.* Name it: --dataset_config",
+        ),
+        (
+            "configs",
+            {"config": "third"},
+            ValueError,
+            "'third' not found.*'first', 'second'.* Name it: --dataset_config",
+        ),
     ],
 )
 def test_what_is_not_there_is_told(name, options, error, message, folder):
@@ -114,7 +160,10 @@ def test_what_is_not_there_is_told(name, options, error, message, folder):
 
 
 def test_a_hub_id_without_network():
-    with pytest.raises(FileNotFoundError, match=r"Hub could not be reached for the dataset 'owner/name' .* local path"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"Hub could not be reached for the dataset 'owner/name' .* local path",
+    ):
         load_splits("owner/name")
 
 
@@ -129,18 +178,29 @@ def test_splits_of_a_hub_id(folder, tmp_path):
             print(error)
         """
     with Hub() as hub:
-        hub.files["owner/texts"] = {path.name: path.read_bytes() for path in (folder / "csv").iterdir()}
+        hub.files["owner/texts"] = {
+            path.name: path.read_bytes() for path in (folder / "csv").iterdir()
+        }
         environment = {**hub.environment(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1])}
-        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+        )
     assert done.returncode == 0, done.stderr
     found, refused = done.stdout.splitlines()
     assert found == "5 3 {'text': 'train 1', 'label': 1}"
-    assert refused == "The dataset 'owner/texts' has no split 'trian'; it has train, validation, test."
+    assert (
+        refused == "The dataset 'owner/texts' has no split 'trian'; it has train, validation, test."
+    )
 
 
-# ---- columns --------------------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 
-NUMBER, TEXT, CLASSES, PICTURE = Value("int64"), Value("string"), ClassLabel(names=["a", "b"]), Image()
+NUMBER, TEXT, CLASSES, PICTURE = (
+    Value("int64"),
+    Value("string"),
+    ClassLabel(names=["a", "b"]),
+    Image(),
+)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +212,12 @@ NUMBER, TEXT, CLASSES, PICTURE = Value("int64"), Value("string"), ClassLabel(nam
         ("label", {"coarse_label": CLASSES, "fine_label": CLASSES}, None, "fine_label"),
         ("label", {"fine_label": CLASSES, "label": CLASSES}, None, "label"),
         ("label", {"idx": NUMBER, "label": NUMBER}, None, "label"),
-        ("label", {"label": NUMBER, "intent": CLASSES}, None, "intent"),  # what is declared, before what is only named so
+        (
+            "label",
+            {"label": NUMBER, "intent": CLASSES},
+            None,
+            "intent",
+        ),  # what is declared, before what is only named so
         ("label", {"label": CLASSES, "stars": NUMBER}, "stars", "stars"),
         ("text", {"idx": NUMBER, "query": TEXT}, None, "query"),
         ("text", {"title": TEXT, "text": TEXT}, None, "text"),
@@ -167,12 +232,37 @@ def test_the_column_of_a_kind(kind, columns, name, found):
 @pytest.mark.parametrize(
     ("kind", "columns", "name", "message"),
     [
-        ("image", {"left": PICTURE, "right": PICTURE}, None, r"Found 2 image columns among left \(Image\), right \(Image\)"),
-        ("text", {"title": TEXT, "body": TEXT}, None, r"Found 2 text .* text_column= \(--text_column on a command line\)"),
+        (
+            "image",
+            {"left": PICTURE, "right": PICTURE},
+            None,
+            r"Found 2 image columns among left \(Image\), right \(Image\)",
+        ),
+        (
+            "text",
+            {"title": TEXT, "body": TEXT},
+            None,
+            r"Found 2 text .* text_column= \(--text_column on a command line\)",
+        ),
         ("text", {"idx": NUMBER}, None, r"Found 0 text columns among idx \(int64\)"),
-        ("label", {"text": TEXT, "label": TEXT}, None, r"Found 0 label columns among text \(string\), label \(string\)"),
-        ("label", {"a": CLASSES, "b": CLASSES}, None, r"Found 2 label columns among a \(ClassLabel\), b \(ClassLabel\)"),
-        ("label", {"text": TEXT, "intent": CLASSES}, "intents", "no column 'intents'.*did you mean 'intent'"),
+        (
+            "label",
+            {"text": TEXT, "label": TEXT},
+            None,
+            r"Found 0 label columns among text \(string\), label \(string\)",
+        ),
+        (
+            "label",
+            {"a": CLASSES, "b": CLASSES},
+            None,
+            r"Found 2 label columns among a \(ClassLabel\), b \(ClassLabel\)",
+        ),
+        (
+            "label",
+            {"text": TEXT, "intent": CLASSES},
+            "intents",
+            "no column 'intents'.*did you mean 'intent'",
+        ),
         (
             "text",
             {"text": TEXT, "idx": NUMBER},
@@ -189,10 +279,12 @@ def test_a_column_that_is_missing_ambiguous_or_misnamed(kind, columns, name, mes
 def test_the_message_names_the_argument_of_the_caller():
     for name in ("txet", "idx"):
         with pytest.raises(ValueError, match="text_pair_column="):
-            find_column(Features({"text": TEXT, "idx": NUMBER}), "text", name, argument="text_pair_column")
+            find_column(
+                Features({"text": TEXT, "idx": NUMBER}), "text", name, argument="text_pair_column"
+            )
 
 
-# ---- classes --------------------------------------------------------------------------------------------------------
+# ---- classes -------------------------------------------------------------------------------------
 
 
 def labelled(labels, feature):
@@ -205,8 +297,18 @@ def test_names_of_the_classes():
 
 
 @pytest.mark.parametrize(
-    ("labels", "feature"), [([0, -1], NUMBER), ([0.5], Value("float64")), (["no"], TEXT), ([0, None], NUMBER), ([], NUMBER)]
+    ("labels", "feature"),
+    [
+        ([0, -1], NUMBER),
+        ([0.5], Value("float64")),
+        (["no"], TEXT),
+        ([0, None], NUMBER),
+        ([], NUMBER),
+    ],
 )
 def test_labels_that_are_no_classes(labels, feature):
-    with pytest.raises(ValueError, match=r"wanted are classes 0, 1, ...; dataset.class_encode_column\('label'\) makes them"):
+    with pytest.raises(
+        ValueError,
+        match=r"wanted are classes 0, 1, ...; dataset.class_encode_column\('label'\) makes them",
+    ):
         class_names(labelled(labels, feature), "label")

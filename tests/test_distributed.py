@@ -24,7 +24,7 @@ BIG = 2**24  # float32 does not know BIG + 1
 N, BATCH = 21, 2
 POLICY = UCB(keep_ratio=0.45, first=1)  # 21 samples: 5.25 global batches; then 9: 2.25
 
-# ---- what each rank does --------------------------------------------------------------------------------------------
+# ---- what each rank does -------------------------------------------------------------------------
 
 
 def seen_world(rank, folder):
@@ -57,13 +57,18 @@ def failing_plan(rank, folder):
         error = None
     except Exception as caught:
         error = (type(caught).__name__, str(caught))
-    after = distributed.plan_on_rank_0(lambda: EpochPlan(torch.tensor([7])))  # the ranks are still in step
+    after = distributed.plan_on_rank_0(
+        lambda: EpochPlan(torch.tensor([7]))
+    )  # the ranks are still in step
     return error, after.indices.tolist()
 
 
 def gather_unequal(rank, folder):
     index = torch.tensor([[BIG + 1, BIG + 3, 2], [BIG + 2]][rank])
-    loss, margin = torch.tensor([[0.1, 0.2, 0.3], [1e-30]][rank]), torch.tensor([[1.0, 2.0, 3.0], [-1.0]][rank])
+    loss, margin = (
+        torch.tensor([[0.1, 0.2, 0.3], [1e-30]][rank]),
+        torch.tensor([[1.0, 2.0, 3.0], [-1.0]][rank]),
+    )
     return distributed.gather_observations(index, {"loss": loss, "margin": margin})
 
 
@@ -73,7 +78,9 @@ def gather_from_one_rank_alone(rank, folder):
 
 
 def gather_nothing(rank, folder):
-    return distributed.gather_observations(torch.empty(0, dtype=torch.int64), {"loss": torch.empty(0)})
+    return distributed.gather_observations(
+        torch.empty(0, dtype=torch.int64), {"loss": torch.empty(0)}
+    )
 
 
 def gather_without_signals(rank, folder):
@@ -84,7 +91,13 @@ def sums(rank, folder):
     value = torch.tensor(BIG + rank)
     share = torch.tensor(0.5 + rank, requires_grad=True)
     total = distributed.sum_over_ranks(share)
-    return distributed.sum_over_ranks(value), value, total.detach(), total.requires_grad, share.detach()
+    return (
+        distributed.sum_over_ranks(value),
+        value,
+        total.detach(),
+        total.requires_grad,
+        share.detach(),
+    )
 
 
 def loss_of(i, epoch):
@@ -94,7 +107,9 @@ def loss_of(i, epoch):
 
 def my_batches(pruner):
     """The batches of this rank, dealt out as accelerate does it: in turn."""
-    return list(BatchSampler(pruner.sampler, pruner.batch_size, pruner.drop_last))[pruner.rank :: pruner.ranks]
+    return list(BatchSampler(pruner.sampler, pruner.batch_size, pruner.drop_last))[
+        pruner.rank :: pruner.ranks
+    ]
 
 
 def train_epoch(pruner, epoch, first_batch=0, last_batch=None):
@@ -103,7 +118,10 @@ def train_epoch(pruner, epoch, first_batch=0, last_batch=None):
     for batch in my_batches(pruner)[first_batch:last_batch]:
         index = torch.tensor([i if i >= 0 else -1 for i in batch])
         seen.append((index.tolist(), pruner.weights(index).tolist()))
-        pruner.observe(index, {"loss": torch.tensor([loss_of(i, epoch) if i >= 0 else 1e9 for i in index.tolist()])})
+        pruner.observe(
+            index,
+            {"loss": torch.tensor([loss_of(i, epoch) if i >= 0 else 1e9 for i in index.tolist()])},
+        )
     return seen
 
 
@@ -117,14 +135,20 @@ def outcome(pruner):
         part.pop("seconds")
     report.pop("environment")
     report.pop("resumed")
-    return {name: column.nan_to_num(-1).tolist() for name, column in pruner.table.state_dict().items()}, report
+    return {
+        name: column.nan_to_num(-1).tolist() for name, column in pruner.table.state_dict().items()
+    }, report
 
 
 def whole_run(rank, folder):
     pruner = pruner_of()
     epochs = [train_epoch(pruner, epoch) for epoch in range(3)]
     pruner.end_epoch()
-    return (pruner.rank, pruner.ranks, pruner.global_batch, pruner.clock.total), epochs, outcome(pruner)
+    return (
+        (pruner.rank, pruner.ranks, pruner.global_batch, pruner.clock.total),
+        epochs,
+        outcome(pruner),
+    )
 
 
 def interrupted_run(rank, folder):
@@ -210,7 +234,9 @@ def work(rank, folder):
             seen[scenario.__name__] = traceback.format_exc()
         torch.save(seen, folder / f"rank{rank}.pt")
         dist.barrier()
-    os._exit(0)  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
+    os._exit(
+        0
+    )  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +257,7 @@ def ranks(tmp_path_factory):
     return results
 
 
-# ---- what they must have seen ---------------------------------------------------------------------------------------
+# ---- what they must have seen --------------------------------------------------------------------
 
 
 def test_there_are_two_ranks(ranks):
@@ -312,7 +338,9 @@ def test_whole_run_on_two_ranks(ranks):
         assert len(trained) == len(set(trained)) == kept[epoch]
         assert sum(i < 0 for index, _ in batches for i in index) == -kept[epoch] % 4
         assert all(
-            (weight == 0.0) == (i < 0) for index, weights in batches for i, weight in zip(index, weights, strict=True)
+            (weight == 0.0) == (i < 0)
+            for index, weights in batches
+            for i, weight in zip(index, weights, strict=True)
         )
     assert [e["forward_passes"] for e in report["epochs"]] == [24, 12, 12]  # padding is paid for
     assert [e["optimizer_steps"] for e in report["epochs"]] == [6, 3, 3]
@@ -325,7 +353,13 @@ def test_scores_of_two_ranks_are_those_of_one(ranks):
     alone = pruner_of(ranks=1)
     for epoch in range(3):
         seen = train_epoch(alone, epoch)
-        paired = [i for pair in zip(epochs[epoch], others[epoch], strict=True) for index, _ in pair for i in index if i >= 0]
+        paired = [
+            i
+            for pair in zip(epochs[epoch], others[epoch], strict=True)
+            for index, _ in pair
+            for i in index
+            if i >= 0
+        ]
         assert paired == [i for index, _ in seen for i in index]  # the global batches are the same
     alone.end_epoch()
     own, own_report = outcome(alone)
@@ -372,12 +406,17 @@ def test_tail_is_dropped_on_all_ranks_alike(ranks):
     assert min(trained) >= 0
 
 
-# ---- one rank -------------------------------------------------------------------------------------------------------
+# ---- one rank ------------------------------------------------------------------------------------
 
 
 def test_one_rank_gets_back_what_it_gave():
     assert distributed.world() == (0, 1)
-    plan, index, signals, value = EpochPlan(torch.tensor([1])), torch.tensor([3]), {"loss": torch.ones(1)}, torch.tensor(2.0)
+    plan, index, signals, value = (
+        EpochPlan(torch.tensor([1])),
+        torch.tensor([3]),
+        {"loss": torch.ones(1)},
+        torch.tensor(2.0),
+    )
     assert distributed.plan_on_rank_0(lambda: plan) is plan
     gathered = distributed.gather_observations(index, signals)
     assert gathered[0] is index
@@ -389,10 +428,12 @@ def test_states_of_one_rank_and_two_have_one_identity():
     state = copy.deepcopy(pruner_of(ranks=1).state_dict())
     assert state["metadata"]["identity"]["global batch"] == 4
     with pytest.raises(ValueError, match="global batch: 2 there, 4 here"):
-        pruner_of(ranks=1).load_state_dict(pruner_of(ranks=2).state_dict())  # batches of 2, on one rank
+        pruner_of(ranks=1).load_state_dict(
+            pruner_of(ranks=2).state_dict()
+        )  # batches of 2, on one rank
 
 
-# ---- whole runs: tests/ranks.py under torchrun -----------------------------------------------------------------------
+# ---- whole runs: tests/ranks.py under torchrun ---------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -421,7 +462,9 @@ def launched(tmp_path_factory):
 
 @pytest.mark.parametrize("scenario", ["plain", "accumulated", "dropped_scored"])
 @pytest.mark.parametrize("count", [2, 3])
-def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(count, scenario, launched, reliability):
+def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(
+    count, scenario, launched, reliability
+):
     """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
     (one,), several = launched(1, scenario), launched(count, scenario)
     assert one["world"] == ((0, 1), 1)
@@ -430,14 +473,20 @@ def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(count, s
         assert other["world"] == ((rank, count), count)
         assert other["steps"] == one["steps"]
         assert other["samples"] == one["samples"]
-        assert other["scored"] == one["scored"] == [0, 0, *([18, 18] if scenario == "dropped_scored" else [0, 0])]
+        assert (
+            other["scored"]
+            == one["scored"]
+            == [0, 0, *([18, 18] if scenario == "dropped_scored" else [0, 0])]
+        )
         assert other["passes"] == [48, 36, 36, 36]  # padding is paid for, and counted
         assert other["learning rates"] == several[0]["learning rates"]
         for name in ("times_kept", "last_observed"):
             assert torch.equal(one["table"][name], other["table"][name])
         for name, column in several[0]["table"].items():
             assert torch.equal(column, other["table"][name])  # of all ranks bit for bit
-        torch.testing.assert_close(one["table"]["mean"], other["table"]["mean"], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            one["table"]["mean"], other["table"]["mean"], rtol=1e-4, atol=1e-5
+        )
         for name, weight in one["weights"].items():
             torch.testing.assert_close(weight, other["weights"][name], rtol=1e-4, atol=1e-5)
     assert several[0]["learning rates"] == one["learning rates"]
@@ -452,7 +501,9 @@ def test_gradients_of_two_ranks_are_those_of_one(launched, tmp_path, reliability
         assert len(steps) == len(expected) == 4
         for gradient, (_, wanted, _) in zip(steps, expected, strict=True):
             assert_same_gradient(gradient, wanted)
-        torch.testing.assert_close(last, run.pruner.table["last"], rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(
+            last, run.pruner.table["last"], rtol=1e-4, atol=1e-5, equal_nan=True
+        )
         reliability("accumulation", len(steps))
 
 
@@ -465,7 +516,9 @@ def test_two_ranks_resume_from_every_checkpoint_bit_for_bit(launched, reliabilit
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_ranks_resume_from_the_same_complete_checkpoint(count, launched, reliability):
     for rank, (error, steps_again) in enumerate(launched(count, "newest_checkpoint")):
-        assert error.startswith("ValueError: Cannot resume" if rank == 0 else "RuntimeError: Rank 0 failed: ValueError")
+        assert error.startswith(
+            "ValueError: Cannot resume" if rank == 0 else "RuntimeError: Rank 0 failed: ValueError"
+        )
         assert f"its rng_state_{count - 1}.pth is damaged: 0 bytes" in error
         assert steps_again == 1
         reliability("files")

@@ -25,7 +25,9 @@ ENVIRONMENT = {
 def run(*command, timeout, environment=ENVIRONMENT):
     """Runs Python until it ends: (exit status, what it printed). In time, or it is killed with all that it started."""
     command = [sys.executable, *map(str, command)]
-    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    started = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     try:
         printed, _ = started.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -37,12 +39,23 @@ def run(*command, timeout, environment=ENVIRONMENT):
     return started.returncode, printed
 
 
-# ---- killed at any moment -------------------------------------------------------------------------------------------
+# ---- killed at any moment ------------------------------------------------------------------------
 
 
 def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
-    options = ["--kills", 5, "--kills_in_checkpoint", 2, "--num_epochs", 12, "--folder", tmp_path / "torture"]
-    status, printed = run(TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=400)
+    options = [
+        "--kills",
+        5,
+        "--kills_in_checkpoint",
+        2,
+        "--num_epochs",
+        12,
+        "--folder",
+        tmp_path / "torture",
+    ]
+    status, printed = run(
+        TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=400
+    )
     assert status == 0, printed
     record = json.loads((tmp_path / "record.json").read_text())["torture"]
     assert record["tried"] >= 5
@@ -50,7 +63,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
     assert record["failed"] == 0
 
 
-# ---- ranks that die -------------------------------------------------------------------------------------------------
+# ---- ranks that die ------------------------------------------------------------------------------
 
 DYING = """
 import os
@@ -135,7 +148,10 @@ FAULTS = {
     "rank 0 is killed": {"launcher": "SIGKILL"},
     "rank 1 is killed": {"launcher": "SIGKILL"},
     "the dataset raises": {1: "OSError: the disk of rank 1 is gone"},
-    "the policy raises": {0: "ArithmeticError: no plan for epoch 1", 1: "RuntimeError: Rank 0 could not make a plan"},
+    "the policy raises": {
+        0: "ArithmeticError: no plan for epoch 1",
+        1: "RuntimeError: Rank 0 could not make a plan",
+    },
     "the folder of a checkpoint is a file": {0: "FileExistsError"},
     "our file cannot be written": {0: "IsADirectoryError"},
 }
@@ -157,13 +173,15 @@ def test_a_rank_that_dies_ends_the_run(fault, tmp_path, reliability):
     assert ended - float((tmp_path / "happened").read_text()) < 60, printed
     for rank in (0, 1):
         pid = int((tmp_path / f"rank{rank}.pid").read_text())
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, f"rank {rank} still runs"
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, (
+            f"rank {rank} still runs"
+        )
     for who, words in FAULTS[fault].items():
         said = printed if who == "launcher" else (tmp_path / f"rank{who}.error").read_text()
         assert words in said
 
 
-# ---- thousands of epochs --------------------------------------------------------------------------------------------
+# ---- thousands of epochs -------------------------------------------------------------------------
 
 SOAK = """
 import json
@@ -308,18 +326,23 @@ def test_thousands_of_epochs_leak_nothing_and_keep_the_scores_right(tmp_path, re
 
     quarter = len(seen["memory"]) // 4
     assert quarter == epochs // 40
-    early, late = sum(seen["memory"][quarter : 2 * quarter]) / quarter, sum(seen["memory"][-quarter:]) / quarter
+    early, late = (
+        sum(seen["memory"][quarter : 2 * quarter]) / quarter,
+        sum(seen["memory"][-quarter:]) / quarter,
+    )
     assert late <= 1.02 * early, f"{early / 2**20:.1f} MiB of memory, later {late / 2**20:.1f} MiB"
 
     first, *others = seen["saved"]
     assert len(others) == 19
     assert {saved["files"] for saved in others} == {2 * first["files"]}  # save_total_limit
-    for saved in others:  # grows by the records and logs of its epochs; in the files they are indented and escaped
+    for saved in (
+        others
+    ):  # grows by the records and logs of its epochs; in the files they are indented and escaped
         grown = (saved["epochs"] - first["epochs"]) * seen["bytes of an epoch"]
         assert saved["bytes"] <= first["bytes"] + 1.3 * grown, saved
 
 
-# ---- the record of reliability --------------------------------------------------------------------------------------
+# ---- the record of reliability -------------------------------------------------------------------
 
 TRIES = """
 import pytest
@@ -355,7 +378,9 @@ def test_the_session_notes_what_its_tests_tried(workers, tmp_path):
     kept = {"soak": {"tried": 9, "failed": 0}}
     record.write_text(json.dumps({**kept, "resume": {"tried": 1000, "failed": 1}}))
     command = ["-m", "pytest", "-p", "conftest", *workers, tests]
-    status, printed = run(*command, timeout=200, environment={**ENVIRONMENT, "RELIABILITY": str(record)})
+    status, printed = run(
+        *command, timeout=200, environment={**ENVIRONMENT, "RELIABILITY": str(record)}
+    )
     assert status == 1, printed
     assert json.loads(record.read_text()) == {
         **kept,
@@ -369,7 +394,9 @@ def test_without_a_file_nothing_is_noted(tmp_path):
     tests = tmp_path / "test_tries.py"
     tests.write_text(TRIES)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RELIABILITY"}
-    status, printed = run("-m", "pytest", "-p", "conftest", tests, timeout=200, environment=environment)
+    status, printed = run(
+        "-m", "pytest", "-p", "conftest", tests, timeout=200, environment=environment
+    )
     assert status == 1, printed
     assert [path.name for path in tmp_path.glob("*.json")] == []
 
@@ -381,7 +408,11 @@ def test_an_unknown_row_or_a_wrong_count_is_an_error(row, count, reliability):
 
 
 def test_the_table_says_what_failed():
-    record = {"soak": {"tried": 2000, "failed": 0}, "files": {"tried": 7, "failed": 2}, "memory": {"tried": 3, "failed": 1}}
+    record = {
+        "soak": {"tried": 2000, "failed": 0},
+        "files": {"tried": 7, "failed": 2},
+        "memory": {"tried": 3, "failed": 1},
+    }
     cells = [line.strip("| ").split(" | ") for line in render(record).split("\n")[2:]]
     assert [(cell[1], cell[3]) for cell in cells] == [
         ("7", "**failed 2 times**"),

@@ -36,7 +36,7 @@ from hf_dynprune.hub import SCORES_FILE, _load, _save_table
 N, SIZE, NAMES = 24, 8, ["cat", "dog", "owl"]
 
 
-# ---- in one child process, as huggingface_hub reads its settings when it is imported ---------------------------------
+# ---- in one child process, as huggingface_hub reads its settings when it is imported -------------
 
 
 def timm_trainer(folder):
@@ -46,12 +46,18 @@ def timm_trainer(folder):
     pixels = torch.randint(0, 256, (N, 3, SIZE, SIZE), dtype=torch.uint8)
     cache = ImageCache(pixels, torch.arange(N) % 3, mean=[0.5] * 3, std=[0.25] * 3)
     return DynamicPruningTrainer(
-        model=create_timm_model("resnet8_cifar", label_names=NAMES, image_size=SIZE, mean=cache.mean, std=cache.std),
-        args=arguments(folder, num_train_epochs=2, eval_strategy="epoch", remove_unused_columns=False),
+        model=create_timm_model(
+            "resnet8_cifar", label_names=NAMES, image_size=SIZE, mean=cache.mean, std=cache.std
+        ),
+        args=arguments(
+            folder, num_train_epochs=2, eval_strategy="epoch", remove_unused_columns=False
+        ),
         train_dataset=cache,
         eval_dataset=cache,
         data_collator=batch_collator,
-        compute_metrics=lambda p: {"accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())},
+        compute_metrics=lambda p: {
+            "accuracy": float((p.predictions.argmax(-1) == p.label_ids).mean())
+        },
         pruning=UCB(keep_ratio=0.5),
     )
 
@@ -69,7 +75,11 @@ def fails(call, folder):
     try:
         call()
     except RuntimeError as error:
-        return {"message": str(error), "cause": type(error.__cause__).__name__, "files": sorted(os.listdir(folder))}
+        return {
+            "message": str(error),
+            "cause": type(error.__cause__).__name__,
+            "files": sorted(os.listdir(folder)),
+        }
     return {"message": "nothing was raised"}
 
 
@@ -83,7 +93,10 @@ def program(folder):
     run = timm_trainer(folder / "runs" / "model")
     run.train()
     calls = {
-        "model": (lambda: run.push_to_hub(dataset="noise", tasks="image-classification"), run.args.output_dir),
+        "model": (
+            lambda: run.push_to_hub(dataset="noise", tasks="image-classification"),
+            run.args.output_dir,
+        ),
         "timm": (lambda: push_timm_to_hub(run, "user/timm"), f"{run.args.output_dir}/_timm"),
         "table": (lambda: push_scores_to_hub(run, "user/table"), f"{run.args.output_dir}/_scores"),
     }
@@ -94,11 +107,15 @@ def program(folder):
     refuse(None)
     with socket.socket() as nobody:  # bound, but nobody listens
         nobody.bind(("127.0.0.1", 0))
-        with mock.patch("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"):
+        with mock.patch(
+            "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"
+        ):
             errors["table, no connection"] = fails(*calls["table"])
     for call, _ in calls.values():
         call()
-    scores = Scores(torch.arange(24.0), "el2n", provenance={"passes": 3, "model": "/home/someone/model"})
+    scores = Scores(
+        torch.arange(24.0), "el2n", provenance={"passes": 3, "model": "/home/someone/model"}
+    )
     push_scores_to_hub(scores, "user/el2n", folder=folder / "el2n")
 
     pixels = run.eval_dataset[0]["pixel_values"][None]
@@ -106,17 +123,27 @@ def program(folder):
         "trained": run.model.timm_model,
         "timm": timm.create_model("hf-hub:user/timm", pretrained=True),
         "transformers": AutoModelForImageClassification.from_pretrained("user/model").timm_model,
-        "transformers, of timm's format": AutoModelForImageClassification.from_pretrained("user/timm").timm_model,
+        "transformers, of timm's format": AutoModelForImageClassification.from_pretrained(
+            "user/timm"
+        ).timm_model,
     }
     found["logits"] = {name: model.eval()(pixels).tolist() for name, model in models.items()}
     image = Image.fromarray(np.zeros((SIZE, SIZE, 3), dtype=np.uint8))
     for name in ("user/model", "user/timm"):
         found[f"pipeline {name}"] = pipeline("image-classification", model=name)(image)
     table = load_scores_from_hub("user/table", dataset=run.train_dataset)
-    found["table"] = {name: [table[name].tolist(), run.pruner.table[name].tolist()] for name in table.columns}
+    found["table"] = {
+        name: [table[name].tolist(), run.pruner.table[name].tolist()] for name in table.columns
+    }
     read = load_scores_from_hub("user/el2n")
-    found["scores"] = [read.values.tolist(), read.method, StaticPruning(read, keep_ratio=0.5).digest == read.digest]
-    found["rows"] = {name: datasets.load_dataset(name, split="train")[1] for name in ("user/table", "user/el2n")}
+    found["scores"] = [
+        read.values.tolist(),
+        read.method,
+        StaticPruning(read, keep_ratio=0.5).digest == read.digest,
+    ]
+    found["rows"] = {
+        name: datasets.load_dataset(name, split="train")[1] for name in ("user/table", "user/el2n")
+    }
     for name in ("user/model", "user/nothing"):
         try:
             load_scores_from_hub(name)
@@ -134,16 +161,31 @@ def pushed(tmp_path_factory):
     pytest.importorskip("timm")
     folder, tests = tmp_path_factory.mktemp("hub"), Path(__file__).parent
     with Hub() as hub:
-        environment = {**hub.environment(folder / "home"), "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}"}
+        environment = {
+            **hub.environment(folder / "home"),
+            "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        }
         done = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, str(folder)], env=environment, capture_output=True, text=True
+            [sys.executable, "-W", "ignore", __file__, str(folder)],
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 0, done.stderr
         found = json.loads((folder / "found.json").read_text())
         # What the message of a failed upload says is to be done when the process has ended.
         command = shlex.split(found["errors"]["model, not allowed"]["message"].split("`")[-2])
         assert command[:3] == ["hf", "upload", "model"]
-        hf = [sys.executable, "-W", "ignore", "-m", "huggingface_hub.cli.hf", "upload", "user/again", *command[3:]]
+        hf = [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "huggingface_hub.cli.hf",
+            "upload",
+            "user/again",
+            *command[3:],
+        ]
         done = subprocess.run(hf, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return hub.files, found, folder
@@ -154,13 +196,24 @@ CARD = {"README.md", "report.json", "pruning.png"}
 
 def test_model(pushed):
     files, found, _ = pushed
-    assert files["user/model"].keys() == {*CARD, "config.json", "model.safetensors", "training_args.bin"}
+    assert files["user/model"].keys() == {
+        *CARD,
+        "config.json",
+        "model.safetensors",
+        "training_args.bin",
+    }
     card = ModelCard(files["user/model"]["README.md"].decode())
-    assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "image-classification")
+    assert (card.data.library_name, card.data.pipeline_tag) == (
+        "transformers",
+        "image-classification",
+    )
     assert {"dynamic-data-pruning", "ucb"} <= set(card.data.tags)
     (result,) = card.data.eval_results
     report = PruningReport.from_dict(json.loads(files["user/model"]["report.json"]))
-    assert (result.metric_type, result.metric_value) == ("accuracy", report.metrics["eval_accuracy"])
+    assert (result.metric_type, result.metric_value) == (
+        "accuracy",
+        report.metrics["eval_accuracy"],
+    )
     assert "trained from scratch" in card.content
     assert "](pruning.png)" in card.content
     assert 'name = "user/model"' in card.content
@@ -173,12 +226,18 @@ def test_model_in_the_format_of_timm_loads_with_both(pushed):
     files, found, _ = pushed
     assert files["user/timm"].keys() == {*CARD, "config.json", "model.safetensors"}
     config = json.loads(files["user/timm"]["config.json"])
-    assert (config["architecture"], config["num_classes"], config["label_names"]) == ("resnet8_cifar", 3, NAMES)
+    assert (config["architecture"], config["num_classes"], config["label_names"]) == (
+        "resnet8_cifar",
+        3,
+        NAMES,
+    )
     assert config["pretrained_cfg"]["input_size"] == [3, SIZE, SIZE]
     card = ModelCard(files["user/timm"]["README.md"].decode())
     assert card.data.library_name == "timm"
     load = card.content.partition("## How to load")[2].partition("\n## ")[0]
-    assert load.index("import hf_dynprune.vision") < load.index('timm.create_model("hf-hub:user/timm", pretrained=True)')
+    assert load.index("import hf_dynprune.vision") < load.index(
+        'timm.create_model("hf-hub:user/timm", pretrained=True)'
+    )
     assert found["logits"]["timm"] == found["logits"]["trained"]
     assert found["logits"]["transformers, of timm's format"] == found["logits"]["trained"]
     assert found["pipeline user/timm"] == found["pipeline user/model"]
@@ -188,7 +247,10 @@ def test_model_in_the_format_of_timm_loads_with_both(pushed):
     ("architecture", "settings"),
     [
         ("resnet8_cifar", {"in_chans": 1, "width": 0.5}),
-        ("vit_tiny_patch16_224", {"img_size": SIZE, "patch_size": 4, "depth": 1, "embed_dim": 12, "drop_path_rate": 0.1}),
+        (
+            "vit_tiny_patch16_224",
+            {"img_size": SIZE, "patch_size": 4, "depth": 1, "embed_dim": 12, "drop_path_rate": 0.1},
+        ),
     ],
 )
 def test_format_of_timm_keeps_what_the_model_was_made_with(architecture, settings, tmp_path):
@@ -199,15 +261,25 @@ def test_format_of_timm_keeps_what_the_model_was_made_with(architecture, setting
 
     channels = settings.get("in_chans", 3)
     statistics = {"mean": [0.5] * channels, "std": [0.25] * channels}
-    model = create_timm_model(architecture, num_labels=5, image_size=SIZE, crop_pct=0.8, **statistics, **settings).eval()
+    model = create_timm_model(
+        architecture, num_labels=5, image_size=SIZE, crop_pct=0.8, **statistics, **settings
+    ).eval()
     save_timm(model, tmp_path)
     other = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     pixels = torch.randn(2, channels, SIZE, SIZE)
     assert torch.equal(other(pixels), model(pixels).logits)
-    assert torch.equal(AutoModelForImageClassification.from_pretrained(tmp_path)(pixels).logits, other(pixels))
-    expected = {"input_size": (channels, SIZE, SIZE), "crop_pct": 0.8, **{k: tuple(v) for k, v in statistics.items()}}
+    assert torch.equal(
+        AutoModelForImageClassification.from_pretrained(tmp_path)(pixels).logits, other(pixels)
+    )
+    expected = {
+        "input_size": (channels, SIZE, SIZE),
+        "crop_pct": 0.8,
+        **{k: tuple(v) for k, v in statistics.items()},
+    }
     found = timm.data.resolve_model_data_config(other)
-    assert {name: tuple(v) if isinstance(v := found[name], list) else v for name in expected} == expected
+    assert {
+        name: tuple(v) if isinstance(v := found[name], list) else v for name in expected
+    } == expected
 
 
 def test_table_of_a_run(pushed):
@@ -215,7 +287,13 @@ def test_table_of_a_run(pushed):
     assert files["user/table"].keys() == {"README.md", "report.json", SCORES_FILE}
     for name, (read, written) in found["table"].items():
         np.testing.assert_array_equal(read, written, err_msg=name)
-    assert list(found["rows"]["user/table"]) == ["sample_index", "mean", "variance", "times_kept", "last_observed"]
+    assert list(found["rows"]["user/table"]) == [
+        "sample_index",
+        "mean",
+        "variance",
+        "times_kept",
+        "last_observed",
+    ]
     assert found["rows"]["user/table"]["sample_index"] == 1
     card = DatasetCard(files["user/table"]["README.md"].decode())
     assert card.data.tags == ["dynamic-data-pruning", "ucb"]
@@ -238,18 +316,27 @@ def test_scores_made_before_a_run(pushed):
 
 def test_what_is_not_there(pushed):
     _, found, _ = pushed
-    assert "The dataset user/model on the Hub has no scores.parquet" in found["errors"]["load user/model"]
+    assert (
+        "The dataset user/model on the Hub has no scores.parquet"
+        in found["errors"]["load user/model"]
+    )
     assert found["errors"]["load user/nothing"] == "RepositoryNotFoundError"
 
 
 @pytest.mark.parametrize(
-    ("what", "why"), [*product(("model", "timm", "table"), REFUSALS), ("table", "no connection")], ids=", ".join
+    ("what", "why"),
+    [*product(("model", "timm", "table"), REFUSALS), ("table", "no connection")],
+    ids=", ".join,
 )
 def test_failed_upload_loses_nothing(pushed, what, why):
     _, found, folder = pushed
     error = found["errors"][f"{what}, {why}"]
     where = {"model": "runs/model", "timm": "runs/model/_timm", "table": "runs/model/_scores"}[what]
-    files = {"README.md", "report.json", SCORES_FILE} if what == "table" else {*CARD, "config.json", "model.safetensors"}
+    files = (
+        {"README.md", "report.json", SCORES_FILE}
+        if what == "table"
+        else {*CARD, "config.json", "model.safetensors"}
+    )
     assert files <= set(error["files"])
     assert re.match(rf"The upload to (user/)?{what} failed", error["message"])
     assert f"lies in {folder / where}. " in error["message"]
@@ -265,7 +352,7 @@ def test_the_command_that_the_message_names_uploads(pushed):
     assert files["user/again"]["model.safetensors"] == files["user/model"]["model.safetensors"]
 
 
-# ---- without a Hub ---------------------------------------------------------------------------------------------------
+# ---- without a Hub -------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +374,10 @@ def test_kept_by_the_last_choice(run):
     assert kept["sample_index"][:].tolist() == sorted(run.pruner._plan.indices.tolist())
     assert kept["value"][:].tolist() == [i + 1 for i in kept["sample_index"]]
     assert len(kept) == 9
-    assert kept_dataset(run.pruner, run.train_dataset)["sample_index"][:].tolist() == kept["sample_index"][:].tolist()
+    assert (
+        kept_dataset(run.pruner, run.train_dataset)["sample_index"][:].tolist()
+        == kept["sample_index"][:].tolist()
+    )
 
 
 def test_kept_often_enough(run):
@@ -308,7 +398,12 @@ def test_kept_asks_for_what_it_needs(run):
     with pytest.raises(ValueError, match="A DynamicPruner made no choice yet"):
         kept_dataset(DynamicPruner(RandomPruning(0.5), 30, num_epochs=1), data)
     with pytest.raises(ValueError, match="'sample_index' already"):
-        kept_dataset(run, kept_dataset(run, data, at_least=1).select(range(9)).select([*range(9)] * 3 + [0, 1, 2]))
+        kept_dataset(
+            run,
+            kept_dataset(run, data, at_least=1)
+            .select(range(9))
+            .select([*range(9)] * 3 + [0, 1, 2]),
+        )
     with pytest.raises(TypeError, match="PruningReport holds nothing that is known of each sample"):
         kept_dataset(run.pruning_report, data)
     with pytest.raises(TypeError, match=r"wanted is the datasets\.Dataset"):
@@ -322,7 +417,10 @@ def test_offline_the_scores_are_written_all_the_same(run, tmp_path):
         push_scores_to_hub(run, "user/table", folder=tmp_path / "a")
     table, fingerprint = _load(tmp_path / "a" / SCORES_FILE)
     assert fingerprint == run.pruner.fingerprint
-    assert all(torch.equal(table[n].nan_to_num(7), run.pruner.table[n].nan_to_num(7)) for n in table.columns)
+    assert all(
+        torch.equal(table[n].nan_to_num(7), run.pruner.table[n].nan_to_num(7))
+        for n in table.columns
+    )
     with pytest.raises(RuntimeError, match="OfflineModeIsEnabled"):
         push_scores_to_hub(Scores(torch.ones(3), "mine"), "user/table", folder=tmp_path / "b")
     assert Scores.load(tmp_path / "b" / SCORES_FILE).method == "mine"
@@ -352,7 +450,9 @@ def test_a_table_that_is_not_whole_is_refused(run, tmp_path):
     path = tmp_path / SCORES_FILE
     _save_table(path, run.pruner.table, {"fingerprint": "x"})
     whole = pq.read_table(path)
-    pq.write_table(whole.take(list(reversed(range(30)))), path)  # the order of the rows does not matter
+    pq.write_table(
+        whole.take(list(reversed(range(30)))), path
+    )  # the order of the rows does not matter
     table, _ = _load(path)
     assert torch.equal(table["times_kept"], run.pruner.table["times_kept"])
     at = whole.column_names.index("times_kept")
@@ -379,7 +479,9 @@ def test_scores_of_another_dataset_are_refused(run, tmp_path, monkeypatch):
     _save_table(path, run.pruner.table, {"fingerprint": run.pruner.fingerprint})
     monkeypatch.setattr("hf_dynprune.hub.hf_hub_download", lambda *args, **kwargs: str(path))
     assert len(load_scores_from_hub("user/table", dataset=run.train_dataset)) == 30
-    assert len(load_scores_from_hub("user/table", dataset=list(range(30)))) == 30  # nothing but N is known of a list
+    assert (
+        len(load_scores_from_hub("user/table", dataset=list(range(30)))) == 30
+    )  # nothing but N is known of a list
     for other in (values(31), run.train_dataset.map(lambda row: {"value": row["value"] + 1})):
         with pytest.raises(ValueError, match="wanted is the dataset that was scored"):
             load_scores_from_hub("user/table", dataset=other)

@@ -17,14 +17,23 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_conformance import CASES, every_case, has_scores, loss_of, on_ranks, outcome, policy_of, score_case
+from test_conformance import (
+    CASES,
+    every_case,
+    has_scores,
+    loss_of,
+    on_ranks,
+    outcome,
+    policy_of,
+    score_case,
+)
 from test_conformance import size as kept
 from torch.utils.data import BatchSampler
 
 from hf_dynprune.policies import PruningPolicy, RandomPruning
 from hf_dynprune.pruner import DynamicPruner, choice_seed
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -124,7 +133,18 @@ def train(pruner: DynamicPruner, start=(0, 0), stop_after=None) -> Seen:
                 return seen
             batch = torch.tensor(index)
             weights, samples = pruner.weights(batch).tolist(), pruner.sampler.samples_in(number, 1)
-            seen.append(Batch(epoch, step, index, weights, pruner.clock.virtual(step), pruner.lr_scale, total, samples))
+            seen.append(
+                Batch(
+                    epoch,
+                    step,
+                    index,
+                    weights,
+                    pruner.clock.virtual(step),
+                    pruner.lr_scale,
+                    total,
+                    samples,
+                )
+            )
             pruner.observe(batch, signals_of(pruner.signals, index, epoch))
     pruner.end_epoch()
     return seen
@@ -142,7 +162,10 @@ def whole(run: Run) -> list[tuple[DynamicPruner, Seen]]:
 
 def global_batches(run: Run, shares: list[list[Batch]]) -> list[tuple[int, list[int]]]:
     """(epoch, sample indices) of each batch of all ranks together."""
-    return [(parts[0].epoch, list(chain(*(part.index for part in parts)))) for parts in zip(*shares, strict=True)]
+    return [
+        (parts[0].epoch, list(chain(*(part.index for part in parts))))
+        for parts in zip(*shares, strict=True)
+    ]
 
 
 class Expected(NamedTuple):
@@ -161,11 +184,17 @@ def expected_epochs(run: Run) -> list[Expected]:
     spent = 0
     while (spent if run.max_steps else len(epochs)) < total:
         epoch = len(epochs)
-        full = epoch < run.policy.first or (last > 0 and (spent if run.max_steps else epoch) / total >= 1 - last)
+        full = epoch < run.policy.first or (
+            last > 0 and (spent if run.max_steps else epoch) / total >= 1 - last
+        )
         size = run.n if full else kept(run.policy, run.n)
         batches = size // run.global_batch if run.drop_last else -(-size // run.global_batch)
         length = -(-batches // run.accumulation)
-        steps = min(length, total - spent) if run.max_steps else math.ceil(length * min(1, total - epoch))
+        steps = (
+            min(length, total - spent)
+            if run.max_steps
+            else math.ceil(length * min(1, total - epoch))
+        )
         epochs.append(Expected(full, size, length, int(steps)))
         spent += epochs[-1].steps
     return epochs
@@ -199,9 +228,13 @@ def runs(draw: Any, case: str, scoring: bool = True) -> Run:
     if policy.signals and size is not None and size >= 4:  # two classes
         policy = replace(policy, min_per_class=draw(st.integers(0, 2)))
     drop_last = size is not None and draw(st.booleans())
-    whole = size if drop_last else 64  # a run that would drop all of an epoch is an error, see below
+    whole = (
+        size if drop_last else 64
+    )  # a run that would drop all of an epoch is an error, see below
     ranks = draw(st.integers(1, min(4, whole)))
-    epochs = draw(st.none() | st.sampled_from([2, 3, 5, 1]) | st.integers(30, 400).map(lambda x: x / 100))
+    epochs = draw(
+        st.none() | st.sampled_from([2, 3, 5, 1]) | st.integers(30, 400).map(lambda x: x / 100)
+    )
     return Run(
         policy=policy,
         n=n,
@@ -225,10 +258,12 @@ def tried(reliability):
 
 # A few for each policy: many for one test are mostly variations of each other. The fixture is for all of them.
 examples = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
-known_case = pytest.mark.parametrize("case", [case for case in CASES if kept(policy_of(case), 1) is not None])
+known_case = pytest.mark.parametrize(
+    "case", [case for case in CASES if kept(policy_of(case), 1) is not None]
+)
 
 
-# ---- sizes, order, ranks --------------------------------------------------------------------------------------------
+# ---- sizes, order, ranks -------------------------------------------------------------------------
 
 
 @every_case
@@ -239,8 +274,12 @@ def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, case, d
     run = data.draw(runs(case))
     pruners, shares = zip(*whole(run), strict=True)
     batches = global_batches(run, shares)  # `strict`: as many on each rank
-    assert all([batch.place for batch in share] == [batch.place for batch in shares[0]] for share in shares)
-    assert [sum(i >= 0 for i in index) for _, index in batches] == [batch.samples for batch in shares[0]]
+    assert all(
+        [batch.place for batch in share] == [batch.place for batch in shares[0]] for share in shares
+    )
+    assert [sum(i >= 0 for i in index) for _, index in batches] == [
+        batch.samples for batch in shares[0]
+    ]
     if run.ranks > 1:
         assert all(len(batch.index) == run.batch for share in shares for batch in share)
     for record in pruners[0].report.epochs:
@@ -249,7 +288,9 @@ def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, case, d
         real, padding = [i for i in yielded if i >= 0], [i for i in yielded if i < 0]
         assert yielded == real + padding  # all of it at the end
         assert len(set(real)) == len(real)
-        stock = torch.randperm(run.n, generator=torch.Generator().manual_seed(run.seed + 1 + record.epoch)).tolist()
+        stock = torch.randperm(
+            run.n, generator=torch.Generator().manual_seed(run.seed + 1 + record.epoch)
+        ).tolist()
         assert real == [i for i in stock if i in set(real)]
         tail = record.samples % run.global_batch
         if record.optimizer_steps < pruners[0].steps(record.samples):  # the run ended in mid-epoch
@@ -263,7 +304,9 @@ def test_an_epoch_trains_each_kept_sample_once_in_the_stock_order(tried, case, d
         if run.drop_last or run.ranks == 1:
             assert not padding
     for batch in chain(*shares):
-        assert all((weight > 0) == (i >= 0) for i, weight in zip(batch.index, batch.weights, strict=True))
+        assert all(
+            (weight > 0) == (i >= 0) for i, weight in zip(batch.index, batch.weights, strict=True)
+        )
 
 
 @known_case
@@ -281,7 +324,9 @@ def test_sizes_and_steps_are_those_of_the_definition(tried, case, data):
 
     for pruner, foretold, seen in on_ranks(run.ranks, work):
         records = pruner.report.epochs
-        assert [(r.full_data, r.samples, pruner.steps(r.samples), r.optimizer_steps) for r in records] == expected
+        assert [
+            (r.full_data, r.samples, pruner.steps(r.samples), r.optimizer_steps) for r in records
+        ] == expected
         assert len({batch.step for batch in seen}) == seen[-1].step + 1 == total
         assert {foretold, *(batch.total_steps for batch in seen)} == {total}
 
@@ -307,7 +352,9 @@ def test_several_ranks_train_what_one_trains(tried, case, data):
     run = data.draw(runs(case))
     pruners, shares = zip(*whole(run), strict=True)
     ((alone, seen),) = whole(replace(run, ranks=1, batch=run.global_batch))
-    together = [(epoch, [i for i in index if i >= 0]) for epoch, index in global_batches(run, shares)]
+    together = [
+        (epoch, [i for i in index if i >= 0]) for epoch, index in global_batches(run, shares)
+    ]
     assert together == [(batch.epoch, batch.index) for batch in seen]
     expected = outcome(alone)
     for pruner, share in zip(pruners, shares, strict=True):
@@ -318,7 +365,7 @@ def test_several_ranks_train_what_one_trains(tried, case, data):
         assert [batch.place for batch in share] == [batch.place for batch in seen]
 
 
-# ---- clock and report -----------------------------------------------------------------------------------------------
+# ---- clock and report ----------------------------------------------------------------------------
 
 
 @every_case
@@ -344,7 +391,9 @@ def test_the_clock_runs_from_0_to_the_end_and_never_back(tried, case, data):
             assert end == pytest.approx(pruner.clock.total, rel=1e-12)
         else:
             assert pruner.clock.total - 1 < end <= pruner.clock.total
-        if len({pruner.steps(record.samples) for record in pruner.report.epochs}) == 1 and kept(run.policy, run.n):
+        if len({pruner.steps(record.samples) for record in pruner.report.epochs}) == 1 and kept(
+            run.policy, run.n
+        ):
             assert times == [batch.step for batch in seen]
             assert all(type(time) is int for time in times)  # the schedule is exact
             assert pruner.clock.total == steps
@@ -366,14 +415,24 @@ def test_the_report_counts_what_was_trained(tried, case, data):
         for record in report.epochs:
             yielded = list(chain(*(index for epoch, index in batches if epoch == record.epoch)))
             assert record.forward_passes == record.backward_passes == len(yielded)
-            assert record.optimizer_steps == len([step for epoch, step in steps if epoch == record.epoch])
-            scored = [i for share in shares for epoch, index in share.scored if epoch == record.epoch for i in index]
+            assert record.optimizer_steps == len(
+                [step for epoch, step in steps if epoch == record.epoch]
+            )
+            scored = [
+                i
+                for share in shares
+                for epoch, index in share.scored
+                if epoch == record.epoch
+                for i in index
+            ]
             assert len(set(scored)) == len(scored) == record.scoring_passes
             choice = held is None or (record.epoch - run.policy.first) % run.policy.period == 0
             if record.full_data or not choice or run.policy.scoring == "trained":
                 assert not scored
             else:
-                assert len(scored) == (run.n if run.policy.scoring == "all" else run.n - (held or run.n))
+                assert len(scored) == (
+                    run.n if run.policy.scoring == "all" else run.n - (held or run.n)
+                )
             assert record.passes == pytest.approx(len(yielded) + len(scored) / 3)
             if not record.full_data:
                 held = record.samples
@@ -393,17 +452,23 @@ def test_the_report_counts_what_was_trained(tried, case, data):
         assert sum(report.selection["histogram"]) == run.n
 
 
-# ---- randomness -----------------------------------------------------------------------------------------------------
+# ---- randomness ----------------------------------------------------------------------------------
 
 
 def global_states():
-    return torch.random.get_rng_state().tolist(), repr(np.random.get_state(legacy=False)), random.getstate()
+    return (
+        torch.random.get_rng_state().tolist(),
+        repr(np.random.get_state(legacy=False)),
+        random.getstate(),
+    )
 
 
 @every_case
 @examples
 @given(data=st.data(), other=st.integers(0, 99))
-def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alone(tried, case, data, other):
+def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alone(
+    tried, case, data, other
+):
     tried()
     run = data.draw(runs(case))
     before = global_states()
@@ -418,7 +483,9 @@ def test_a_run_follows_from_its_settings_and_leaves_the_global_random_states_alo
 
 
 def test_no_two_choices_share_a_seed():
-    seeds = {choice_seed(*choice) for choice in product(range(400), range(400), ("plan", "scoring"))}
+    seeds = {
+        choice_seed(*choice) for choice in product(range(400), range(400), ("plan", "scoring"))
+    }
     assert len(seeds) == 400 * 400 * 2
     assert all(0 <= seed < 2**63 for seed in seeds)
     assert sum(seed >= 2**62 for seed in seeds) / len(seeds) == pytest.approx(0.5, abs=0.01)
@@ -434,7 +501,7 @@ def test_no_two_runs_share_a_plan_and_no_two_epochs():
     assert len(plans) == 40 * 40
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def bits(column: torch.Tensor) -> torch.Tensor:
@@ -444,7 +511,11 @@ def bits(column: torch.Tensor) -> torch.Tensor:
 
 @score_case
 @examples
-@given(data=st.data(), epoch=st.integers(0, 3), value=st.sampled_from([0.0, 0.3, 7.0, 1e30, math.nan, math.inf]))
+@given(
+    data=st.data(),
+    epoch=st.integers(0, 3),
+    value=st.sampled_from([0.0, 0.3, 7.0, 1e30, math.nan, math.inf]),
+)
 def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch, value):
     tried()
     run = data.draw(runs(case, scoring=False))
@@ -479,7 +550,7 @@ def test_a_score_changes_by_its_own_observations_alone(tried, case, data, epoch,
             assert torch.equal(perturbed[name][unseen], before[name][unseen])
 
 
-# ---- resume ---------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 @every_case
@@ -497,7 +568,10 @@ def test_a_run_resumed_anywhere_is_the_uninterrupted_one(tried, case, data, plac
         return train(pruner, stop_after=stop), pruner.state_dict()
 
     before, states = zip(*on_ranks(run.ranks, interrupted), strict=True)
-    state = {"tensors": states[0]["tensors"], "metadata": json.loads(json.dumps(states[0]["metadata"]))}
+    state = {
+        "tensors": states[0]["tensors"],
+        "metadata": json.loads(json.dumps(states[0]["metadata"])),
+    }
     ranks = data.draw(st.sampled_from([r for r in (1, 2, 3, 4) if run.global_batch % r == 0]))
     other = replace(run, ranks=ranks, batch=run.global_batch // ranks)
 

@@ -25,7 +25,17 @@ CORE = {
 }
 ORDER = ["scores", "policies", "sampler", "pruner", "trainer"]
 TOOLS = {"cli"}  # imported by nothing
-HEAVY = ["transformers", "accelerate", "datasets", "timm", "evaluate", "matplotlib", "safetensors", "pyarrow", "torchvision"]
+HEAVY = [
+    "transformers",
+    "accelerate",
+    "datasets",
+    "timm",
+    "evaluate",
+    "matplotlib",
+    "safetensors",
+    "pyarrow",
+    "torchvision",
+]
 
 
 @cache
@@ -40,7 +50,12 @@ def imported_by(*modules: str) -> dict[str, list[str]]:
         "print(json.dumps(seen))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent, timeout=120
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
+        timeout=120,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -60,7 +75,7 @@ def test_the_proof_can_fail():
     )
 
 
-# ---- the sources ----------------------------------------------------------------------------------------------------
+# ---- the sources ---------------------------------------------------------------------------------
 
 
 def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
@@ -78,24 +93,35 @@ def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
             base = [*package[: len(package) - node.level + 1]] if node.level else []
             base += [node.module] if node.module else []
             dotted = ".".join(base)
-            names = [f"{dotted}.{alias.name}" for alias in node.names] if dotted == "hf_dynprune" else [dotted]
+            names = (
+                [f"{dotted}.{alias.name}" for alias in node.names]
+                if dotted == "hf_dynprune"
+                else [dotted]
+            )
         for name in names:
             top, _, rest = name.partition(".")
             if top != "hf_dynprune":
                 others.add(top)
             elif rest and rest not in ("__version__",):
-                ours.add(hf_dynprune._MODULE_OF.get(rest, rest))  # a public name stands for its module
+                ours.add(
+                    hf_dynprune._MODULE_OF.get(rest, rest)
+                )  # a public name stands for its module
     return ours, others
 
 
 def sources() -> dict[str, str]:
     paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
-    return {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text() for path in paths}
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
+        for path in paths
+    }
 
 
 # Each file and those that it imports; and the same for the rooms, where a folder is one.
 FILES = {
-    name.removesuffix(".__init__"): {ours.removesuffix(".__init__") for ours in imports_of(source, name)[0]}
+    name.removesuffix(".__init__"): {
+        ours.removesuffix(".__init__") for ours in imports_of(source, name)[0]
+    }
     for name, source in sources().items()
 }
 GRAPH: dict[str, set[str]] = {}
@@ -127,8 +153,14 @@ def test_imports_are_read_from_sources():
     ours, others = imports_of(source, "pruner")
     assert ours == {"distributed", "policies", "trainer", "plots", "cli", "report"}
     assert others == {"torch", "os", "safetensors"}
-    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.rules")[0] == {"policies.base", "scores"}
-    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.__init__")[0] == {"policies.base", "scores"}
+    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.rules")[0] == {
+        "policies.base",
+        "scores",
+    }
+    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.__init__")[0] == {
+        "policies.base",
+        "scores",
+    }
 
 
 def test_cycles_are_found():
@@ -163,7 +195,11 @@ def test_tools_are_imported_by_nothing():
 
 
 def test_losses_join_at_scoring_and_the_trainers():
-    assert {module for module, ours in GRAPH.items() if "losses" in ours} <= {"trainer", "scoring", "sft"}
+    assert {module for module, ours in GRAPH.items() if "losses" in ours} <= {
+        "trainer",
+        "scoring",
+        "sft",
+    }
 
 
 def test_only_one_module_talks_to_other_ranks():
@@ -178,8 +214,15 @@ def test_only_one_module_talks_to_other_ranks():
 
 
 def test_core_imports_no_more_than_torch_numpy_and_file_formats():
-    files = [(module, source) for module, source in sources().items() if module.split(".")[0] in CORE]
+    files = [
+        (module, source) for module, source in sources().items() if module.split(".")[0] in CORE
+    ]
     assert len(files) > len(CORE)  # a folder has several
     for module, source in files:
         _, others = imports_of(source, module)
-        assert others - set(sys.stdlib_module_names) <= {"torch", "numpy", "safetensors", "pyarrow"}, module
+        assert others - set(sys.stdlib_module_names) <= {
+            "torch",
+            "numpy",
+            "safetensors",
+            "pyarrow",
+        }, module

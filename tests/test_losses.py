@@ -12,7 +12,15 @@ from torch import nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_dynprune.losses import RULES, SIGNALS, SampleLosses, check_signals, derive_rule, logits_of, observe_signals
+from hf_dynprune.losses import (
+    RULES,
+    SIGNALS,
+    SampleLosses,
+    check_signals,
+    derive_rule,
+    logits_of,
+    observe_signals,
+)
 
 B, T, VOCAB = 5, 7, 40
 BERT = {
@@ -36,7 +44,13 @@ def llama(head, **config):
 
 def t5():
     config = transformers.T5Config(
-        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        vocab_size=VOCAB,
+        d_model=16,
+        d_kv=8,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+        decoder_start_token_id=0,
     )
     return transformers.T5ForConditionalGeneration(config)
 
@@ -53,7 +67,10 @@ def resnet():
 
 
 def tokens():
-    return {"input_ids": torch.randint(1, VOCAB, (B, T)), "attention_mask": torch.ones(B, T, dtype=torch.int64)}
+    return {
+        "input_ids": torch.randint(1, VOCAB, (B, T)),
+        "attention_mask": torch.ones(B, T, dtype=torch.int64),
+    }
 
 
 def images():
@@ -72,11 +89,18 @@ def token_labels(classes):
 
 def choices():
     ids = torch.randint(1, VOCAB, (B, 3, T))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.randint(0, 3, (B,))}
+    return {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "labels": torch.randint(0, 3, (B,)),
+    }
 
 
 def questions():
-    start, end = torch.tensor([0, 2, T - 1, T + 3, 1]), torch.tensor([0, 4, T - 1, T, 5])  # the fourth has no answer
+    start, end = (
+        torch.tensor([0, 2, T - 1, T + 3, 1]),
+        torch.tensor([0, 4, T - 1, T, 5]),
+    )  # the fourth has no answer
     return {**tokens(), "start_positions": start, "end_positions": end}
 
 
@@ -116,10 +140,18 @@ MODELS = {
         lambda: bert("TokenClassification", num_labels=3),
         lambda: {**tokens(), "labels": token_labels(3)},
     ),
-    "bert masked": ("tokens", lambda: bert("MaskedLM"), lambda: {**tokens(), "labels": token_labels(VOCAB)}),
+    "bert masked": (
+        "tokens",
+        lambda: bert("MaskedLM"),
+        lambda: {**tokens(), "labels": token_labels(VOCAB)},
+    ),
     "bert choice": ("single_label", lambda: bert("MultipleChoice"), choices),
     "bert questions": ("question_answering", lambda: bert("QuestionAnswering"), questions),
-    "llama causal": ("shifted_tokens", lambda: llama("CausalLM"), lambda: {**tokens(), "labels": token_labels(VOCAB)}),
+    "llama causal": (
+        "shifted_tokens",
+        lambda: llama("CausalLM"),
+        lambda: {**tokens(), "labels": token_labels(VOCAB)},
+    ),
     "llama single": (
         "classification",
         lambda: llama("SequenceClassification", num_labels=3),
@@ -128,7 +160,9 @@ MODELS = {
     "gpt2": (
         "shifted_tokens",
         lambda: transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=16)
+            transformers.GPT2Config(
+                vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=16
+            )
         ),
         lambda: {**tokens(), "labels": token_labels(VOCAB)},
     ),
@@ -144,7 +178,9 @@ def model_and_batch(name):
     torch.manual_seed(0)
     model, batch = make_model().eval(), make_batch()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform predictions, so that the samples differ
+        for (
+            parameter
+        ) in model.parameters():  # far from uniform predictions, so that the samples differ
             parameter.mul_(3.0)
     return model, batch
 
@@ -166,7 +202,9 @@ def losses_of(name, smoothing=0.0):
 def test_losses_make_the_models_own_loss(name):
     losses, _, outputs = losses_of(name)
     assert all(value.shape == (B,) and value.dtype == torch.float32 for value in losses)
-    torch.testing.assert_close(losses.train.sum() / losses.terms.sum(), outputs.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        losses.train.sum() / losses.terms.sum(), outputs.loss, rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -177,7 +215,9 @@ def test_loss_of_a_sample_is_that_of_a_batch_of_it_alone(name):
     for i in range(B):
         if losses.terms[i]:
             alone = model(**{key: value[i : i + 1] for key, value in batch.items()}).loss
-            torch.testing.assert_close(losses.train[i] / losses.terms[i], alone, rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(
+                losses.train[i] / losses.terms[i], alone, rtol=1e-4, atol=1e-6
+            )
             compared += 1
     assert compared >= B - 2
     assert len({round(float(loss), 5) for loss in losses.plain}) > B - 2  # they do differ
@@ -207,12 +247,25 @@ def test_terms_are_known_before_the_forward_pass(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["bert single", "bert tokens", "bert masked", "bert choice", "llama causal", "llama single", "t5", "vit", "gpt2"]
+    "name",
+    [
+        "bert single",
+        "bert tokens",
+        "bert masked",
+        "bert choice",
+        "llama causal",
+        "llama single",
+        "t5",
+        "vit",
+        "gpt2",
+    ],
 )
 def test_label_smoothing_is_that_of_transformers(name):
     losses, batch, outputs = losses_of(name, smoothing=0.1)
     shift = name in ("llama causal", "gpt2")
-    expected = LabelSmoother(epsilon=0.1)({"logits": outputs.logits}, batch["labels"], shift_labels=shift)
+    expected = LabelSmoother(epsilon=0.1)(
+        {"logits": outputs.logits}, batch["labels"], shift_labels=shift
+    )
     torch.testing.assert_close(losses.train.sum() / losses.terms.sum(), expected, rtol=1e-5, atol=0)
     assert not torch.allclose(losses.train.detach(), losses.plain)
 
@@ -251,7 +304,9 @@ def test_tokens_by_hand():
     losses = RULES["tokens"].losses({"logits": logits}, {"labels": labels}, 0.0, None)
     assert losses.train.tolist() == pytest.approx([math.log(4) + math.log(2)])
     losses = RULES["shifted_tokens"].losses({"logits": logits}, {"labels": labels}, 0.0, None)
-    assert losses.train.tolist() == pytest.approx([-math.log(3 / 4)])  # the first position predicts the second label
+    assert losses.train.tolist() == pytest.approx(
+        [-math.log(3 / 4)]
+    )  # the first position predicts the second label
     assert losses.terms.tolist() == [1.0]
 
 
@@ -262,7 +317,7 @@ def test_half_precision_is_computed_in_float32():
     assert losses.train.item() == pytest.approx(math.log1p(math.exp(-16)), rel=0.1)
 
 
-# ---- which rule -----------------------------------------------------------------------------------------------------
+# ---- which rule ----------------------------------------------------------------------------------
 
 
 def test_class_derived_from_a_known_one_is_known():
@@ -282,7 +337,10 @@ def test_conditional_generation_shifts_without_an_encoder(encoder_decoder, rule)
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))])
 def test_unknown_model_names_the_way_out(model):
-    with pytest.raises(ValueError, match=rf"No loss .* {type(model).__name__}: pass `per_sample_loss_fn=`.*'single_label'"):
+    with pytest.raises(
+        ValueError,
+        match=rf"No loss .* {type(model).__name__}: pass `per_sample_loss_fn=`.*'single_label'",
+    ):
         derive_rule(model)
 
 
@@ -293,7 +351,10 @@ def test_rule_by_name(name):
 
 
 def test_unknown_rule_lists_the_rules():
-    with pytest.raises(ValueError, match=r"per_sample_loss_fn='singel' is no known rule; the rules are single_label, class"):
+    with pytest.raises(
+        ValueError,
+        match=r"per_sample_loss_fn='singel' is no known rule; the rules are single_label, class",
+    ):
         derive_rule(nn.Linear(2, 2), "singel")
 
 
@@ -326,7 +387,8 @@ def test_function_of_ones_own_is_taken_before_the_models_rule():
 def test_function_of_ones_own_must_give_one_loss_a_sample(result, message):
     rule = derive_rule(nn.Linear(2, 2), lambda outputs, inputs: result)
     with pytest.raises(
-        ValueError, match=rf"per_sample_loss_fn returned {message}; wanted is a tensor of shape \(batch size,\)"
+        ValueError,
+        match=rf"per_sample_loss_fn returned {message}; wanted is a tensor of shape \(batch size,\)",
     ):
         rule.losses({}, {}, 0.0, None)
 
@@ -349,10 +411,19 @@ def test_logits_are_found(outputs):
 
 
 @pytest.mark.parametrize(
-    "outputs", [{}, {"logits": None}, SequenceClassifierOutput(loss=torch.zeros(())), (torch.zeros(()),), SimpleNamespace()]
+    "outputs",
+    [
+        {},
+        {"logits": None},
+        SequenceClassifierOutput(loss=torch.zeros(())),
+        (torch.zeros(()),),
+        SimpleNamespace(),
+    ],
 )
 def test_missing_logits_name_the_ways_out(outputs):
-    with pytest.raises(ValueError, match=r"no logits.*fused_linear_cross_entropy.*per_sample_loss_fn="):
+    with pytest.raises(
+        ValueError, match=r"no logits.*fused_linear_cross_entropy.*per_sample_loss_fn="
+    ):
         logits_of(outputs)
 
 
@@ -364,12 +435,16 @@ def test_mixed_labels_are_refused_with_a_reason():
 
 def test_batch_mean_gives_each_sample_the_loss_of_its_batch():
     loss = torch.tensor(3.0, requires_grad=True)
-    losses = RULES["batch_mean"].losses({"loss": loss}, {"x": torch.zeros(4, 2), "flag": True}, 0.0, None)
+    losses = RULES["batch_mean"].losses(
+        {"loss": loss}, {"x": torch.zeros(4, 2), "flag": True}, 0.0, None
+    )
     assert losses.train.tolist() == losses.plain.tolist() == [3.0] * 4
     (losses.train.sum() / 4).backward()
     assert loss.grad == 1
     assert not losses.plain.requires_grad
-    assert RULES["batch_mean"].losses((loss, None), {"x": torch.zeros(2)}, 0.0, None).terms.tolist() == [1.0, 1.0]
+    assert RULES["batch_mean"].losses(
+        (loss, None), {"x": torch.zeros(2)}, 0.0, None
+    ).terms.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("rule", ["single_label", "classification", "tokens", "shifted_tokens"])
@@ -378,7 +453,7 @@ def test_missing_labels_are_named(rule):
         RULES[rule].losses({"logits": LOGITS}, {"input_ids": 1, "target": 2}, 0.0, None)
 
 
-# ---- signals --------------------------------------------------------------------------------------------------------
+# ---- signals -------------------------------------------------------------------------------------
 
 
 def signals_by_hand(p, label):
@@ -402,8 +477,14 @@ def test_signals_by_hand():
     outputs = {"logits": torch.tensor(shares).log() + torch.tensor([[5.0], [0.0], [-3.0]])}
     rule = RULES["classification"]
     got = observe_signals(tuple(SIGNALS), outputs, inputs, rule.losses(outputs, inputs, 0.0, None))
-    assert list(got) == list(SIGNALS) == ["loss", "el2n", "correct", "confidence", "margin", "entropy", "label"]
-    assert got["el2n"].tolist() == pytest.approx([0.75 * math.sqrt(2), 0.25 * math.sqrt(2), 0.1 * math.sqrt(2)])
+    assert (
+        list(got)
+        == list(SIGNALS)
+        == ["loss", "el2n", "correct", "confidence", "margin", "entropy", "label"]
+    )
+    assert got["el2n"].tolist() == pytest.approx(
+        [0.75 * math.sqrt(2), 0.25 * math.sqrt(2), 0.1 * math.sqrt(2)]
+    )
     assert got["correct"].tolist() == [0.0, 1.0, 1.0]
     assert got["confidence"].tolist() == pytest.approx([0.25, 0.75, 0.9])
     assert got["margin"].tolist() == pytest.approx([0.5, -0.5, -0.8])
@@ -413,7 +494,13 @@ def test_signals_by_hand():
 
 
 def test_signals_of_three_classes_run_over_the_classes_not_the_batch():
-    shares = [[1 / 2, 1 / 3, 1 / 6], [1 / 6, 1 / 6, 2 / 3], [1 / 4, 1 / 2, 1 / 4], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1]]
+    shares = [
+        [1 / 2, 1 / 3, 1 / 6],
+        [1 / 6, 1 / 6, 2 / 3],
+        [1 / 4, 1 / 2, 1 / 4],
+        [0.1, 0.2, 0.7],
+        [0.6, 0.3, 0.1],
+    ]
     labels = [1, 0, 1, 2, 2]
     inputs, outputs = {"labels": torch.tensor(labels)}, {"logits": torch.tensor(shares).log()}
     losses = RULES["single_label"].losses(outputs, inputs, 0.0, None)
@@ -436,7 +523,9 @@ def test_signals_have_no_gradient_and_leave_that_of_the_loss():
 
 
 def test_loss_signal_is_the_mean_over_the_terms():
-    losses = SampleLosses(torch.tensor([6.0, 6.0, 0.0]), torch.tensor([6.0, 6.0, 0.0]), torch.tensor([3.0, 1.0, 0.0]))
+    losses = SampleLosses(
+        torch.tensor([6.0, 6.0, 0.0]), torch.tensor([6.0, 6.0, 0.0]), torch.tensor([3.0, 1.0, 0.0])
+    )
     assert observe_signals(("loss",), None, {}, losses)["loss"].tolist() == [2.0, 6.0, 0.0]
 
 
@@ -462,7 +551,8 @@ def test_check_signals():
         check_signals(("loss", "los"), RULES["single_label"])
     for task in ("tokens", "shifted_tokens", "question_answering"):
         with pytest.raises(
-            ValueError, match=f"'margin' is defined for single-label .* task is '{task}': use the signal 'loss'"
+            ValueError,
+            match=f"'margin' is defined for single-label .* task is '{task}': use the signal 'loss'",
         ):
             check_signals(("margin",), RULES[task])
     with pytest.raises(ValueError, match="this task is 'custom'"):

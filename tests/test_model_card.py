@@ -20,8 +20,22 @@ from transformers import (
     set_seed,
 )
 
-from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningReport, RandomPruning, StaticPruning
-from hf_dynprune.model_card import card_of_report, card_of_trainer, command_of, facts_of, picture_of, results_of
+from hf_dynprune import (
+    UCB,
+    DynamicPruningTrainer,
+    FullData,
+    PruningReport,
+    RandomPruning,
+    StaticPruning,
+)
+from hf_dynprune.model_card import (
+    card_of_report,
+    card_of_trainer,
+    command_of,
+    facts_of,
+    picture_of,
+    results_of,
+)
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
 N = 40
@@ -36,8 +50,15 @@ def data():
 
 def tiny_bert():
     set_seed(1)
-    sizes = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 8}
-    return BertForSequenceClassification(BertConfig(**sizes, vocab_size=30, num_labels=3, max_position_embeddings=8))
+    sizes = {
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 8,
+    }
+    return BertForSequenceClassification(
+        BertConfig(**sizes, vocab_size=30, num_labels=3, max_position_embeddings=8)
+    )
 
 
 def accuracy(prediction):
@@ -59,7 +80,13 @@ def trained(data, folder, policy=None, model=None, **settings):
     }
     trainer = DynamicPruningTrainer(
         model=model or tiny_bert(),
-        args=TrainingArguments(str(folder), report_to="none", disable_tqdm=True, dataloader_pin_memory=False, **arguments),
+        args=TrainingArguments(
+            str(folder),
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+            **arguments,
+        ),
         train_dataset=data,
         eval_dataset=data.select(range(20)),
         compute_metrics=accuracy,
@@ -85,20 +112,40 @@ def section(card, title):
 def a_report(policy=None, accuracies=(0.5, 0.9, 0.7), **changes):
     policy = policy or UCB(keep_ratio=0.3)
     epochs = [
-        EpochRecord(i, False, 30, 30, 30, 0, 3, metrics={"eval_accuracy": a, "eval_runtime": 1.0, "eval_loss": 1.5})
+        EpochRecord(
+            i,
+            False,
+            30,
+            30,
+            30,
+            0,
+            3,
+            metrics={"eval_accuracy": a, "eval_runtime": 1.0, "eval_loss": 1.5},
+        )
         for i, a in enumerate(accuracies)
     ]
-    selection = selection_of(torch.tensor([0] * 40 + [1] * 40 + [2] * 10 + [3] * 10).numpy(), chance_of([0.3] * 3))
-    environment = {"hf_dynprune": "0.1.0", "device": "A Chip", "ranks": 1, "versions": {"torch": "2.9"}}
-    report = PruningReport(policy.to_dict(), 100, 0, 0, 3.0, epochs, selection, environment=environment)
+    selection = selection_of(
+        torch.tensor([0] * 40 + [1] * 40 + [2] * 10 + [3] * 10).numpy(), chance_of([0.3] * 3)
+    )
+    environment = {
+        "hf_dynprune": "0.1.0",
+        "device": "A Chip",
+        "ranks": 1,
+        "versions": {"torch": "2.9"},
+    }
+    report = PruningReport(
+        policy.to_dict(), 100, 0, 0, 3.0, epochs, selection, environment=environment
+    )
     return replace(report, **changes)
 
 
-# ---- metadata -------------------------------------------------------------------------------------------------------
+# ---- metadata ------------------------------------------------------------------------------------
 
 
 def test_metadata(trainer):
-    card = card_of_trainer(trainer, dataset="Some Numbers", dataset_tags="org/numbers", license="mit", language="en")
+    card = card_of_trainer(
+        trainer, dataset="Some Numbers", dataset_tags="org/numbers", license="mit", language="en"
+    )
     data, report = card.data.to_dict(), trainer.pruning_report
     assert data["library_name"] == "transformers"
     assert data["tags"] == ["generated_from_trainer", "dynamic-data-pruning", "ucb"]
@@ -114,7 +161,9 @@ def test_metadata(trainer):
     (result,) = entry["results"]
     assert result["task"]["type"] == "text-classification"
     assert result["dataset"] == {"name": "Some Numbers", "type": "org/numbers"}
-    assert [(m["type"], m["value"]) for m in result["metrics"]] == [("accuracy", report.metrics["eval_accuracy"])]
+    assert [(m["type"], m["value"]) for m in result["metrics"]] == [
+        ("accuracy", report.metrics["eval_accuracy"])
+    ]
 
 
 @pytest.mark.parametrize("arguments", [{}, {"dataset": ["one", "two"]}])
@@ -123,7 +172,9 @@ def test_no_results_in_the_metadata_unless_it_is_known_of_which_data(trainer, ar
 
 
 def test_signature_is_that_of_the_trainer():
-    ours, stock = (inspect.signature(f).parameters for f in (card_of_trainer, Trainer.create_model_card))
+    ours, stock = (
+        inspect.signature(f).parameters for f in (card_of_trainer, Trainer.create_model_card)
+    )
     assert [name for name, p in ours.items() if p.kind is not p.KEYWORD_ONLY][1:] == list(stock)[1:]
     assert all(parameter.default is not parameter.empty for parameter in list(ours.values())[1:])
 
@@ -155,20 +206,28 @@ def test_no_picture_without_matplotlib_and_in_mid_run(trainer, tmp_path, monkeyp
 def test_trainer_compares_with_reports_it_is_given(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
     report = trainer.pruning_report
-    other = replace(report, seed=6, epochs=[replace(e, metrics={"eval_accuracy": 0.25}) for e in report.epochs])
+    other = replace(
+        report, seed=6, epochs=[replace(e, metrics={"eval_accuracy": 0.25}) for e in report.epochs]
+    )
     full = replace(report, policy=FullData().to_dict())
     trainer.create_model_card(dataset="numbers", other_seeds=other, full=full)
     card = ModelCard.load(tmp_path / "README.md")
     mean = (report.metrics["eval_accuracy"] + 0.25) / 2
-    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [("accuracy", mean)]
+    assert [(result.metric_type, result.metric_value) for result in card.data.eval_results] == [
+        ("accuracy", mean)
+    ]
     assert "means of 2 runs that differ in their seed alone (5, 6)" in card.content
     assert "| seeds | 5, 6 | 5 |" in section(card, "Against the full run")
     assert "| seed | 5, 6 |" in section(card, "Training")
     assert "](pruning.png)" in card.content
 
 
-def test_a_card_that_is_there_keeps_its_library_and_tags_but_not_another_policy(trainer, tmp_path, monkeypatch):
-    (tmp_path / "README.md").write_text("---\nlibrary_name: peft\ntags:\n- lora\n- random\n---\nOld text\n")
+def test_a_card_that_is_there_keeps_its_library_and_tags_but_not_another_policy(
+    trainer, tmp_path, monkeypatch
+):
+    (tmp_path / "README.md").write_text(
+        "---\nlibrary_name: peft\ntags:\n- lora\n- random\n---\nOld text\n"
+    )
     monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
     card = card_of_trainer(trainer)
     assert card.data.library_name == "peft"
@@ -184,10 +243,14 @@ def test_dataset_of_the_hub_is_found(trainer, monkeypatch):
     card = card_of_trainer(trainer).data.to_dict()
     assert card["datasets"] == ["org/numbers"]
     dataset = card["model-index"][0]["results"][0]["dataset"]
-    assert (dataset["name"], dataset["config"], dataset["revision"]) == ("org/numbers", "plain", "abc123")
+    assert (dataset["name"], dataset["config"], dataset["revision"]) == (
+        "org/numbers",
+        "plain",
+        "abc123",
+    )
 
 
-# ---- where the model comes from -------------------------------------------------------------------------------------
+# ---- where the model comes from ------------------------------------------------------------------
 
 
 def test_trained_from_scratch(trainer):
@@ -207,18 +270,23 @@ def test_fine_tuned_only_if_weights_were_loaded(data, tmp_path):
     loaded.config._name_or_path = "org/tiny-bert"  # as if it came from the Hub
     card = card_of_trainer(trainer, dataset="numbers")
     assert card.data.base_model == "org/tiny-bert"
-    assert "fine-tuned from [org/tiny-bert](https://huggingface.co/org/tiny-bert) on numbers." in card.content
+    assert (
+        "fine-tuned from [org/tiny-bert](https://huggingface.co/org/tiny-bert) on numbers."
+        in card.content
+    )
 
     config = AutoConfig.from_pretrained(tmp_path / "saved")
     config._name_or_path = "org/tiny-bert"
-    trainer = trained(data, tmp_path / "run", model=BertForSequenceClassification(config), num_train_epochs=1)
+    trainer = trained(
+        data, tmp_path / "run", model=BertForSequenceClassification(config), num_train_epochs=1
+    )
     card = card_of_trainer(trainer)
     assert "base_model" not in card.data.to_dict()
     assert "trained from scratch" in card.content
     assert card_of_trainer(trainer, finetuned_from="org/other").data.base_model == "org/other"
 
 
-# ---- text -----------------------------------------------------------------------------------------------------------
+# ---- text ----------------------------------------------------------------------------------------
 
 
 def test_cost_stands_beside_the_full_run(trainer):
@@ -240,7 +308,10 @@ def test_policy_and_selection(trainer):
     assert '`bonus="variance"`' in pruned
     selection = trainer.pruning_report.selection
     for name in ("always", "sometimes", "never"):
-        assert f"| {name} | {100 * selection[name]:.1f} % | {100 * selection['chance_shares'][name]:.1f} % |" in pruned
+        assert (
+            f"| {name} | {100 * selection[name]:.1f} % | {100 * selection['chance_shares'][name]:.1f} % |"
+            in pruned
+        )
 
 
 def test_training(trainer):
@@ -278,7 +349,9 @@ def test_not_evaluated():
 
 def test_card_of_a_report_alone(tmp_path):
     a_report().save(tmp_path / "report.json")
-    card = card_of_report(PruningReport.load(tmp_path / "report.json"), ModelCardData(model_name="from-json"))
+    card = card_of_report(
+        PruningReport.load(tmp_path / "report.json"), ModelCardData(model_name="from-json")
+    )
     assert card.data.tags == ["dynamic-data-pruning", "ucb"]
     assert "| cost | 0.300 | 1 |" in card.content
     assert "40.0 % of the training samples were kept by no choice." in section(card, "Limits")
@@ -291,7 +364,9 @@ def test_limits_depend_on_the_policy():
     scored = section(card_of_report(a_report(), ModelCardData()), "Limits")
     assert "by the loss of each" in scored
     assert "wrongly labelled" in scored
-    random = section(card_of_report(a_report(RandomPruning(keep_ratio=0.3)), ModelCardData()), "Limits")
+    random = section(
+        card_of_report(a_report(RandomPruning(keep_ratio=0.3)), ModelCardData()), "Limits"
+    )
     assert "wrongly labelled" not in random
     report = a_report(UCB(keep_ratio=0.3, first=1))
     report.epochs[0] = replace(report.epochs[0], full_data=True, nonfinite=7)
@@ -318,7 +393,9 @@ def test_policy_of_ones_own(data, tmp_path):
     card = card_of_trainer(trained(data, tmp_path, OwnPolicy(keep_ratio=0.5), num_train_epochs=1))
     assert "OwnPolicy" in card.data.tags
     assert "`twist=3`" in card.content
-    assert "OwnPolicy(twist" not in card.content  # the signature that a dataclass without docstring shows
+    assert (
+        "OwnPolicy(twist" not in card.content
+    )  # the signature that a dataclass without docstring shows
     assert "import DynamicPruningTrainer\n" in snippets(card)[-1]
 
 
@@ -337,11 +414,14 @@ def test_weights_of_the_best_checkpoint_and_a_resumed_run_are_told(data, tmp_pat
     assert "resumed at optimizer step 3." in cost
 
 
-# ---- several runs ----------------------------------------------------------------------------------------------------
+# ---- several runs --------------------------------------------------------------------------------
 
 
 def seeds(policy=None, last=(0.7, 0.8, 0.6), **changes):
-    return [a_report(policy, accuracies=(0.5, 0.9, value), seed=seed, **changes) for seed, value in enumerate(last)]
+    return [
+        a_report(policy, accuracies=(0.5, 0.9, value), seed=seed, **changes)
+        for seed, value in enumerate(last)
+    ]
 
 
 def test_facts_are_means_and_each_value():
@@ -371,7 +451,10 @@ def test_spread_of_several_seeds():
 def test_comparison_with_full_and_short_run():
     full = seeds(FullData(), (0.9, 0.95, 0.97))
     for run in full:
-        run.epochs = [replace(record, backward_passes=100, forward_passes=100, optimizer_steps=10) for record in run.epochs]
+        run.epochs = [
+            replace(record, backward_passes=100, forward_passes=100, optimizer_steps=10)
+            for record in run.epochs
+        ]
     short = replace(full[0], num_epochs=1.0, epochs=full[0].epochs[-1:])
     card = card_of_report(seeds(), ModelCardData(), full=full, short=short)
     table = section(card, "Against the full run and the short run")
@@ -398,8 +481,16 @@ def test_comparison_with_full_and_short_run():
         ([], {}, "There is no report"),
         ([0, 0], {}, "Two reports of the run have the seed 0"),
         ([0, UCB(keep_ratio=0.5)], {}, r"differ in more than the seed \(keep_ratio: 0.3 and 0.5\)"),
-        ([0], {"full": UCB(keep_ratio=0.3)}, "The full run is one of 'ucb' and 3 epochs: wanted is 'full'"),
-        ([0], {"short": FullData()}, "The short run is one of 'full' and 3 epochs: .* fewer than 3 epochs"),
+        (
+            [0],
+            {"full": UCB(keep_ratio=0.3)},
+            "The full run is one of 'ucb' and 3 epochs: wanted is 'full'",
+        ),
+        (
+            [0],
+            {"short": FullData()},
+            "The short run is one of 'full' and 3 epochs: .* fewer than 3 epochs",
+        ),
         ([0], {"full": 99}, "The full run has 99 samples, the run 100"),
     ],
 )
@@ -411,7 +502,8 @@ def test_runs_that_do_not_belong_together_are_refused(runs, compared, message):
 
     with pytest.raises(ValueError, match=message):
         facts_of(
-            [report(of, seed) for seed, of in enumerate(runs)], **{name: report(of, 0) for name, of in compared.items()}
+            [report(of, seed) for seed, of in enumerate(runs)],
+            **{name: report(of, 0) for name, of in compared.items()},
         )
 
 
@@ -427,7 +519,7 @@ def test_picture():
     assert picture_of(seeds(), full=full) is None
 
 
-# ---- snippets -------------------------------------------------------------------------------------------------------
+# ---- snippets ------------------------------------------------------------------------------------
 
 
 def test_loading_snippet_loads(trainer, tmp_path, monkeypatch):
@@ -437,7 +529,9 @@ def test_loading_snippet_loads(trainer, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(load, names)
-    torch.testing.assert_close(dict(names["model"].named_parameters()), dict(trainer.model.named_parameters()))
+    torch.testing.assert_close(
+        dict(names["model"].named_parameters()), dict(trainer.model.named_parameters())
+    )
 
 
 def test_loading_snippet_names_the_repository(trainer, monkeypatch):
@@ -459,12 +553,28 @@ def test_repeating_snippet_repeats_the_run(trainer, data, tmp_path, monkeypatch)
     exec(repeat, names)
     again = names["trainer"]
     assert torch.equal(again.pruner.table["times_kept"], trainer.pruner.table["times_kept"])
-    torch.testing.assert_close(again.pruner.table["mean"], trainer.pruner.table["mean"], equal_nan=True)
+    torch.testing.assert_close(
+        again.pruner.table["mean"], trainer.pruner.table["mean"], equal_nan=True
+    )
 
 
 def test_command_line_of_a_recipe():
-    arguments = ["--pruning_kwargs", '{"scores": "/home/me/s.parquet", "c": 2}', "--hub_token", "secret", "--dataset", "a/b"]
-    argv = ["/home/me/recipes/cifar.py", *arguments, "--hub-tok=secret", "--model=../m/resnet", "--push_to_hub", "True"]
+    arguments = [
+        "--pruning_kwargs",
+        '{"scores": "/home/me/s.parquet", "c": 2}',
+        "--hub_token",
+        "secret",
+        "--dataset",
+        "a/b",
+    ]
+    argv = [
+        "/home/me/recipes/cifar.py",
+        *arguments,
+        "--hub-tok=secret",
+        "--model=../m/resnet",
+        "--push_to_hub",
+        "True",
+    ]
     command = command_of(argv, ranks=1)
     assert command.startswith("python recipes/cifar.py --pruning_kwargs ")
     assert shlex.split(command)[3:] == [
@@ -487,7 +597,10 @@ def test_a_recipe_is_repeated_by_its_command_line(trainer, monkeypatch):
 
 def test_paths_of_this_machine_are_not_told():
     report = a_report()
-    report.policy = {**StaticPruning(None, keep_ratio=0.3, keep="random").to_dict(), "scores": "/home/me/scores.parquet"}
+    report.policy = {
+        **StaticPruning(None, keep_ratio=0.3, keep="random").to_dict(),
+        "scores": "/home/me/scores.parquet",
+    }
     report.policy.update(keep="hardest", digest="0123")
     card = card_of_report(report, ModelCardData())
     assert "/home" not in str(card)

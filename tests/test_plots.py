@@ -34,12 +34,24 @@ def a_run(policy, kept, accuracies, metric="eval_accuracy", seed=0):
     seconds = {"training": 1.5, "choosing": 0.5, "scoring": 0.0, "evaluation": 100.0}
     epochs = [
         EpochRecord(
-            i, False, kept, kept, kept, 0, 1, seconds=dict(seconds), metrics={} if value is None else {metric: value}
+            i,
+            False,
+            kept,
+            kept,
+            kept,
+            0,
+            1,
+            seconds=dict(seconds),
+            metrics={} if value is None else {metric: value},
         )
         for i, value in enumerate(accuracies)
     ]
     choices = len(epochs)
-    times = np.full(N, choices) if kept == N else np.random.default_rng(seed).integers(0, choices + 1, N)
+    times = (
+        np.full(N, choices)
+        if kept == N
+        else np.random.default_rng(seed).integers(0, choices + 1, N)
+    )
     selection = selection_of(times, chance_of([kept / N] * choices))
     return PruningReport(policy.to_dict(), N, seed, seed, choices, epochs, selection)
 
@@ -67,7 +79,7 @@ def entries(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-# ---- runs -----------------------------------------------------------------------------------------------------------
+# ---- runs ----------------------------------------------------------------------------------------
 
 
 def test_metric_stands_against_passes_and_seconds(runs):
@@ -108,7 +120,9 @@ def test_preparation_counts_where_it_is_charged(runs, charged):
     assert spent(run, "passes") == pytest.approx([1.5 * charged + 0.6 * e for e in range(1, 6)])
     assert spent(run, "seconds") == pytest.approx([7 * charged + 2 * e for e in range(1, 6)])
     assert spent(run, "passes")[-1] == pytest.approx(run.passes / N)
-    np.testing.assert_allclose(plot_runs({"UCB": run}).axes[0].lines[0].get_xdata()[0], 1.5 * charged + 0.6)
+    np.testing.assert_allclose(
+        plot_runs({"UCB": run}).axes[0].lines[0].get_xdata()[0], 1.5 * charged + 0.6
+    )
     del run.preparation["seconds"]  # scores of one's own
     assert spent(run, "seconds")[-1] == pytest.approx(10)
 
@@ -128,7 +142,10 @@ def test_twenty_runs_are_told_apart():
 
 
 def test_seeds_are_a_mean_and_a_band():
-    seeds = [a_run(UCB(keep_ratio=0.5), 50, values, seed=s) for s, values in enumerate([[0.2, 0.5], [0.4, 0.9]])]
+    seeds = [
+        a_run(UCB(keep_ratio=0.5), 50, values, seed=s)
+        for s, values in enumerate([[0.2, 0.5], [0.4, 0.9]])
+    ]
     seeds[1].epochs[0].seconds["training"] += 1
     figure = plot_runs({"UCB": seeds})
     for ax, x in zip(figure.axes, ([0.5, 1.0], [2.5, 4.5]), strict=True):
@@ -148,13 +165,17 @@ def test_only_seeds_share_a_name(runs):
         a_run(RandomPruning(keep_ratio=0.6), 60, [0.5] * 5),
     ):
         for plot in (plot_runs, plot_selection):
-            with pytest.raises(ValueError, match=r"'UCB' differ in more than the seed.*names of their own"):
+            with pytest.raises(
+                ValueError, match=r"'UCB' differ in more than the seed.*names of their own"
+            ):
                 plot({"UCB": [runs["UCB"], other]})
     with pytest.raises(ValueError, match="no report of the run 'none'"):
         plot_runs({"none": []})
 
 
-@pytest.mark.parametrize("values", [[2.0, 1.0, 0.5], [0.0], [1.0, 1.0], [-3.0, -2.0], [float("nan"), 3.0]])
+@pytest.mark.parametrize(
+    "values", [[2.0, 1.0, 0.5], [0.0], [1.0, 1.0], [-3.0, -2.0], [float("nan"), 3.0]]
+)
 def test_other_metrics_are_drawn_as_they_are(values):
     figure = plot_runs({"run": a_run(FullData(), N, values, "eval_loss")}, "eval_loss")
     assert figure.axes[0].get_ylabel() == "eval loss"
@@ -187,7 +208,7 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-# ---- selection and scores -------------------------------------------------------------------------------------------
+# ---- selection and scores ------------------------------------------------------------------------
 
 
 def test_selection_beside_chance(runs):
@@ -232,14 +253,23 @@ def test_scores_over_epochs(runs):
         plot_scores(runs["full run"])
 
 
-# ---- samples --------------------------------------------------------------------------------------------------------
+# ---- samples -------------------------------------------------------------------------------------
 
 
 def test_classes_in_order_of_their_kept_share():
-    times, labels = np.array([4, 2, 1, 1, 0, 3]), np.array([2, 2, 0, 0, 0, 5])  # of classes 1, 3, 4 there is no sample
-    (ax,) = drawn(plot_classes(times, 4, labels, ["cat", "b", "dog", "d", "e", "owl, the bird"])).axes
+    times, labels = (
+        np.array([4, 2, 1, 1, 0, 3]),
+        np.array([2, 2, 0, 0, 0, 5]),
+    )  # of classes 1, 3, 4 there is no sample
+    (ax,) = drawn(
+        plot_classes(times, 4, labels, ["cat", "b", "dog", "d", "e", "owl, the bird"])
+    ).axes
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["cat", "dog", "owl"]
-    shown = sorted(point for line in ax.lines[:2] for point in zip(line.get_ydata(), line.get_xdata(), strict=True))
+    shown = sorted(
+        point
+        for line in ax.lines[:2]
+        for point in zip(line.get_ydata(), line.get_xdata(), strict=True)
+    )
     np.testing.assert_allclose(shown, [(0, 100 * 2 / 12), (1, 75), (2, 75)])
     assert ax.lines[2].get_label() == "all samples: 45.8 %"  # 11 / (6 * 4)
     assert ax.lines[2].get_xdata()[0] == pytest.approx(100 * 11 / 24)
@@ -279,7 +309,9 @@ def test_what_is_no_share_of_a_class(times, choices, labels, names, message):
 
 def pictures(n):
     """A data set of n images, of which image i is grey with value i, in classes i % 3."""
-    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])})
+    features = datasets.Features(
+        {"img": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "owl"])}
+    )
     images = [Image.new("RGB", (6, 4), (i, i, i)) for i in range(n)]
     return datasets.Dataset.from_dict({"img": images, "label": [i % 3 for i in range(n)]}, features)
 
@@ -298,7 +330,11 @@ def sheet(figure):
 def test_contact_sheet():
     times = np.array([5] * 4 + [0] * 10 + [1, 2, 3, 4] * 4)  # 30 samples
     rows = sheet(drawn(plot_samples(times, 5, pictures(30), columns=6)))
-    assert list(rows) == ["always kept\n(13.3 %)", "sometimes kept\n(53.3 %)", "never kept\n(33.3 %)"]
+    assert list(rows) == [
+        "always kept\n(13.3 %)",
+        "sometimes kept\n(53.3 %)",
+        "never kept\n(33.3 %)",
+    ]
     assert [len(shown) for shown in rows.values()] == [4, 6, 6]
     for shown, counts in zip(rows.values(), ({5}, {1, 2, 3, 4}, {0}), strict=True):
         for caption, value in shown:  # an image is that of its index
@@ -312,7 +348,11 @@ def test_contact_sheet():
 def test_where_none_is_always_or_never_kept():
     times = np.array([1, 2, 3, 2, 1, 2])
     rows = sheet(plot_samples(times, 5, pictures(6), columns=2))
-    assert list(rows) == ["most often kept\n(none always)", "sometimes kept\n(100.0 %)", "least often kept\n(none never)"]
+    assert list(rows) == [
+        "most often kept\n(none always)",
+        "sometimes kept\n(100.0 %)",
+        "least often kept\n(none never)",
+    ]
     most, _, least = rows.values()
     assert most[0][1] == 2
     assert {value for _, value in least} == {0, 4}
@@ -326,7 +366,9 @@ def test_contact_sheet_of_an_image_cache():
 
     data = pictures(12).map(lambda row: row)
     for channels in (3, 1):
-        cache = ImageCache.from_dataset(data, mean=[0.5] * channels, std=[0.5] * channels, channels=channels)
+        cache = ImageCache.from_dataset(
+            data, mean=[0.5] * channels, std=[0.5] * channels, channels=channels
+        )
         times = np.arange(12) % 4
         assert sheet(drawn(plot_samples(times, 3, cache))) == sheet(plot_samples(times, 3, data))
 
@@ -352,7 +394,7 @@ def test_what_is_no_data_for_a_contact_sheet():
         plot_samples(times, 1, [0, 1, 2])
 
 
-# ---- costs ----------------------------------------------------------------------------------------------------------
+# ---- costs ---------------------------------------------------------------------------------------
 
 
 def test_methods_against_what_they_cost():
@@ -370,7 +412,10 @@ def test_methods_against_what_they_cost():
     assert full.get_ydata() == pytest.approx([95, 95])
     bars = [segment.tolist() for segment in ax.collections[1].get_segments()]
     at = short.get_xdata()
-    assert bars == [pytest.approx(np.array(bar)) for bar in ([[at[0], 50], [at[0], 60]], [[at[1], 70], [at[1], 80]])]
+    assert bars == [
+        pytest.approx(np.array(bar))
+        for bar in ([[at[0], 50], [at[0], 60]], [[at[1], 70], [at[1], 80]])
+    ]
 
 
 def test_costs_of_other_metrics_are_not_in_per_cent():
@@ -382,9 +427,15 @@ def test_costs_of_other_metrics_are_not_in_per_cent():
 
 
 def test_methods_at_one_cost():
-    figure = drawn(plot_methods({"UCB": [0.7, 0.9], "short run": [0.5], "random": [0.6]}, full=[0.95]))
+    figure = drawn(
+        plot_methods({"UCB": [0.7, 0.9], "short run": [0.5], "random": [0.6]}, full=[0.95])
+    )
     (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["short run", "random", "UCB"]  # the best above
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "short run",
+        "random",
+        "UCB",
+    ]  # the best above
     assert ax.get_xlabel() == "eval accuracy (%): each seed, and the mean"
     seeds = ax.lines[2]
     assert seeds.get_xdata().tolist() == pytest.approx([70, 90])
@@ -401,7 +452,11 @@ def test_methods_at_one_cost():
     assert [text.get_text() for text in ax.texts] == ["← 55"]
     assert ax.get_xlim()[0] > 60
     assert ax.get_ylim() == (-0.6, 3.6)
-    (ax,) = drawn(plot_methods({"short run": [2.0], "EL2N": [9.0]}, "eval_loss", full=[1.0], lower_is_better=True)).axes
+    (ax,) = drawn(
+        plot_methods(
+            {"short run": [2.0], "EL2N": [9.0]}, "eval_loss", full=[1.0], lower_is_better=True
+        )
+    ).axes
     assert [text.get_text() for text in ax.texts] == ["9 →"]
     assert ax.get_xlim()[1] < 3
     loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
@@ -415,11 +470,17 @@ def test_the_cost_at_which_values_are_reached():
     }
     figure = drawn(plot_targets(costs))
     (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["random", "short run", "UCB"]  # the cheapest above
+    assert [label.get_text() for label in ax.get_yticklabels()] == [
+        "random",
+        "short run",
+        "UCB",
+    ]  # the cheapest above
     assert entries(figure) == ["80.0 %", "90.0 %"]
     assert figure.legends[0].get_title().get_text() == "eval accuracy"
     points = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
-    shown = {(line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "<") for line in points}
+    shown = {
+        (line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "<") for line in points
+    }
     assert shown == {(0.3, 2, True), (0.4, 1, False), (0.7, 1, False), (0.6, 0, False)}
     lines = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
     assert lines == [0.4, 0.7]  # what the others are to be left of
@@ -432,9 +493,16 @@ def test_the_cost_at_which_values_are_reached():
             plot_targets(wrong)
 
 
-@pytest.mark.parametrize("runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}])
+@pytest.mark.parametrize(
+    "runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}]
+)
 def test_no_costs_to_plot(runs):
     with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
         plot_costs(runs)
     with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
-        plot_methods({name: [value for _, values in points for value in values] for name, points in runs.items()})
+        plot_methods(
+            {
+                name: [value for _, values in points for value in values]
+                for name, points in runs.items()
+            }
+        )

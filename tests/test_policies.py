@@ -65,7 +65,9 @@ def choice(policy: PruningPolicy, table: SampleTable) -> list[int]:
 def by_score(policy: PruningPolicy, scores: list[float], seed: int = 0) -> list[int]:
     """What the policy alone makes of these scores."""
     table = SampleTable(len(scores), policy.columns)
-    plan = policy.plan(table, score=torch.tensor(scores), epoch=0, progress=0.0, generator=generator(seed))
+    plan = policy.plan(
+        table, score=torch.tensor(scores), epoch=0, progress=0.0, generator=generator(seed)
+    )
     return sorted(plan.indices.tolist())
 
 
@@ -74,10 +76,12 @@ def chi_square(counts: list[int]) -> float:
     return sum((count - expected) ** 2 / expected for count in counts)
 
 
-# ---- the formulas ---------------------------------------------------------------------------------------------------
+# ---- the formulas --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [EpsilonGreedy(decay=0.8), UCB(decay=0.8)], ids=["epsilon-greedy", "ucb"])
+@pytest.mark.parametrize(
+    "policy", [EpsilonGreedy(decay=0.8), UCB(decay=0.8)], ids=["epsilon-greedy", "ucb"]
+)
 def test_moving_mean_by_hand(policy):
     table = table_of(policy, {0: [1.0, 2.0, 0.5], 1: [1.0, 2.0], 2: [1.0]}, n=4)
     assert table["mean"][:3].tolist() == pytest.approx(
@@ -94,7 +98,8 @@ def test_variance_by_hand_uses_the_old_mean():
     table = table_of(UCB(decay=0.8), {0: [1.0, 2.0, 0.5], 1: [1.0, 2.0], 2: [1.0]}, n=4)
     assert table["variance"][:3].tolist() == pytest.approx(
         [
-            0.2 * (0.8 * (2.0 - 1.0) ** 2) + 0.8 * (0.5 - 1.8) ** 2,  # 1.512; with the new means it were 0.06048
+            0.2 * (0.8 * (2.0 - 1.0) ** 2)
+            + 0.8 * (0.5 - 1.8) ** 2,  # 1.512; with the new means it were 0.06048
             0.8 * (2.0 - 1.0) ** 2,  # 0.8; with the new mean it were 0.8 * (2.0 - 1.8)^2 = 0.032
             0.0,
         ]
@@ -105,7 +110,9 @@ def test_decay_is_the_weight_of_the_new_observation():
     losses = {0: [4.0, 8.0, 0.0]}
     table = table_of(UCB(decay=0.25), losses, n=1)
     assert table["mean"].item() == pytest.approx(0.75 * (0.75 * 4 + 0.25 * 8) + 0.25 * 0)  # 3.75
-    assert table["variance"].item() == pytest.approx(0.75 * (0.25 * (8 - 4) ** 2) + 0.25 * (0 - 5) ** 2)  # 9.25
+    assert table["variance"].item() == pytest.approx(
+        0.75 * (0.25 * (8 - 4) ** 2) + 0.25 * (0 - 5) ** 2
+    )  # 9.25
     table = table_of(UCB(decay=1.0), losses, n=1)  # the last loss alone
     assert (table["mean"].item(), table["variance"].item()) == (0.0, 64.0)
 
@@ -164,7 +171,7 @@ def test_observe_is_pure(policy):
     assert signals["loss"].tolist() == [2.0, 3.0]
 
 
-# ---- how many -------------------------------------------------------------------------------------------------------
+# ---- how many ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -194,7 +201,9 @@ def test_number_kept(keep_ratio, n, k):
 @pytest.mark.parametrize("n", [10, 101])
 def test_random_share_is_exact_and_the_rest_is_the_top(cls, epsilon, n):
     policy = cls(keep_ratio=0.4, epsilon=epsilon)
-    scores = torch.randperm(n, generator=generator(5)).tolist()  # different, so that the top is unique
+    scores = torch.randperm(
+        n, generator=generator(5)
+    ).tolist()  # different, so that the top is unique
     k = {10: 4, 101: 40}[n]
     greedy = k - {0.0: 0, 0.1: round(k * 0.1), 0.25: k // 4, 0.5: k // 2, 1.0: k}[epsilon]
     kept = by_score(policy, [float(s) for s in scores])
@@ -203,7 +212,9 @@ def test_random_share_is_exact_and_the_rest_is_the_top(cls, epsilon, n):
     assert ranks[:greedy] == list(range(greedy))
 
 
-@pytest.mark.parametrize("policy", [EpsilonGreedy(keep_ratio=0.5, epsilon=0.4), UCB(keep_ratio=0.5, epsilon=0.4)])
+@pytest.mark.parametrize(
+    "policy", [EpsilonGreedy(keep_ratio=0.5, epsilon=0.4), UCB(keep_ratio=0.5, epsilon=0.4)]
+)
 def test_random_share_is_uniform_over_the_rest(policy):
     n, draws = 20, 700  # 6 of the top, 4 of the other 14
     counts = [0] * n
@@ -220,7 +231,7 @@ def test_default_epsilon_differs():
     assert UCB().epsilon == 0.0
 
 
-# ---- samples never observed, ties -----------------------------------------------------------------------------------
+# ---- samples never observed, ties ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [EpsilonGreedy(keep_ratio=0.5, epsilon=0), UCB(keep_ratio=0.5)])
@@ -230,7 +241,9 @@ def test_never_observed_come_first(policy):
 
 
 @pytest.mark.parametrize("policy", [EpsilonGreedy(keep_ratio=0.3, epsilon=0), UCB(keep_ratio=0.3)])
-@pytest.mark.parametrize("losses", [{}, {i: [2.0] for i in range(10)}], ids=["never observed", "all equal"])
+@pytest.mark.parametrize(
+    "losses", [{}, {i: [2.0] for i in range(10)}], ids=["never observed", "all equal"]
+)
 def test_ties_are_broken_by_the_generator(policy, losses):
     table = table_of(policy, losses, n=10)
     kept = epochs_of(policy, 10, 300, table=table)
@@ -238,7 +251,9 @@ def test_ties_are_broken_by_the_generator(policy, losses):
     assert repeated  # of a name: the difference of long lists takes pytest minutes
     assert kept != epochs_of(policy, 10, 300, seed=1, table=table)
     assert len(set(map(tuple, kept))) > 60  # of 120 possible
-    assert chi_square([sum(i in k for k in kept) for i in range(10)]) < 38  # 9 degrees of freedom: p = 2e-5
+    assert (
+        chi_square([sum(i in k for k in kept) for i in range(10)]) < 38
+    )  # 9 degrees of freedom: p = 2e-5
 
 
 @pytest.mark.parametrize("policy", [EpsilonGreedy(keep_ratio=0.5, epsilon=0), UCB(keep_ratio=0.5)])
@@ -247,7 +262,7 @@ def test_nan_observed_comes_last(policy):
     assert choice(policy, table) == [2, 3]
 
 
-# ---- random pruning -------------------------------------------------------------------------------------------------
+# ---- random pruning ------------------------------------------------------------------------------
 
 
 def test_random_pruning_is_uniform_and_independent_between_choices():
@@ -268,7 +283,12 @@ def test_two_seeds_give_two_subsets_and_one_seed_one():
     assert epochs_of(policy, 100, 2, seed=0)[1] != epochs_of(policy, 100, 1, seed=1)[0]
 
 
-@given(n=st.integers(1, 30), keep_ratio=st.floats(0.01, 1), epochs=st.integers(1, 8), seed=st.integers(0, 9))
+@given(
+    n=st.integers(1, 30),
+    keep_ratio=st.floats(0.01, 1),
+    epochs=st.integers(1, 8),
+    seed=st.integers(0, 9),
+)
 def test_rs2_keeps_all_once_before_any_twice(n, keep_ratio, epochs, seed):
     policy = RandomPruning(keep_ratio=keep_ratio, replacement=False)
     k, counts = keep_count(keep_ratio, n), [0] * n
@@ -294,12 +314,14 @@ def test_full_data_keeps_everything():
     assert policy.columns == ()
 
 
-# ---- top_k ----------------------------------------------------------------------------------------------------------
+# ---- top_k ---------------------------------------------------------------------------------------
 
 SCORES = st.one_of(
     st.lists(st.floats(allow_nan=False, width=32), min_size=1, max_size=40),
     st.lists(st.sampled_from([-INF, -1.0, 0.0, 1.0, INF]), min_size=1, max_size=40),
-    st.tuples(st.floats(allow_nan=False, width=32), st.integers(1, 40)).map(lambda x: [x[0]] * x[1]),
+    st.tuples(st.floats(allow_nan=False, width=32), st.integers(1, 40)).map(
+        lambda x: [x[0]] * x[1]
+    ),
 )
 
 
@@ -310,12 +332,18 @@ def test_top_k_equals_a_full_sort(scores, data):
     assert chosen.dtype == torch.int64
     kept = chosen.tolist()
     assert kept == sorted(set(kept))
-    assert [scores[i] for i in sorted(kept, key=scores.__getitem__, reverse=True)] == sorted(scores, reverse=True)[:k]
+    assert [scores[i] for i in sorted(kept, key=scores.__getitem__, reverse=True)] == sorted(
+        scores, reverse=True
+    )[:k]
     assert torch.equal(chosen, top_k(torch.tensor(scores), k, generator(seed)))
 
 
 def test_top_k_of_whole_numbers():
-    assert top_k(torch.tensor([-3, 0, -1, 0, -2], dtype=torch.int32), 3, generator()).tolist() == [1, 2, 3]
+    assert top_k(torch.tensor([-3, 0, -1, 0, -2], dtype=torch.int32), 3, generator()).tolist() == [
+        1,
+        2,
+        3,
+    ]
 
 
 def test_top_k_draws_among_the_ties_at_the_boundary_only():
@@ -330,11 +358,19 @@ def test_top_k_draws_among_the_ties_at_the_boundary_only():
     assert chi_square(counts[2:6]) < 25  # 3 degrees of freedom: p = 2e-5
 
 
-# ---- fields ---------------------------------------------------------------------------------------------------------
+# ---- fields --------------------------------------------------------------------------------------
 
 BAD = [
-    *[(cls, "keep_ratio", v, ValueError) for cls in (RandomPruning, UCB) for v in (0, 0.0, -0.1, 1.5, NAN, INF)],
-    *[(cls, "keep_ratio", v, TypeError) for cls in (EpsilonGreedy, UCB) for v in ("0.3", True, None, [0.3], 1j)],
+    *[
+        (cls, "keep_ratio", v, ValueError)
+        for cls in (RandomPruning, UCB)
+        for v in (0, 0.0, -0.1, 1.5, NAN, INF)
+    ],
+    *[
+        (cls, "keep_ratio", v, TypeError)
+        for cls in (EpsilonGreedy, UCB)
+        for v in ("0.3", True, None, [0.3], 1j)
+    ],
     *[(UCB, "period", v, ValueError) for v in (0, -1)],
     *[(UCB, "period", v, TypeError) for v in (1.5, 2.0, True, "2", None)],
     *[(FullData, "first", v, ValueError) for v in (-1,)],
@@ -350,7 +386,11 @@ BAD = [
     *[(UCB, "scoring", v, ValueError) for v in ("some", None, 1)],
     *[(cls, "epsilon", v, ValueError) for cls in (EpsilonGreedy, UCB) for v in (-0.1, 1.1, NAN)],
     *[(cls, "epsilon", v, TypeError) for cls in (EpsilonGreedy, UCB) for v in ("0.1", None, True)],
-    *[(cls, "decay", v, ValueError) for cls in (EpsilonGreedy, UCB) for v in (0, 0.0, -0.5, 1.1, NAN)],
+    *[
+        (cls, "decay", v, ValueError)
+        for cls in (EpsilonGreedy, UCB)
+        for v in (0, 0.0, -0.5, 1.1, NAN)
+    ],
     *[(cls, "decay", v, TypeError) for cls in (EpsilonGreedy, UCB) for v in ("0.8", None, True)],
     *[(UCB, "c", v, ValueError) for v in (-1, -0.001, NAN, INF)],
     *[(UCB, "c", v, TypeError) for v in ("1", None, True)],
@@ -372,9 +412,39 @@ def test_bad_value_is_named(cls, name, value, error):
     ("cls", "settings"),
     [
         (UCB, {"keep_ratio": 1}),
-        (UCB, {"keep_ratio": 1.0, "c": 0, "decay": 1, "epsilon": 1, "last": 1, "first": 0, "period": 1}),
-        (EpsilonGreedy, {"epsilon": 0, "decay": 1e-3, "last": 0, "exclude_hardest": 0, "max_age": 1, "max_weight": 1e-3}),
-        (RandomPruning, {"keep_ratio": 1e-9, "first": 100, "period": 1000, "max_age": None, "exclude_hardest": 0.0}),
+        (
+            UCB,
+            {
+                "keep_ratio": 1.0,
+                "c": 0,
+                "decay": 1,
+                "epsilon": 1,
+                "last": 1,
+                "first": 0,
+                "period": 1,
+            },
+        ),
+        (
+            EpsilonGreedy,
+            {
+                "epsilon": 0,
+                "decay": 1e-3,
+                "last": 0,
+                "exclude_hardest": 0,
+                "max_age": 1,
+                "max_weight": 1e-3,
+            },
+        ),
+        (
+            RandomPruning,
+            {
+                "keep_ratio": 1e-9,
+                "first": 100,
+                "period": 1000,
+                "max_age": None,
+                "exclude_hardest": 0.0,
+            },
+        ),
         (FullData, {"last": 1.0, "max_weight": 2}),
     ],
 )
@@ -385,7 +455,9 @@ def test_values_at_the_limits_are_fine(cls, settings):
 @pytest.mark.parametrize("cls", [RandomPruning, FullData])
 @pytest.mark.parametrize(("guard", "value"), [("max_age", 3), ("exclude_hardest", 0.1)])
 def test_guards_of_scores_need_scores(cls, guard, value):
-    with pytest.raises(ValueError, match=f"{guard}={value} acts on scores, and {cls.__name__} has none"):
+    with pytest.raises(
+        ValueError, match=f"{guard}={value} acts on scores, and {cls.__name__} has none"
+    ):
         cls(**{guard: value})
 
 
@@ -417,7 +489,8 @@ def test_paper_like_has_period_10(cls):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("keep_ratio", np.float32(0.5)), ("keep_ratio", np.float64(0.5)), ("period", np.int64(2))]
+    ("name", "value"),
+    [("keep_ratio", np.float32(0.5)), ("keep_ratio", np.float64(0.5)), ("period", np.int64(2))],
 )
 def test_numbers_of_numpy_are_refused_at_once_or_can_be_saved(name, value):
     try:
@@ -427,7 +500,7 @@ def test_numbers_of_numpy_are_refused_at_once_or_can_be_saved(name, value):
     assert make_policy(**json.loads(json.dumps(policy.to_dict()))) == policy
 
 
-# ---- names ----------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -453,20 +526,29 @@ def test_make_policy_takes_fields():
 
 
 @pytest.mark.parametrize(
-    ("name", "near"), [("ucbb", "ucb"), ("UBC", "ucb"), ("epsilon", "epsilon-greedy"), ("ramdom", "random")]
+    ("name", "near"),
+    [("ucbb", "ucb"), ("UBC", "ucb"), ("epsilon", "epsilon-greedy"), ("ramdom", "random")],
 )
 def test_unknown_policy_suggests_the_near_ones(name, near):
-    with pytest.raises(ValueError, match=f"no policy '{name}': did you mean .*'{near}'.*\\? The names are 'full', 'random'"):
+    with pytest.raises(
+        ValueError,
+        match=f"no policy '{name}': did you mean .*'{near}'.*\\? The names are 'full', 'random'",
+    ):
         make_policy(name)
 
 
 def test_unknown_policy_far_from_all_lists_the_names():
-    with pytest.raises(ValueError, match="no policy 'xyz': The names are 'full', 'random', 'epsilon-greedy', 'ucb'"):
+    with pytest.raises(
+        ValueError, match="no policy 'xyz': The names are 'full', 'random', 'epsilon-greedy', 'ucb'"
+    ):
         make_policy("xyz")
 
 
 def test_unknown_field_suggests_the_near_ones():
-    with pytest.raises(ValueError, match=r"Policy 'ucb' has no field 'keepratio': did you mean 'keep_ratio'.*period"):
+    with pytest.raises(
+        ValueError,
+        match=r"Policy 'ucb' has no field 'keepratio': did you mean 'keep_ratio'.*period",
+    ):
         make_policy("ucb", keepratio=0.3)
     with pytest.raises(ValueError, match="Policy 'full' has no field 'keep_ratio'"):
         make_policy("full", keep_ratio=0.3)
@@ -498,7 +580,7 @@ def test_policy_of_ones_own_is_named_by_its_class():
     assert Mine().to_dict()["name"] == "Mine"
 
 
-# ---- plans ----------------------------------------------------------------------------------------------------------
+# ---- plans ---------------------------------------------------------------------------------------
 
 
 def test_plan_holds_what_it_was_given():

@@ -19,7 +19,9 @@ NAN = math.nan
 def floored(kept, labels, least, score, weights=None, seed=0):
     plan = EpochPlan(torch.tensor(kept), None if weights is None else torch.tensor(weights))
     scores = None if score is None else torch.tensor(score)
-    return with_class_floor(plan, torch.tensor(labels), least, scores, torch.Generator().manual_seed(seed))
+    return with_class_floor(
+        plan, torch.tensor(labels), least, scores, torch.Generator().manual_seed(seed)
+    )
 
 
 LABELS = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0]
@@ -30,7 +32,11 @@ SCORE = [9.0, 8.0, 7.0, 6.0, 1.0, 3.0, 2.0, 0.0]
     ("kept", "least", "expected"),
     [
         ([0, 1, 2, 3], 0, [0, 1, 2, 3]),
-        ([0, 1, 2, 3], 1, [0, 1, 5, 7]),  # the best of class 1, the one of class 2, for the two lowest of class 0
+        (
+            [0, 1, 2, 3],
+            1,
+            [0, 1, 5, 7],
+        ),  # the best of class 1, the one of class 2, for the two lowest of class 0
         ([0, 1, 2, 3, 5], 2, [0, 1, 5, 6, 7]),  # class 2 has but one
         ([0, 3, 4, 7], 1, [0, 3, 4, 7]),  # all floors are met: nothing is bettered
         ([0, 1, 2, 4], 1, [0, 1, 4, 7]),  # what class 1 keeps is below its best, and stays
@@ -58,17 +64,24 @@ def test_floor_knows_no_class_of_a_sample_without_label():
 
 
 def test_floor_that_cannot_be_met_is_an_error_with_both_numbers():
-    with pytest.raises(ValueError, match="min_per_class=2 needs 5 samples of 3 classes, and the plan keeps 4"):
+    with pytest.raises(
+        ValueError, match="min_per_class=2 needs 5 samples of 3 classes, and the plan keeps 4"
+    ):
         floored([0, 1, 2, 3], LABELS, 2, SCORE)
 
 
 @given(st.data())
 def test_floor_over_random_plans(data):
     n = data.draw(st.integers(1, 40))
-    labels = torch.tensor(data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=n, max_size=n)))
+    labels = torch.tensor(
+        data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=n, max_size=n))
+    )
     kept = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
     least = data.draw(st.integers(0, 5))
-    score = data.draw(st.none() | st.lists(st.sampled_from([0.0, 1.0, 2.5, math.inf, -math.inf]), min_size=n, max_size=n))
+    score = data.draw(
+        st.none()
+        | st.lists(st.sampled_from([0.0, 1.0, 2.5, math.inf, -math.inf]), min_size=n, max_size=n)
+    )
     counts = {c: int((labels == c).sum()) for c in (0.0, 1.0, 2.0)}
     needed = sum(min(count, least) for count in counts.values())
     if needed > len(kept):
@@ -87,7 +100,9 @@ def test_floor_over_random_plans(data):
             assert {i for i in kept if labels[i] == c} <= set(plan.indices.tolist())
 
 
-@pytest.mark.parametrize("policy", [UCB(0.4, first=1, min_per_class=3), RandomPruning(0.4, first=1, min_per_class=3)])
+@pytest.mark.parametrize(
+    "policy", [UCB(0.4, first=1, min_per_class=3), RandomPruning(0.4, first=1, min_per_class=3)]
+)
 def test_floor_in_a_run(policy, tmp_path):
     data = images(40)
     rare = [i for i, label in enumerate(data["labels"]) if label == 3]
@@ -96,8 +111,12 @@ def test_floor_in_a_run(policy, tmp_path):
     run = trainer(tmp_path, data=data, pruning=policy, num_train_epochs=4)
     run.train()
     assert torch.equal(run.pruner.table["label"].long(), labels)
-    assert (run.pruner.table["times_kept"][labels == 3] == 3).all()  # three choices, and it has three samples
-    assert [record.samples for record in run.pruning_report.epochs][1:] == [round(0.4 * len(data))] * 3
+    assert (
+        run.pruner.table["times_kept"][labels == 3] == 3
+    ).all()  # three choices, and it has three samples
+    assert [record.samples for record in run.pruning_report.epochs][1:] == [
+        round(0.4 * len(data))
+    ] * 3
 
 
 def test_floor_of_a_task_without_labels_is_an_error_at_construction(tmp_path):
@@ -115,7 +134,7 @@ def test_floor_is_counted_in_whole_samples():
     assert "label" not in DynamicPruner(UCB(0.4), 10, num_epochs=1).table.columns
 
 
-# ---- what selections are made of ------------------------------------------------------------------------------------
+# ---- what selections are made of -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 1000, 70_001])
@@ -137,7 +156,11 @@ def test_masks_and_indices(values):
 
 @given(st.data(), st.sampled_from([torch.float32, torch.float64, torch.int32]))
 def test_the_kth_highest_is_that_of_a_sort(data, dtype):
-    value = st.integers(-5, 5) if dtype == torch.int32 else st.sampled_from([-math.inf, -1.5, 0.0, 2.0, 2.5, math.inf])
+    value = (
+        st.integers(-5, 5)
+        if dtype == torch.int32
+        else st.sampled_from([-math.inf, -1.5, 0.0, 2.0, 2.5, math.inf])
+    )
     values = data.draw(st.lists(value, min_size=1, max_size=20))
     k = data.draw(st.integers(1, len(values)))
     scores = torch.tensor(values, dtype=dtype)

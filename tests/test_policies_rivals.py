@@ -26,10 +26,14 @@ from hf_dynprune.pruner import DynamicPruner
 from hf_dynprune.scores import SampleTable
 
 
-def plan_of(policy: PruningPolicy, scores: list[float], seed: int = 0, epoch: int = 0, progress: float = 0.0) -> EpochPlan:
+def plan_of(
+    policy: PruningPolicy, scores: list[float], seed: int = 0, epoch: int = 0, progress: float = 0.0
+) -> EpochPlan:
     """What the policy alone makes of these scores."""
     table = SampleTable(len(scores), policy.columns)
-    plan = policy.plan(table, score=torch.tensor(scores), epoch=epoch, progress=progress, generator=generator(seed))
+    plan = policy.plan(
+        table, score=torch.tensor(scores), epoch=epoch, progress=progress, generator=generator(seed)
+    )
     plan.check(len(scores))
     return plan
 
@@ -44,7 +48,7 @@ def kept(plan: EpochPlan) -> list[int]:
     return sorted(plan.indices.tolist())
 
 
-# ---- loss-proportional ----------------------------------------------------------------------------------------------
+# ---- loss-proportional ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,7 +74,9 @@ def test_loss_proportional_draws_with_these_probabilities(alpha, keep_ratio, pro
 def test_loss_proportional_scores_by_the_moving_mean():
     policy = LossProportional(decay=0.8)
     table = table_of(policy, {0: [1.0, 2.0, 0.5], 1: [3.0]}, n=3)
-    assert policy.score(table)[:2].tolist() == pytest.approx([0.2 * (0.2 * 1.0 + 0.8 * 2.0) + 0.8 * 0.5, 3.0])
+    assert policy.score(table)[:2].tolist() == pytest.approx(
+        [0.2 * (0.2 * 1.0 + 0.8 * 2.0) + 0.8 * 0.5, 3.0]
+    )
     assert table["mean"][2].isnan()
 
 
@@ -103,7 +109,7 @@ def test_very_small_and_large_losses_keep_their_proportions():
         assert counts[1] / 2000 == pytest.approx(3 / 4, abs=0.045)  # standard error 0.01
 
 
-# ---- OrderDP --------------------------------------------------------------------------------------------------------
+# ---- OrderDP -------------------------------------------------------------------------------------
 
 
 def test_order_dp_keeps_by_rank_within_a_draw():
@@ -114,7 +120,10 @@ def test_order_dp_keeps_by_rank_within_a_draw():
             counts[i] += 1
     # Of rank j: it is drawn (0.6), and of the other 5 drawn at most 2 are of the j - 1 higher ones.
     expected = [
-        0.6 * sum(math.comb(j - 1, a) * math.comb(10 - j, 5 - a) for a in range(3)) / math.comb(9, 5) for j in range(1, 11)
+        0.6
+        * sum(math.comb(j - 1, a) * math.comb(10 - j, 5 - a) for a in range(3))
+        / math.comb(9, 5)
+        for j in range(1, 11)
     ]
     assert expected[:3] == pytest.approx([0.6] * 3)
     assert expected[6] == pytest.approx(0.6 * 15 / 126)
@@ -136,7 +145,9 @@ def test_order_dp_at_its_limits_is_the_top_and_random_pruning():
 
 def test_order_dp_leaves_out_what_is_barred():
     for seed in range(20):
-        assert set(by_score(OrderDP(0.4), [-INF, 1.0, -INF, 2.0, 3.0, 4.0, 5.0, -INF, 6.0, -INF], seed)) <= {
+        assert set(
+            by_score(OrderDP(0.4), [-INF, 1.0, -INF, 2.0, 3.0, 4.0, 5.0, -INF, 6.0, -INF], seed)
+        ) <= {
             1,
             3,
             4,
@@ -153,12 +164,13 @@ def test_order_dp_draws_three_quarters_unless_told():
     assert OrderDP(0.9).draw_ratio == 0.9
     assert OrderDP.paper_like() == OrderDP(0.3, draw_ratio=0.8)
     with pytest.raises(
-        ValueError, match=r"draw_ratio=0.2 is out of range: wanted is a share in \[keep_ratio, 1\] = \[0.5, 1\]"
+        ValueError,
+        match=r"draw_ratio=0.2 is out of range: wanted is a share in \[keep_ratio, 1\] = \[0.5, 1\]",
     ):
         OrderDP(0.5, draw_ratio=0.2)
 
 
-# ---- InfoBatch as published -----------------------------------------------------------------------------------------
+# ---- InfoBatch as published ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -175,7 +187,9 @@ def test_info_batch_by_hand(prune_ratio, drawn, weight):
 
 def test_info_batch_floors_what_it_means():
     # (1 - 0.9) * 10 is 0.9999999999999998 in a computer.
-    assert sorted(weights_of(plan_of(InfoBatch(prune_ratio=0.9), [0.0] * 10 + [100.0])).values()) == [1.0, 10.0]
+    assert sorted(
+        weights_of(plan_of(InfoBatch(prune_ratio=0.9), [0.0] * 10 + [100.0])).values()
+    ) == [1.0, 10.0]
 
 
 def test_mean_of_info_batch_is_that_of_observed_samples():
@@ -186,7 +200,9 @@ def test_mean_of_info_batch_is_that_of_observed_samples():
     assert choice(policy, table_of(policy, {0: [1.0], 1: [3.0], 2: [NAN]}, n=5)) == [1, 3, 4]
 
 
-@pytest.mark.parametrize("losses", [{}, {i: [0.7] for i in range(24)}, {i: [NAN] for i in range(24)}])
+@pytest.mark.parametrize(
+    "losses", [{}, {i: [0.7] for i in range(24)}, {i: [NAN] for i in range(24)}]
+)
 def test_info_batch_keeps_all_where_it_cannot_tell(losses):
     policy, n = InfoBatch(), 24
     assert torch.full((n,), 0.7).mean() > 0.7  # in float32 all are below their mean
@@ -214,7 +230,7 @@ def test_size_of_info_batch_depends_on_the_data_unless_it_is_given():
     assert InfoBatch(keep_ratio=0.3).planned_size(10, 0, 0.0) == 3
 
 
-# ---- InfoBatch with an exact number ---------------------------------------------------------------------------------
+# ---- InfoBatch with an exact number --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -272,7 +288,12 @@ LOSSES = st.one_of(
 )
 
 
-@given(scores=LOSSES, keep_ratio=st.floats(0.25, 1), max_rescale=st.floats(4.0, 50), seed=st.integers(0, 9))
+@given(
+    scores=LOSSES,
+    keep_ratio=st.floats(0.25, 1),
+    max_rescale=st.floats(4.0, 50),
+    seed=st.integers(0, 9),
+)
 def test_exact_info_batch_is_exact(scores, keep_ratio, max_rescale, seed):
     n = len(scores)
     plan = plan_of(InfoBatch(keep_ratio=keep_ratio, max_rescale=max_rescale), scores, seed)
@@ -290,11 +311,43 @@ def test_exact_info_batch_is_exact(scores, keep_ratio, max_rescale, seed):
 
 
 @pytest.mark.parametrize(
-    "policy", [InfoBatch(), InfoBatch(prune_ratio=0.75), InfoBatch(keep_ratio=0.5), InfoBatch(keep_ratio=0.3)]
+    "policy",
+    [
+        InfoBatch(),
+        InfoBatch(prune_ratio=0.75),
+        InfoBatch(keep_ratio=0.5),
+        InfoBatch(keep_ratio=0.3),
+    ],
 )
 def test_weighted_sum_of_info_batch_is_unbiased(policy):
-    scores = [0.1, 0.2, 0.4, 0.8, 0.3, 0.5, 0.6, 0.7, 9.0, 7.0, 3.0, 5.0]  # mean 2.3: 8 below, of which 2 or 4 are whole
-    other = [1.0, -4.0, 2.0, 8.0, 0.0, 3.0, 5.0, -1.0, 2.0, 6.0, -7.0, 1.0]  # such as a gradient: known to no one
+    scores = [
+        0.1,
+        0.2,
+        0.4,
+        0.8,
+        0.3,
+        0.5,
+        0.6,
+        0.7,
+        9.0,
+        7.0,
+        3.0,
+        5.0,
+    ]  # mean 2.3: 8 below, of which 2 or 4 are whole
+    other = [
+        1.0,
+        -4.0,
+        2.0,
+        8.0,
+        0.0,
+        3.0,
+        5.0,
+        -1.0,
+        2.0,
+        6.0,
+        -7.0,
+        1.0,
+    ]  # such as a gradient: known to no one
     sums = torch.empty(3000, dtype=torch.float64)
     for seed in range(len(sums)):
         sums[seed] = sum(other[i] * w for i, w in weights_of(plan_of(policy, scores, seed)).items())
@@ -306,7 +359,9 @@ def test_weighted_sum_of_info_batch_is_unbiased(policy):
 def test_draw_of_info_batch_is_uniform(policy):
     counts = [0] * 12
     for seed in range(600):
-        for i in kept(plan_of(policy, [float(i) for i in range(8)] + [90.0, 91.0, 92.0, 93.0], seed)):
+        for i in kept(
+            plan_of(policy, [float(i) for i in range(8)] + [90.0, 91.0, 92.0, 93.0], seed)
+        ):
             counts[i] += 1
     assert counts[8 if policy.keep_ratio is None else 9] == 600
     assert chi_square(counts[:8]) < 35  # 7 degrees of freedom: p = 1e-5
@@ -328,7 +383,8 @@ def test_forms_of_info_batch():
     assert (InfoBatch().prune_ratio, InfoBatch().keep_ratio, InfoBatch().last) == (0.5, None, 0.125)
     assert InfoBatch(keep_ratio=0.5).prune_ratio is None
     with pytest.raises(
-        ValueError, match=r"prune_ratio=0.5 and keep_ratio=0.3 are two forms of InfoBatch: wanted is one\. pru"
+        ValueError,
+        match=r"prune_ratio=0.5 and keep_ratio=0.3 are two forms of InfoBatch: wanted is one\. pru",
     ):
         InfoBatch(prune_ratio=0.5, keep_ratio=0.3)
     with pytest.raises(TypeError):
@@ -337,15 +393,26 @@ def test_forms_of_info_batch():
 
 def test_info_batch_refuses_what_its_cap_cannot_keep():
     with pytest.raises(
-        ValueError, match=r"keep_ratio=0.2 is out of range for max_rescale=4.0: .* weigh 1 / keep_ratio = 5 "
+        ValueError,
+        match=r"keep_ratio=0.2 is out of range for max_rescale=4.0: .* weigh 1 / keep_ratio = 5 ",
     ) as e:
         InfoBatch(keep_ratio=0.2)
-    assert "keep_ratio >= 1 / max_rescale = 0.25: raise keep_ratio or max_rescale, or take RandomPruning" in str(e.value)
-    for keep_ratio, max_rescale in ((0.25, 4), (0.2, 5), (0.1, 10), (0.3, 1 / 0.3), (1 / 3, 3), (1, 1.001)):
+    assert (
+        "keep_ratio >= 1 / max_rescale = 0.25: raise keep_ratio or max_rescale, or take RandomPruning"
+        in str(e.value)
+    )
+    for keep_ratio, max_rescale in (
+        (0.25, 4),
+        (0.2, 5),
+        (0.1, 10),
+        (0.3, 1 / 0.3),
+        (1 / 3, 3),
+        (1, 1.001),
+    ):
         InfoBatch(keep_ratio=keep_ratio, max_rescale=max_rescale)
 
 
-# ---- SeTa -----------------------------------------------------------------------------------------------------------
+# ---- SeTa ----------------------------------------------------------------------------------------
 
 
 def squares(values: list[float], groups: list[int]) -> float:
@@ -367,10 +434,26 @@ def least_squares(values: list[float], k: int) -> float:
 
 
 def test_groups_by_hand():
-    assert easy_to_hard(torch.tensor([5.0, 0.2, 9.0, 0.0, 5.1, 0.1]), 3).tolist() == [1, 0, 2, 0, 1, 0]
+    assert easy_to_hard(torch.tensor([5.0, 0.2, 9.0, 0.0, 5.1, 0.1]), 3).tolist() == [
+        1,
+        0,
+        2,
+        0,
+        1,
+        0,
+    ]
     assert easy_to_hard(torch.tensor([5.0, 0.2, 9.0, 0.0, 5.1, 0.1]), 1).tolist() == [0] * 6
-    assert easy_to_hard(torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0, 2.0]), 3).tolist() == [0, 0, 1, 0, 2, 2]
-    assert easy_to_hard(torch.arange(2000.0), 512).unique().tolist() == list(range(512))  # as many as are allowed
+    assert easy_to_hard(torch.tensor([0.0, 0.0, 1.0, 0.0, 2.0, 2.0]), 3).tolist() == [
+        0,
+        0,
+        1,
+        0,
+        2,
+        2,
+    ]
+    assert easy_to_hard(torch.arange(2000.0), 512).unique().tolist() == list(
+        range(512)
+    )  # as many as are allowed
 
 
 def test_groups_of_fewer_losses_than_groups_are_of_equal_size():
@@ -387,7 +470,10 @@ def test_groups_are_the_best_division(values, k):
     assert [groups[i] for i in order] == sorted(groups)
     if len(set(values)) >= k:
         assert set(groups) == set(range(k))
-        assert squares(values, groups) <= least_squares(values, k) * (1 + 1e-6) + 1e-6 * max(values) ** 2
+        assert (
+            squares(values, groups)
+            <= least_squares(values, k) * (1 + 1e-6) + 1e-6 * max(values) ** 2
+        )
         assert all(groups[i] == groups[j] for i in order for j in order if values[i] == values[j])
 
 
@@ -395,8 +481,15 @@ def test_groups_are_the_best_division(values, k):
 @pytest.mark.parametrize("k", [2, 5, 10])
 def test_groups_of_many_losses_are_as_good_as_those_of_scikit_learn(shape, k):
     cluster = pytest.importorskip("sklearn.cluster")
-    uniform, normal = torch.rand(20_000, generator=generator()), torch.randn(20_000, generator=generator())
-    losses = {"uniform": uniform, "lognormal": normal.exp(), "heavy tail": uniform.clamp(min=1e-6) ** -0.7}[shape]
+    uniform, normal = (
+        torch.rand(20_000, generator=generator()),
+        torch.randn(20_000, generator=generator()),
+    )
+    losses = {
+        "uniform": uniform,
+        "lognormal": normal.exp(),
+        "heavy tail": uniform.clamp(min=1e-6) ** -0.7,
+    }[shape]
     theirs = cluster.KMeans(k, n_init=3, random_state=0).fit(losses[:, None].numpy())
     groups = easy_to_hard(losses, k)
     sums = torch.zeros(k, dtype=torch.float64).index_add_(0, groups, losses.double())
@@ -410,7 +503,14 @@ GROUPED = [0.0, 0.01, 1.0, 1.01, 2.0, 2.01, 3.0, 3.01, 4.0, 4.01]  # five pairs
 
 @pytest.mark.parametrize(
     ("epoch", "samples"),
-    [(0, [0, 1, 2, 3]), (1, [2, 3, 4, 5]), (2, [4, 5, 6, 7]), (3, [6, 7, 8, 9]), (4, [0, 1, 2, 3]), (7, [6, 7, 8, 9])],
+    [
+        (0, [0, 1, 2, 3]),
+        (1, [2, 3, 4, 5]),
+        (2, [4, 5, 6, 7]),
+        (3, [6, 7, 8, 9]),
+        (4, [0, 1, 2, 3]),
+        (7, [6, 7, 8, 9]),
+    ],
 )
 def test_window_slides_from_easy_to_hard(epoch, samples):
     policy = SeTa(groups=5, window=0.4)  # 2 groups wide, 4 places
@@ -425,7 +525,9 @@ def test_first_epoch_of_seta_trains_on_its_draw():
     policy = SeTa(prune_ratio=0.3)
     draws = [epochs_of(policy, 10, 1, seed)[0] for seed in range(300)]
     assert {len(draw) for draw in draws} == {7}
-    assert chi_square([sum(i in draw for draw in draws) for i in range(10)]) < 38  # 9 degrees of freedom: p = 2e-5
+    assert (
+        chi_square([sum(i in draw for draw in draws) for i in range(10)]) < 38
+    )  # 9 degrees of freedom: p = 2e-5
 
 
 def test_seta_keeps_what_was_never_observed_and_not_what_gave_no_number():
@@ -439,7 +541,9 @@ def test_end_of_seta_is_a_uniform_draw():
     assert policy.planned_size(10, 7, 0.79) is None
     for progress in (0.8, 1 - 0.2, 0.95):
         assert policy.planned_size(10, 8, progress) == 7
-        draws = [kept(plan_of(policy, GROUPED, seed, epoch=8, progress=progress)) for seed in range(100)]
+        draws = [
+            kept(plan_of(policy, GROUPED, seed, epoch=8, progress=progress)) for seed in range(100)
+        ]
         assert {len(draw) for draw in draws} == {7}
         assert len(set(map(tuple, draws))) > 40  # of 120
     assert len(kept(plan_of(policy, GROUPED, epoch=8, progress=0.79))) <= 4
@@ -449,19 +553,24 @@ def test_end_of_seta_is_a_uniform_draw():
 def test_seta_divides_the_draw_only():
     policy = SeTa(prune_ratio=0.5, groups=5, window=0.2)
     for seed in range(30):
-        assert len(kept(plan_of(policy, [float(i) for i in range(10)], seed, epoch=seed))) == 1  # 5 drawn, each its group
+        assert (
+            len(kept(plan_of(policy, [float(i) for i in range(10)], seed, epoch=seed))) == 1
+        )  # 5 drawn, each its group
 
 
 def test_width_of_the_window_is_rounded_and_not_0():
     with pytest.raises(
-        ValueError, match=r"window=0.1 of groups=4 is no group at all: wanted is window \* groups > 0.5; raise"
+        ValueError,
+        match=r"window=0.1 of groups=4 is no group at all: wanted is window \* groups > 0.5; raise",
     ):
         SeTa(groups=4, window=0.1)
     assert SeTa.paper_like() == SeTa(prune_ratio=0.1, groups=5, window=0.9)
-    assert len(kept(plan_of(SeTa.paper_like(prune_ratio=0.0), GROUPED))) == 8  # round(4.5) = 4 groups
+    assert (
+        len(kept(plan_of(SeTa.paper_like(prune_ratio=0.0), GROUPED))) == 8
+    )  # round(4.5) = 4 groups
 
 
-# ---- KAKURENBO ------------------------------------------------------------------------------------------------------
+# ---- KAKURENBO -----------------------------------------------------------------------------------
 
 
 def observed(policy: PruningPolicy, loss: list, correct: list, confidence: list) -> SampleTable:
@@ -472,7 +581,9 @@ def observed(policy: PruningPolicy, loss: list, correct: list, confidence: list)
     return table
 
 
-def hidden_of(policy: KAKURENBO, table: SampleTable, progress: float = 0.0, seed: int = 0) -> set[int]:
+def hidden_of(
+    policy: KAKURENBO, table: SampleTable, progress: float = 0.0, seed: int = 0
+) -> set[int]:
     score = policy.score(table).nan_to_num(nan=INF)
     plan = policy.plan(table, score=score, epoch=1, progress=progress, generator=generator(seed))
     assert plan.lr_scale == pytest.approx(len(table) / len(plan))
@@ -488,11 +599,18 @@ def test_kakurenbo_by_hand():
     # Sample 1 was misclassified, sample 2 is not sure; sample 0 is just sure enough. Nobody takes their place.
     table = observed(policy, EASY_FIRST, [1, 0, 1, *[1] * 7], [0.7, 0.9, 0.69, *[1.0] * 7])
     assert hidden_of(policy, table) == {0}
-    plan = policy.plan(table, score=policy.score(table), epoch=1, progress=0.0, generator=generator())
+    plan = policy.plan(
+        table, score=policy.score(table), epoch=1, progress=0.0, generator=generator()
+    )
     assert plan.lr_scale == pytest.approx(10 / 9)  # 1 / (1 - 0.1), not 1 / (1 - 0.3)
     assert plan.weights is None
     unscaled = KAKURENBO(scale_lr=False)
-    assert unscaled.plan(table, score=policy.score(table), epoch=1, progress=0.0, generator=generator()).lr_scale == 1.0
+    assert (
+        unscaled.plan(
+            table, score=policy.score(table), epoch=1, progress=0.0, generator=generator()
+        ).lr_scale
+        == 1.0
+    )
 
 
 @pytest.mark.parametrize(
@@ -514,7 +632,9 @@ def test_share_hidden_goes_down_in_steps(progress, count):
     table = observed(policy, [float(i) for i in range(100)], [1] * 100, [1.0] * 100)
     assert hidden_of(policy, table, progress) == set(range(count))
     assert hidden_of(KAKURENBO(schedule=[[0, 0.5]]), table, progress) == set(range(15))
-    assert len(hidden_of(policy, table, 0.3 - 1e-12)) == 24  # a share that a float misses by a little is meant
+    assert (
+        len(hidden_of(policy, table, 0.3 - 1e-12)) == 24
+    )  # a share that a float misses by a little is meant
 
 
 def test_kakurenbo_hides_nothing_that_it_does_not_know():
@@ -550,12 +670,17 @@ def test_schedule_survives_json():
     assert again.schedule == ((0.0, 1.0), (0.5, 0.25))
 
 
-# ---- IES ------------------------------------------------------------------------------------------------------------
+# ---- IES -----------------------------------------------------------------------------------------
 
 
 def test_ies_score_by_hand():
     policy = IES()
-    losses = {0: [8.0, 4.0, 2.0, 1.0, 1.0, 1.0], 1: [9.0, 6.0, 5.0, 4.0, 3.0, 2.0], 2: [5.0, 4.0, 2.0, 1.0, 1.0], 3: [NAN]}
+    losses = {
+        0: [8.0, 4.0, 2.0, 1.0, 1.0, 1.0],
+        1: [9.0, 6.0, 5.0, 4.0, 3.0, 2.0],
+        2: [5.0, 4.0, 2.0, 1.0, 1.0],
+        3: [NAN],
+    }
     score = policy.score(table_of(policy, losses, n=5))
     # Second differences of sample 0, the newest first: 1 - 2 + 1, 1 - 2 + 2, 1 - 4 + 4. The loss 8 is only waited for.
     assert score[0].item() == pytest.approx((0 + 1 + 1) / 3)
@@ -566,11 +691,19 @@ def test_ies_score_by_hand():
 
 def test_ies_leaves_out_what_stopped_bending():
     policy = IES(threshold=0.5, scoring="trained")
-    straight, bent, edge = [3.0, 3.0, 3.0, 3.0, 3.0, 3.0], [3.0, 3.0, 3.0, 5.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0, 1.5]
-    table = table_of(policy, {0: straight, 1: bent, 2: edge, 3: straight[:5], 4: straight, 5: [NAN]}, n=7)
+    straight, bent, edge = (
+        [3.0, 3.0, 3.0, 3.0, 3.0, 3.0],
+        [3.0, 3.0, 3.0, 5.0, 3.0, 3.0],
+        [0.0, 0.0, 0.0, 0.0, 0.0, 1.5],
+    )
+    table = table_of(
+        policy, {0: straight, 1: bent, 2: edge, 3: straight[:5], 4: straight, 5: [NAN]}, n=7
+    )
     assert choice(policy, table) == [1, 2, 3, 6]  # sample 2 scores 0.5, which is not below
     assert choice(IES(threshold=0.51, scoring="trained"), table) == [1, 3, 6]
-    table.observe(torch.tensor([0]), {"loss": torch.tensor([9.0])}, update=policy.observe, epoch=6)  # of a forward pass
+    table.observe(
+        torch.tensor([0]), {"loss": torch.tensor([9.0])}, update=policy.observe, epoch=6
+    )  # of a forward pass
     assert choice(policy, table) == [0, 1, 2, 3, 6]
 
 
@@ -593,18 +726,30 @@ def test_first_six_epochs_of_ies_train_on_everything():
     assert sizes == [4] * 6 + [1, 1]
 
 
-# ---- fields ---------------------------------------------------------------------------------------------------------
+# ---- fields --------------------------------------------------------------------------------------
 
 BAD = [
     *[(LossProportional, "alpha", v, ValueError) for v in (0, -1.0, NAN, INF)],
     *[(LossProportional, "alpha", v, TypeError) for v in ("1", None, True)],
     *[(LossProportional, "decay", v, ValueError) for v in (0, 1.1)],
-    *[(cls, "keep_ratio", v, ValueError) for cls in (LossProportional, OrderDP, InfoBatch) for v in (0, 1.5, NAN)],
-    *[(cls, "keep_ratio", v, TypeError) for cls in (LossProportional, OrderDP) for v in ("0.3", True, None)],
+    *[
+        (cls, "keep_ratio", v, ValueError)
+        for cls in (LossProportional, OrderDP, InfoBatch)
+        for v in (0, 1.5, NAN)
+    ],
+    *[
+        (cls, "keep_ratio", v, TypeError)
+        for cls in (LossProportional, OrderDP)
+        for v in ("0.3", True, None)
+    ],
     *[(OrderDP, "draw_ratio", v, ValueError) for v in (0.1, 1.1, NAN)],
     *[(OrderDP, "draw_ratio", v, TypeError) for v in ("0.5", True)],
     *[(InfoBatch, "keep_ratio", v, TypeError) for v in ("0.3", True)],
-    *[(cls, "prune_ratio", v, ValueError) for cls in (InfoBatch, SeTa) for v in (-0.1, 0.91, 1, NAN)],
+    *[
+        (cls, "prune_ratio", v, ValueError)
+        for cls in (InfoBatch, SeTa)
+        for v in (-0.1, 0.91, 1, NAN)
+    ],
     *[(cls, "prune_ratio", v, TypeError) for cls in (InfoBatch, SeTa) for v in ("0.5", True)],
     *[(InfoBatch, "max_rescale", v, ValueError) for v in (1, 0.5, -4, INF, NAN)],
     *[(InfoBatch, "max_rescale", v, TypeError) for v in ("4", None, True)],
@@ -618,11 +763,21 @@ BAD = [
     *[(KAKURENBO, "max_hidden", v, TypeError) for v in ("0.3", None, True)],
     *[(KAKURENBO, "min_confidence", v, ValueError) for v in (-0.1, 1.1)],
     *[(KAKURENBO, "scale_lr", v, TypeError) for v in (1, None, "yes")],
-    *[(KAKURENBO, "schedule", v, TypeError) for v in (1.0, None, "all", [0, 1], [[0, 1, 2]], [(0,)])],
-    *[(KAKURENBO, "schedule", v, ValueError) for v in ((), ((0.1, 1),), ((0, 1), (0.5, 1), (0.2, 1)), ((0, 1), (0, 0.5)))],
+    *[
+        (KAKURENBO, "schedule", v, TypeError)
+        for v in (1.0, None, "all", [0, 1], [[0, 1, 2]], [(0,)])
+    ],
+    *[
+        (KAKURENBO, "schedule", v, ValueError)
+        for v in ((), ((0.1, 1),), ((0, 1), (0.5, 1), (0.2, 1)), ((0, 1), (0, 0.5)))
+    ],
     *[(IES, "threshold", v, ValueError) for v in (-1e-3, NAN, INF)],
     *[(IES, "threshold", v, TypeError) for v in ("1e-3", None, True)],
-    *[(cls, "scoring", v, ValueError) for cls in (KAKURENBO, IES, InfoBatch) for v in ("some", None)],
+    *[
+        (cls, "scoring", v, ValueError)
+        for cls in (KAKURENBO, IES, InfoBatch)
+        for v in ("some", None)
+    ],
 ]
 
 
@@ -638,7 +793,8 @@ def test_bad_value_is_named(cls, name, value, error):
 @pytest.mark.parametrize("schedule", [((0, 1.5),), ((0, -0.1),), ((0, 1), (1.5, 1))])
 def test_bad_share_of_a_schedule_is_named(schedule):
     with pytest.raises(
-        ValueError, match=r"schedule: the (share|factor)=(1.5|-0.1) is out of range: wanted is a share in \[0, 1\]"
+        ValueError,
+        match=r"schedule: the (share|factor)=(1.5|-0.1) is out of range: wanted is a share in \[0, 1\]",
     ):
         KAKURENBO(schedule=schedule)
     with pytest.raises(TypeError, match="schedule: the factor='all' is not a number"):

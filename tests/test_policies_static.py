@@ -21,7 +21,9 @@ def file(tmp_path):
 
 def kept(policy, n=N, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    plan = policy.plan(SampleTable(n, policy.columns), score=None, epoch=0, progress=0.0, generator=generator)
+    plan = policy.plan(
+        SampleTable(n, policy.columns), score=None, epoch=0, progress=0.0, generator=generator
+    )
     return plan.indices.tolist()
 
 
@@ -38,7 +40,7 @@ def epochs_of(pruner):
     return seen
 
 
-# ---- what is kept ---------------------------------------------------------------------------------------------------
+# ---- what is kept --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -55,7 +57,9 @@ def epochs_of(pruner):
     ],
 )
 def test_by_hand(file, keep, keep_ratio, expected):
-    assert all(kept(StaticPruning(file, keep_ratio, keep), seed=seed) == expected for seed in range(3))
+    assert all(
+        kept(StaticPruning(file, keep_ratio, keep), seed=seed) == expected for seed in range(3)
+    )
 
 
 @pytest.mark.parametrize("keep", ["hardest", "easiest", "middle"])
@@ -68,7 +72,9 @@ def test_ties_are_broken_at_random(tmp_path, keep):
 
 
 def test_infinite_scores_are_the_hardest(tmp_path):
-    Scores([1.0, float("inf"), 2.0, -float("inf")], "mine", provenance={"passes": 0}).save(tmp_path / "s.safetensors")
+    Scores([1.0, float("inf"), 2.0, -float("inf")], "mine", provenance={"passes": 0}).save(
+        tmp_path / "s.safetensors"
+    )
     path = tmp_path / "s.safetensors"
     assert kept(StaticPruning(path, 0.25), 4) == [1]
     assert kept(StaticPruning(path, 0.25, "easiest"), 4) == [3]
@@ -86,7 +92,9 @@ def test_random_is_drawn_once_from_the_seed():
 @pytest.mark.parametrize("keep", ["hardest", "random"])
 @pytest.mark.parametrize("period", [1, 2])
 def test_there_is_one_choice(file, keep, period):
-    policy = StaticPruning(file if keep == "hardest" else None, 0.5, keep, period=period, first=1, last=0.2)
+    policy = StaticPruning(
+        file if keep == "hardest" else None, 0.5, keep, period=period, first=1, last=0.2
+    )
     pruner = DynamicPruner(policy, N, batch_size=2, num_epochs=5)
     first, *middle, last = epochs_of(pruner)
     assert first == last == list(range(N))
@@ -97,7 +105,7 @@ def test_there_is_one_choice(file, keep, period):
     assert pruner.clock.total == (4 + 2 + 2 + 2 + 4)
 
 
-# ---- what it costs --------------------------------------------------------------------------------------------------
+# ---- what it costs -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("charge", [True, False])
@@ -109,7 +117,14 @@ def test_scores_are_charged_or_shown(file, charge):
     assert report.passes == 12 + (30 if charge else 0)
     assert report.cost_ratio == report.passes / (3 * N)
     digest = Scores.load(file).digest
-    expected = {"method": "mine", "scores": file, "digest": digest, "charged": charge, "passes": 30, "seconds": 2.5}
+    expected = {
+        "method": "mine",
+        "scores": file,
+        "digest": digest,
+        "charged": charge,
+        "passes": 30,
+        "seconds": 2.5,
+    }
     assert report.preparation == expected
     assert report.totals["forward_passes"] == 12  # of the epochs
 
@@ -124,27 +139,36 @@ def test_random_costs_nothing():
 def test_unknown_cost_cannot_be_charged(tmp_path):
     path = tmp_path / "s.safetensors"
     Scores(VALUES, "mine").save(path)
-    with pytest.raises(ValueError, match=r"does not say what its scores cost.*0 for free ones, or set charge=False"):
+    with pytest.raises(
+        ValueError, match=r"does not say what its scores cost.*0 for free ones, or set charge=False"
+    ):
         StaticPruning(path)
     pruner = DynamicPruner(StaticPruning(path, charge=False), N, num_epochs=1)
     epochs_of(pruner)
     assert pruner.report.passes == 4
 
 
-# ---- fields ---------------------------------------------------------------------------------------------------------
+# ---- fields --------------------------------------------------------------------------------------
 
 
 def test_fields_survive_json(file):
     policy = StaticPruning(file, 0.3, "middle", charge=False, first=2)
     values = json.loads(json.dumps(policy.to_dict()))
-    assert values.items() >= {"name": "static", "scores": file, "keep": "middle", "charge": False, "first": 2}.items()
+    assert (
+        values.items()
+        >= {"name": "static", "scores": file, "keep": "middle", "charge": False, "first": 2}.items()
+    )
     assert make_policy(**values) == policy
     assert values["digest"] == Scores.load(file).digest
 
 
 def test_scores_path_and_string_are_the_same(file, tmp_path):
     scores = Scores.load(file)
-    assert StaticPruning(scores) == StaticPruning(tmp_path / "scores.safetensors") == StaticPruning(file)
+    assert (
+        StaticPruning(scores)
+        == StaticPruning(tmp_path / "scores.safetensors")
+        == StaticPruning(file)
+    )
     with pytest.raises(ValueError, match="have no file yet: save them first"):
         StaticPruning(Scores(VALUES, "mine"))
 
@@ -152,13 +176,21 @@ def test_scores_path_and_string_are_the_same(file, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"keep": "best"}, ValueError, "keep='best' is unknown: wanted is one of 'hardest', 'easiest', 'middle', 'random'"),
+        (
+            {"keep": "best"},
+            ValueError,
+            "keep='best' is unknown: wanted is one of 'hardest', 'easiest', 'middle', 'random'",
+        ),
         ({"keep_ratio": 0.0}, ValueError, "keep_ratio=0.0 is out of range"),
         ({"charge": 1}, TypeError, "charge=1 must be True or False"),
         ({"scores": None}, ValueError, "scores=None with keep='hardest'"),
         ({"keep": "random"}, ValueError, "keep='random' takes no scores"),
         ({"scores": 3}, TypeError, "scores=int: wanted is the path"),
-        ({"scores": "none.safetensors"}, FileNotFoundError, "none.safetensors does not exist: make the scores with"),
+        (
+            {"scores": "none.safetensors"},
+            FileNotFoundError,
+            "none.safetensors does not exist: make the scores with",
+        ),
         ({"scores": "none.csv"}, ValueError, "'.csv': scores are kept as .safetensors or .parquet"),
         ({"max_age": 1}, ValueError, "max_age=1 acts on scores"),
         ({"scoring": "all"}, ValueError, "has no use for scores"),
@@ -170,7 +202,7 @@ def test_wrong_fields(file, settings, error, message):
         StaticPruning(**{"scores": file, **settings})
 
 
-# ---- other data, other scores ---------------------------------------------------------------------------------------
+# ---- other data, other scores --------------------------------------------------------------------
 
 
 def test_scores_of_another_length(file):
@@ -182,7 +214,9 @@ def test_scores_of_another_dataset(tmp_path):
     path = tmp_path / "s.safetensors"
     Scores(VALUES, "mine", "8 samples, aaaa", {"passes": 0}).save(path)
     policy = StaticPruning(path)
-    with pytest.raises(ValueError, match=r"of the dataset '8 samples, aaaa', the training set is '8 samples, bbbb'"):
+    with pytest.raises(
+        ValueError, match=r"of the dataset '8 samples, aaaa', the training set is '8 samples, bbbb'"
+    ):
         DynamicPruner(policy, N, num_epochs=1, fingerprint="8 samples, bbbb")
     DynamicPruner(policy, N, num_epochs=1, fingerprint="8 samples, aaaa")
     DynamicPruner(policy, N, num_epochs=1)  # a loop of one's own knows N alone
@@ -195,8 +229,13 @@ def test_scores_that_know_n_alone(file):
 def test_file_that_was_made_anew_is_another_one(file):
     policy = StaticPruning(file)
     Scores(VALUES[::-1], "mine", f"{N} samples", {"passes": 30}).save(file)
-    for use in (lambda: make_policy(**policy.to_dict()), lambda: DynamicPruner(policy, N, num_epochs=1)):
-        with pytest.raises(ValueError, match=r"has the digest \w+, wanted is \w+: the scores were made anew since"):
+    for use in (
+        lambda: make_policy(**policy.to_dict()),
+        lambda: DynamicPruner(policy, N, num_epochs=1),
+    ):
+        with pytest.raises(
+            ValueError, match=r"has the digest \w+, wanted is \w+: the scores were made anew since"
+        ):
             use()
 
 

@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from hf_dynprune import pruner as module
-from hf_dynprune.policies import UCB, EpochPlan, EpsilonGreedy, FullData, PruningPolicy, RandomPruning
+from hf_dynprune.policies import (
+    UCB,
+    EpochPlan,
+    EpsilonGreedy,
+    FullData,
+    PruningPolicy,
+    RandomPruning,
+)
 from hf_dynprune.pruner import STATE_FILE, DynamicPruner, choice_seed
 from hf_dynprune.sampler import epoch_order
 from hf_dynprune.scores import Column, load_tensors
@@ -40,7 +47,9 @@ class Given(PruningPolicy):
 
 
 def plan_of(*indices, weights=None, lr_scale=1.0):
-    return EpochPlan(torch.tensor(indices), None if weights is None else torch.tensor(weights), lr_scale)
+    return EpochPlan(
+        torch.tensor(indices), None if weights is None else torch.tensor(weights), lr_scale
+    )
 
 
 def kept(pruner, epoch, losses=None, **begin):
@@ -48,12 +57,16 @@ def kept(pruner, epoch, losses=None, **begin):
     pruner.begin_epoch(epoch, **begin)
     samples = list(pruner.sampler)
     for batch in torch.tensor(samples).split(pruner.batch_size):
-        signals = {} if losses is None else {"loss": torch.tensor([float(losses[i]) for i in batch.tolist()])}
+        signals = (
+            {}
+            if losses is None
+            else {"loss": torch.tensor([float(losses[i]) for i in batch.tolist()])}
+        )
         pruner.observe(batch, signals)
     return sorted(samples)
 
 
-# ---- the example in the docstring -----------------------------------------------------------------------------------
+# ---- the example in the docstring ----------------------------------------------------------------
 
 
 def test_loop_in_the_docstring_runs_as_written():
@@ -64,7 +77,14 @@ def test_loop_in_the_docstring_runs_as_written():
     model = torch.nn.Linear(5, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     before = F.cross_entropy(model(x), (x[:, 0] > 0).long()).item()
-    scope = {"DynamicPruner": DynamicPruner, "UCB": UCB, "F": F, "dataset": dataset, "model": model, "optimizer": optimizer}
+    scope = {
+        "DynamicPruner": DynamicPruner,
+        "UCB": UCB,
+        "F": F,
+        "dataset": dataset,
+        "model": model,
+        "optimizer": optimizer,
+    }
     exec(code, scope)
     pruner = scope["pruner"]
     assert F.cross_entropy(model(x), (x[:, 0] > 0).long()).item() < before
@@ -75,7 +95,7 @@ def test_loop_in_the_docstring_runs_as_written():
     assert pruner.report.selection["choices"] == 20
 
 
-# ---- the clock ------------------------------------------------------------------------------------------------------
+# ---- the clock -----------------------------------------------------------------------------------
 
 
 def virtual_steps(pruner, epochs):
@@ -132,7 +152,9 @@ def test_varying_lengths_of_a_whole_mean():
     assert seen[1] == pytest.approx([6 + 1.5, 6 + 3, 6 + 4.5, 6 + 6])
 
 
-@pytest.mark.parametrize(("keep_ratio", "length", "total"), [(0.3, 3, 8), (0.4, 4, 10)])  # ceil(2.5 x 3), 2.5 x 4
+@pytest.mark.parametrize(
+    ("keep_ratio", "length", "total"), [(0.3, 3, 8), (0.4, 4, 10)]
+)  # ceil(2.5 x 3), 2.5 x 4
 def test_fractional_epochs(keep_ratio, length, total):
     pruner = DynamicPruner(RandomPruning(keep_ratio), 100, batch_size=10, num_epochs=2.5)
     assert pruner.num_epochs == 3
@@ -187,8 +209,26 @@ def test_the_schedule_says_what_each_epoch_will_be():
     pruner = DynamicPruner(UCB(0.3, first=1, period=2, last=0.25), 100, num_epochs=8)
     planned = list(pruner.schedule())
     assert [epoch.size for epoch in planned] == [100, 30, 30, 30, 30, 30, 100, 100]
-    assert [epoch.full_data for epoch in planned] == [True, False, False, False, False, False, True, True]
-    assert [epoch.chooses for epoch in planned] == [False, True, False, True, False, True, False, False]
+    assert [epoch.full_data for epoch in planned] == [
+        True,
+        False,
+        False,
+        False,
+        False,
+        False,
+        True,
+        True,
+    ]
+    assert [epoch.chooses for epoch in planned] == [
+        False,
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
     kept_before, choices = None, []
     for epoch, (size, full_data, _) in enumerate(planned):  # and so they are
         now = kept(pruner, epoch, torch.rand(100))
@@ -222,7 +262,7 @@ def test_steps_are_told_by_the_calls_of_observe():
     assert pruner.batches_done == 0
 
 
-# ---- full-data epochs -----------------------------------------------------------------------------------------------
+# ---- full-data epochs ----------------------------------------------------------------------------
 
 
 def full_epochs(policy, num_epochs, n=10):
@@ -258,7 +298,9 @@ def test_full_data_epochs(settings, num_epochs, expected):
 @pytest.mark.parametrize("num_epochs", [3, 7, 10, 30, 90])
 def test_share_of_whole_epochs_gives_that_many(num_epochs):
     for epochs in range(num_epochs + 1):
-        pruner = DynamicPruner(RandomPruning(0.5, last=epochs / num_epochs), 10, num_epochs=num_epochs)
+        pruner = DynamicPruner(
+            RandomPruning(0.5, last=epochs / num_epochs), 10, num_epochs=num_epochs
+        )
         assert pruner.total_steps() == 10 * epochs + 5 * (num_epochs - epochs)
 
 
@@ -274,13 +316,16 @@ def test_full_data_epoch_trains_all_in_the_stock_order_and_is_no_choice():
     for epoch in range(4):
         pruner.begin_epoch(epoch)
         if epoch in (0, 3):
-            assert list(pruner.sampler) == torch.randperm(10, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
+            assert (
+                list(pruner.sampler)
+                == torch.randperm(10, generator=torch.Generator().manual_seed(3 + epoch)).tolist()
+            )
     assert int(pruner.table["times_kept"].sum()) == 2 * 5
     pruner.end_epoch()
     assert pruner.report.selection["choices"] == 2
 
 
-# ---- choices --------------------------------------------------------------------------------------------------------
+# ---- choices -------------------------------------------------------------------------------------
 
 
 def test_period_holds_the_plan():
@@ -306,7 +351,11 @@ def test_order_follows_the_data_seed_and_the_choice_the_seed():
         pruner.begin_epoch(1)
         return list(pruner.sampler)
 
-    base, other_order, other_choice = run(seed=1), run(seed=1, data_seed=2), run(seed=2, data_seed=1)
+    base, other_order, other_choice = (
+        run(seed=1),
+        run(seed=1, data_seed=2),
+        run(seed=2, data_seed=1),
+    )
     assert base == run(seed=1, data_seed=1) == epoch_order(30, torch.tensor(base), 1, 1).tolist()
     assert sorted(other_order) == sorted(base)
     assert other_order != base
@@ -326,7 +375,13 @@ def test_choice_seeds_differ():
 @pytest.mark.parametrize("keep_ratio", [0.01, 0.3, 0.5, 0.77, 1.0])
 @pytest.mark.parametrize(
     "policy",
-    [RandomPruning, lambda k: RandomPruning(k, replacement=False), EpsilonGreedy, UCB, lambda k: UCB(k, epsilon=0.3)],
+    [
+        RandomPruning,
+        lambda k: RandomPruning(k, replacement=False),
+        EpsilonGreedy,
+        UCB,
+        lambda k: UCB(k, epsilon=0.3),
+    ],
 )
 def test_budget_is_kept_at_every_choice(policy, keep_ratio):
     n = 57
@@ -341,23 +396,33 @@ def test_budget_is_kept_at_every_choice(policy, keep_ratio):
 
 def test_plan_of_another_size_than_planned_is_an_error():
     pruner = DynamicPruner(Given((plan_of(0, 1, 2),), size=4), 10, num_epochs=1)
-    with pytest.raises(RuntimeError, match=r"Given planned 4 samples for epoch 0 and chose 3: `planned_size` and `plan`"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"Given planned 4 samples for epoch 0 and chose 3: `planned_size` and `plan`",
+    ):
         pruner.begin_epoch(0)
 
 
-@pytest.mark.parametrize(("plan", "message"), [(plan_of(1, 1), "only 1 different"), (plan_of(3, 10), "index 10")])
+@pytest.mark.parametrize(
+    ("plan", "message"), [(plan_of(1, 1), "only 1 different"), (plan_of(3, 10), "index 10")]
+)
 def test_plan_is_checked(plan, message):
     with pytest.raises(ValueError, match=message):
         DynamicPruner(Given((plan,)), 10, num_epochs=1).begin_epoch(0)
 
 
-@pytest.mark.parametrize("policy", [RandomPruning(0.3), RandomPruning(0.3, first=1), UCB(0.3, last=0.5)])
+@pytest.mark.parametrize(
+    "policy", [RandomPruning(0.3), RandomPruning(0.3, first=1), UCB(0.3, last=0.5)]
+)
 def test_plan_smaller_than_a_batch_is_refused_at_construction_with_drop_last(policy):
     with pytest.raises(
-        ValueError, match=r"keeps 3 of 10 samples, less than one batch of 4 .*raise keep_ratio, lower the batch"
+        ValueError,
+        match=r"keeps 3 of 10 samples, less than one batch of 4 .*raise keep_ratio, lower the batch",
     ):
         DynamicPruner(policy, 10, batch_size=4, num_epochs=3, drop_last=True)
-    assert len(kept(DynamicPruner(policy, 10, batch_size=4, num_epochs=3), 1, losses=range(10))) == 3
+    assert (
+        len(kept(DynamicPruner(policy, 10, batch_size=4, num_epochs=3), 1, losses=range(10))) == 3
+    )
 
 
 def test_plan_smaller_than_a_batch_is_refused_when_chosen_where_it_is_not_known_before():
@@ -366,14 +431,17 @@ def test_plan_smaller_than_a_batch_is_refused_when_chosen_where_it_is_not_known_
         pruner.begin_epoch(0)
 
 
-# ---- guards ---------------------------------------------------------------------------------------------------------
+# ---- guards --------------------------------------------------------------------------------------
 
 
 def after_full_epoch(policy, losses, n=10, epochs=6):
     """A pruner after one epoch on all data (`first=1`), with the samples in `losses` observed."""
     pruner = DynamicPruner(policy, n, num_epochs=epochs)
     pruner.begin_epoch(0)
-    pruner.observe(torch.tensor(list(losses)), {"loss": torch.tensor(list(losses.values()), dtype=torch.float32)})
+    pruner.observe(
+        torch.tensor(list(losses)),
+        {"loss": torch.tensor(list(losses.values()), dtype=torch.float32)},
+    )
     return pruner
 
 
@@ -396,7 +464,9 @@ def test_the_hardest_are_kept_last(cls, share, keep_ratio, expected):
 
 
 def test_the_hardest_are_kept_where_all_others_are():
-    pruner = after_full_epoch(UCB(0.9, first=1, exclude_hardest=0.2), {i: float(i) for i in range(10)})
+    pruner = after_full_epoch(
+        UCB(0.9, first=1, exclude_hardest=0.2), {i: float(i) for i in range(10)}
+    )
     samples = set(kept(pruner, 1, losses=range(10)))
     assert samples > {0, 1, 2, 3, 4, 5, 6, 7}
     assert len(samples & {8, 9}) == 1
@@ -404,7 +474,9 @@ def test_the_hardest_are_kept_where_all_others_are():
 
 def test_never_observed_come_first_beside_excluded_ones():
     # Of the seven observed the two hardest (5, 6) are left out; 7, 8 and 9 were never observed.
-    pruner = after_full_epoch(UCB(0.5, first=1, exclude_hardest=0.3), {i: float(i) for i in range(7)})
+    pruner = after_full_epoch(
+        UCB(0.5, first=1, exclude_hardest=0.3), {i: float(i) for i in range(7)}
+    )
     assert set(kept(pruner, 1, losses=range(10))) == {7, 8, 9, 4, 3}
 
 
@@ -419,7 +491,9 @@ def test_max_age_shows_a_sample_again():
     low, high = [0, 1, 2, 3, 4], [5, 6, 7, 8, 9]
 
     def choices(**settings):
-        pruner = after_full_epoch(UCB(0.5, first=1, **settings), {i: float(i) for i in range(10)}, epochs=8)
+        pruner = after_full_epoch(
+            UCB(0.5, first=1, **settings), {i: float(i) for i in range(10)}, epochs=8
+        )
         return [kept(pruner, epoch, losses=range(10)) for epoch in range(1, 8)]
 
     assert choices() == [high] * 7
@@ -440,11 +514,13 @@ def test_max_weight_limits_the_weights():
     assert plan.weights.tolist() == [0.5, 5.0, 3.0]
 
 
-# ---- weights and learning rate --------------------------------------------------------------------------------------
+# ---- weights and learning rate -------------------------------------------------------------------
 
 
 def test_weights_of_the_plan():
-    pruner = DynamicPruner(Given((plan_of(3, 1, weights=[2.5, 0.5]), plan_of(0, 1))), 4, num_epochs=2)
+    pruner = DynamicPruner(
+        Given((plan_of(3, 1, weights=[2.5, 0.5]), plan_of(0, 1))), 4, num_epochs=2
+    )
     pruner.begin_epoch(0)
     weights = pruner.weights(torch.tensor([1, 3, 3, -1]))
     assert weights.tolist() == [0.5, 2.5, 2.5, 0.0]
@@ -454,15 +530,21 @@ def test_weights_of_the_plan():
 
 
 def test_weights_are_1_on_full_data():
-    policy = Given((plan_of(0), plan_of(3, 1, weights=[2.5, 0.5], lr_scale=0.5), plan_of(0)), first=1, last=1 / 3)
+    policy = Given(
+        (plan_of(0), plan_of(3, 1, weights=[2.5, 0.5], lr_scale=0.5), plan_of(0)),
+        first=1,
+        last=1 / 3,
+    )
     pruner = DynamicPruner(policy, 4, num_epochs=3)
-    for epoch, (weights, lr_scale) in enumerate([([1.0, 1.0], 1.0), ([0.5, 2.5], 0.5), ([1.0, 1.0], 1.0)]):
+    for epoch, (weights, lr_scale) in enumerate(
+        [([1.0, 1.0], 1.0), ([0.5, 2.5], 0.5), ([1.0, 1.0], 1.0)]
+    ):
         pruner.begin_epoch(epoch)
         assert pruner.weights(torch.tensor([1, 3])).tolist() == weights
         assert pruner.lr_scale == lr_scale
 
 
-# ---- what is counted ------------------------------------------------------------------------------------------------
+# ---- what is counted -----------------------------------------------------------------------------
 
 
 def test_passes_steps_and_cost():
@@ -471,7 +553,12 @@ def test_passes_steps_and_cost():
         kept(pruner, epoch)
     pruner.end_epoch(learning_rate=0.25)
     first, second = pruner.report.epochs
-    assert (first.samples, first.forward_passes, first.backward_passes, first.optimizer_steps) == (10, 10, 10, 2)
+    assert (first.samples, first.forward_passes, first.backward_passes, first.optimizer_steps) == (
+        10,
+        10,
+        10,
+        2,
+    )
     assert (first.learning_rate, second.learning_rate) == (None, 0.25)
     assert first.scoring_passes == first.nonfinite == 0
     assert pruner.report.num_epochs == 2.0
@@ -512,7 +599,9 @@ def test_at_most_100_nonfinite_samples_are_listed():
 
 
 def test_scores_are_described():
-    pruner = after_full_epoch(UCB(0.5, first=1), {i: float(i + 1) for i in range(5)}, n=6)  # 1, 2, 3, 4, 5
+    pruner = after_full_epoch(
+        UCB(0.5, first=1), {i: float(i + 1) for i in range(5)}, n=6
+    )  # 1, 2, 3, 4, 5
     scores = pruner.begin_epoch(1).scores
     assert list(scores) == ["mean", "q05", "q25", "q50", "q75", "q95"]
     assert list(scores.values()) == pytest.approx([3.0, 1.2, 2.0, 3.0, 4.0, 4.8])
@@ -521,10 +610,20 @@ def test_scores_are_described():
 
 def test_many_scores_are_described_by_some(monkeypatch):
     n = 1000
-    whole = after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n).begin_epoch(1).scores
+    whole = (
+        after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n)
+        .begin_epoch(1)
+        .scores
+    )
     monkeypatch.setattr("hf_dynprune.pruner._DESCRIBED", 100)
-    some = after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n).begin_epoch(1).scores
-    assert list(some.values()) == pytest.approx([4.5 * 110, 0.05 * 990, 0.25 * 990, 0.5 * 990, 0.75 * 990, 0.95 * 990])
+    some = (
+        after_full_epoch(UCB(0.5, first=1), {i: float(i) for i in range(n)}, n=n)
+        .begin_epoch(1)
+        .scores
+    )
+    assert list(some.values()) == pytest.approx(
+        [4.5 * 110, 0.05 * 990, 0.25 * 990, 0.5 * 990, 0.75 * 990, 0.95 * 990]
+    )
     assert list(some.values()) == pytest.approx(list(whole.values()), abs=0.01 * n)
 
 
@@ -551,9 +650,13 @@ def test_seconds_by_phase():
 
 def test_evaluation_is_noted():
     pruner = DynamicPruner(RandomPruning(0.5), 10, num_epochs=2)
-    pruner.add_evaluation({"eval_loss": 9.0})  # before the first epoch: of no model that was trained
+    pruner.add_evaluation(
+        {"eval_loss": 9.0}
+    )  # before the first epoch: of no model that was trained
     kept(pruner, 0)
-    pruner.add_evaluation({"eval_loss": 2.0, "eval_accuracy": 0.5, "eval_runtime": 0.25, "epoch": 1.0, "name": "x"})
+    pruner.add_evaluation(
+        {"eval_loss": 2.0, "eval_accuracy": 0.5, "eval_runtime": 0.25, "epoch": 1.0, "name": "x"}
+    )
     pruner.add_evaluation({"eval_loss": 1.5})
     kept(pruner, 1)
     pruner.end_epoch()
@@ -566,7 +669,7 @@ def test_evaluation_is_noted():
     assert pruner.report.metrics == second.metrics
 
 
-# ---- observe --------------------------------------------------------------------------------------------------------
+# ---- observe -------------------------------------------------------------------------------------
 
 
 def test_padding_is_counted_as_passes_and_not_observed():
@@ -631,13 +734,16 @@ def test_signals_must_be_there_and_fit():
         pruner.observe(torch.tensor([0, 1]))
     for value in (torch.ones(()), torch.ones(3), torch.ones(2, 1)):
         shape = re.escape(str(tuple(value.shape)))
-        with pytest.raises(ValueError, match=rf"'el2n' has shape {shape}, the sample index \(2,\): one value for each"):
+        with pytest.raises(
+            ValueError,
+            match=rf"'el2n' has shape {shape}, the sample index \(2,\): one value for each",
+        ):
             pruner.observe(torch.tensor([0, 1]), {"el2n": value})
     assert pruner.batches_done == 0
     assert pruner.report.epochs[0].forward_passes == 0
 
 
-# ---- scoring passes --------------------------------------------------------------------------------------------------
+# ---- scoring passes ------------------------------------------------------------------------------
 
 
 def scored_run(scoring, epochs=4, **settings):
@@ -731,12 +837,14 @@ def test_begin_epoch_makes_up_for_a_missing_end():
     assert pruner.report.epochs[0].optimizer_steps == 1
 
 
-# ---- construction ---------------------------------------------------------------------------------------------------
+# ---- construction --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["ucb", UCB, None])
 def test_policy_must_be_one(policy):
-    with pytest.raises(TypeError, match=r"is no PruningPolicy: make one, such as UCB\(keep_ratio=0.3\)"):
+    with pytest.raises(
+        TypeError, match=r"is no PruningPolicy: make one, such as UCB\(keep_ratio=0.3\)"
+    ):
         DynamicPruner(policy, 10, num_epochs=1)
 
 
@@ -746,7 +854,9 @@ def test_one_budget_is_given(budget):
         DynamicPruner(UCB(), 10, **budget)
 
 
-@pytest.mark.parametrize("budget", [{"num_epochs": 0}, {"num_epochs": -1.5}, {"num_epochs": NAN}, {"max_steps": 0}])
+@pytest.mark.parametrize(
+    "budget", [{"num_epochs": 0}, {"num_epochs": -1.5}, {"num_epochs": NAN}, {"max_steps": 0}]
+)
 def test_budget_must_be_positive(budget):
     ((name, value),) = budget.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
@@ -801,12 +911,13 @@ def test_options_reach_the_dataloader():
     assert loader.sampler is pruner.sampler
 
 
-# ---- state (that a run goes on as if never interrupted is in test_conformance.py) -----------------------------------
+# ---- state (that a run goes on as if never interrupted is in test_conformance.py) ----------------
 
 
 def states_equal(one, other):
     return one["metadata"] == other["metadata"] and all(
-        torch.equal(one["tensors"][name].nan_to_num(-1), other["tensors"][name].nan_to_num(-1)) for name in one["tensors"]
+        torch.equal(one["tensors"][name].nan_to_num(-1), other["tensors"][name].nan_to_num(-1))
+        for name in one["tensors"]
     )
 
 
@@ -840,14 +951,22 @@ def trained(**settings):
     ],
 )
 @pytest.mark.parametrize("by_file", [False, True])
-def test_state_of_another_run_is_refused_and_nothing_changes(tmp_path, settings, theirs, ours, by_file):
+def test_state_of_another_run_is_refused_and_nothing_changes(
+    tmp_path, settings, theirs, ours, by_file
+):
     source, target = trained(), some_pruner(**settings)
     target.begin_epoch(0)
     target.observe(torch.arange(4), {"loss": torch.ones(4)})
     before = copy.deepcopy(target.state_dict())
     source.save(tmp_path)
-    load = (lambda: target.load(tmp_path)) if by_file else (lambda: target.load_state_dict(source.state_dict()))
-    with pytest.raises(ValueError, match=r"belongs to another run \(.*\)\. Resume with the settings of the") as caught:
+    load = (
+        (lambda: target.load(tmp_path))
+        if by_file
+        else (lambda: target.load_state_dict(source.state_dict()))
+    )
+    with pytest.raises(
+        ValueError, match=r"belongs to another run \(.*\)\. Resume with the settings of the"
+    ) as caught:
         load()
     assert theirs in str(caught.value)
     assert ours in str(caught.value)
@@ -883,7 +1002,20 @@ def test_place_where_a_run_goes_on():
         places.append(some_pruner().load_state_dict(copy.deepcopy(source.state_dict())))
         source.end_epoch()
         assert some_pruner().load_state_dict(copy.deepcopy(source.state_dict())) == places[-1]
-    assert places == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 0), (1, 1), (1, 2), (2, 0), (2, 0), (2, 1), (2, 2), (3, 0)]
+    assert places == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (1, 0),
+        (1, 0),
+        (1, 1),
+        (1, 2),
+        (2, 0),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+        (3, 0),
+    ]
 
 
 def test_state_before_the_first_epoch():
@@ -924,7 +1056,13 @@ def test_save_and_load(tmp_path):
     source.save(tmp_path / "checkpoint-5", step=5, learning_rate=0.125)
     assert [p.name for p in (tmp_path / "checkpoint-5").iterdir()] == [STATE_FILE]
     tensors, metadata = load_tensors(tmp_path / "checkpoint-5" / STATE_FILE)
-    assert set(tensors) == {"table.mean", "table.variance", "table.times_kept", "table.last_observed", "plan.indices"}
+    assert set(tensors) == {
+        "table.mean",
+        "table.variance",
+        "table.times_kept",
+        "table.last_observed",
+        "plan.indices",
+    }
     assert metadata["report"]["epochs"][1]["learning_rate"] == 0.125
     assert target.load(tmp_path / "checkpoint-5") == (1, 2)
     assert all(

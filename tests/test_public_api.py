@@ -61,7 +61,9 @@ def test_name_can_be_imported(name):
 def test_type_checkers_see_the_same_table():
     tree = ast.parse(Path(hf_dynprune.__file__).read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    assert {alias.name: node.module for node in block.body for alias in node.names} == hf_dynprune._MODULE_OF
+    assert {
+        alias.name: node.module for node in block.body for alias in node.names
+    } == hf_dynprune._MODULE_OF
 
 
 def test_star_import():
@@ -76,7 +78,10 @@ def test_dir_and_version():
 
 
 def test_unknown_name_lists_what_there_is():
-    with pytest.raises(AttributeError, match=r"module 'hf_dynprune' has no attribute 'Ucb'; it offers Advice, .*UCB"):
+    with pytest.raises(
+        AttributeError,
+        match=r"module 'hf_dynprune' has no attribute 'Ucb'; it offers Advice, .*UCB",
+    ):
         _ = hf_dynprune.Ucb
     with pytest.raises(ImportError, match="Ucb"):
         exec("from hf_dynprune import Ucb")

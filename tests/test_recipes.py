@@ -17,7 +17,11 @@ from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
 from hf_dynprune import SampleTable
-from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # and the pipeline knows the architectures
+from hf_dynprune.vision import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    ImageCache,
+)  # and the pipeline knows the architectures
 from recipes.metrics import accuracy_of
 
 ROOT = Path(__file__).parents[1]
@@ -26,7 +30,13 @@ ROOT = Path(__file__).parents[1]
 def run(*command, cwd=ROOT):
     """Runs Python; what fails shows its output. The package is this folder's, installed or not."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -34,16 +44,25 @@ def run(*command, cwd=ROOT):
 def test_quickstart(tmp_path):
     for module in ("timm", "sklearn", "matplotlib"):
         pytest.importorskip(module)
-    table = run(ROOT / "recipes/quickstart.py", "--output_dir", tmp_path, "--epochs", 2, "--keep_ratio", 0.4)
+    table = run(
+        ROOT / "recipes/quickstart.py", "--output_dir", tmp_path, "--epochs", 2, "--keep_ratio", 0.4
+    )
     for name in ("full run", "short run", "pruned run"):
         assert re.search(rf"^{name} .*%$", table, flags=re.MULTILINE)
 
-    reports = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("report", "full", "short")}
+    reports = {
+        name: json.loads((tmp_path / f"{name}.json").read_text())
+        for name in ("report", "full", "short")
+    }
     assert reports["report"]["policy"]["name"] == "ucb"
     assert reports["report"]["cost_ratio"] == pytest.approx(0.4, abs=0.01)
     assert reports["full"]["cost_ratio"] == 1
     assert reports["short"]["passes"] == pytest.approx(reports["report"]["passes"], rel=0.05)
-    assert all(epoch["metrics"]["eval_accuracy"] >= 0 for report in reports.values() for epoch in report["epochs"])
+    assert all(
+        epoch["metrics"]["eval_accuracy"] >= 0
+        for report in reports.values()
+        for epoch in report["epochs"]
+    )
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG\r\n")
 
     card = (tmp_path / "README.md").read_text()
@@ -57,7 +76,7 @@ def test_quickstart(tmp_path):
     assert run("-c", load + use, cwd=tmp_path) == "torch.Size([1, 10])\n"
 
 
-# ---- recipes/cifar.py -----------------------------------------------------------------------------------------------
+# ---- recipes/cifar.py ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -67,22 +86,39 @@ def small_cifar(tmp_path_factory):
     def make(folder, columns):
         for split, n in (("train", 96), ("test", 40)):
             generator = np.random.default_rng(n)
-            images = [Image.fromarray(a) for a in generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)]
+            images = [
+                Image.fromarray(a)
+                for a in generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+            ]
             features = {"img": datasets.Image()} | {
-                name: datasets.ClassLabel(names=[f"{name} {i}" for i in range(size)]) for name, size in columns.items()
+                name: datasets.ClassLabel(names=[f"{name} {i}" for i in range(size)])
+                for name, size in columns.items()
             }
-            labels = {name: generator.integers(0, size, n).tolist() for name, size in columns.items()}
-            data = datasets.Dataset.from_dict({"img": images, **labels}, features=datasets.Features(features))
+            labels = {
+                name: generator.integers(0, size, n).tolist() for name, size in columns.items()
+            }
+            data = datasets.Dataset.from_dict(
+                {"img": images, **labels}, features=datasets.Features(features)
+            )
             data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
         return folder
 
     return {
         "cifar10": make(tmp_path_factory.mktemp("cifar10"), {"label": 10}),
-        "cifar100": make(tmp_path_factory.mktemp("cifar100"), {"fine_label": 20, "coarse_label": 4}),
+        "cifar100": make(
+            tmp_path_factory.mktemp("cifar100"), {"fine_label": 20, "coarse_label": 4}
+        ),
     }
 
 
-LITTLE = ["--model", "resnet8_cifar", "--num_train_epochs", "2", "--per_device_train_batch_size", "16"]
+LITTLE = [
+    "--model",
+    "resnet8_cifar",
+    "--num_train_epochs",
+    "2",
+    "--per_device_train_batch_size",
+    "16",
+]
 
 
 def test_cifar(small_cifar, tmp_path):
@@ -94,7 +130,10 @@ def test_cifar(small_cifar, tmp_path):
     assert report["policy"]["name"] == "ucb"
     assert report["cost_ratio"] == pytest.approx(0.5)
     assert 0 <= report["metrics"]["eval_accuracy"] <= report["metrics"]["eval_top5_accuracy"] <= 1
-    assert [bool(epoch["metrics"]) for epoch in report["epochs"]] == [True, True]  # every 3 of 6 steps
+    assert [bool(epoch["metrics"]) for epoch in report["epochs"]] == [
+        True,
+        True,
+    ]  # every 3 of 6 steps
     assert "ucb" in (tmp_path / "README.md").read_text()
     classify = pipeline("image-classification", model=str(tmp_path))
     image = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")[0]["img"]
@@ -124,7 +163,9 @@ def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
     """Noisy labels for the training images, and for those of them that are held out; the test set keeps its own."""
     cifar = recipe("cifar")
     noisy = np.random.default_rng(1).integers(0, 10, 96)
-    datasets.Dataset.from_dict({"worse": noisy, "few": [11] * 96}).to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    datasets.Dataset.from_dict({"worse": noisy, "few": [11] * 96}).to_parquet(
+        tmp_path / "train-00000-of-00001.parquet"
+    )
     data = {"dataset": str(small_cifar["cifar10"])}
     labels = {"train_labels": str(tmp_path), "train_label_column": "worse"}
     own = cifar.load_images(cifar.DataArguments(**data), 0)
@@ -136,24 +177,31 @@ def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
 
     tuning = cifar.load_images(cifar.DataArguments(**data, **labels, validation_share=0.25), 0)
     assert (len(tuning.train), len(tuning.test)) == (72, 24)
-    of_image = {image.numpy().tobytes(): label for image, label in zip(own.train.images, noisy, strict=True)}
+    of_image = {
+        image.numpy().tobytes(): label for image, label in zip(own.train.images, noisy, strict=True)
+    }
     for part in (tuning.train, tuning.test):
         found = [of_image[image.numpy().tobytes()] for image in part.images]
         assert part.labels.tolist() == found
 
     wrong = cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="few")
     with pytest.raises(
-        ValueError, match=r"96 labels from 11 to 11 in its column 'few': wanted is one of 10 classes .* 96 images"
+        ValueError,
+        match=r"96 labels from 11 to 11 in its column 'few': wanted is one of 10 classes .* 96 images",
     ):
         cifar.load_images(wrong, 0)
     with pytest.raises(ValueError, match="train_label_column"):
-        cifar.load_images(cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors"), 0)
+        cifar.load_images(
+            cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors"), 0
+        )
 
 
 def test_cifar_at_a_smaller_size(small_cifar, recipe):
     cifar = recipe("cifar")
     data = {"dataset": str(small_cifar["cifar10"])}
-    own, small = (cifar.load_images(cifar.DataArguments(**data, image_size=size), 0) for size in (None, 16))
+    own, small = (
+        cifar.load_images(cifar.DataArguments(**data, image_size=size), 0) for size in (None, 16)
+    )
     assert own.train.images.shape == (96, 3, 32, 32)
     for images in (small.train, small.plain, small.test):
         assert images.images.shape[1:] == (3, 16, 16)
@@ -165,23 +213,67 @@ def test_cifar_at_a_smaller_size(small_cifar, recipe):
 def test_cifar_tells_how_many_of_the_kept_samples_have_another_label(small_cifar, tmp_path, recipe):
     own = datasets.load_dataset(str(small_cifar["cifar10"]), split="train")["label"][:]
     noisy = [(label + (i < 24)) % 10 for i, label in enumerate(own)]  # a quarter of 96
-    datasets.Dataset.from_dict({"worse": noisy}).to_parquet(tmp_path / "labels/train-00000-of-00001.parquet")
-    options = ["--dataset", str(small_cifar["cifar10"]), "--model", "resnet8_cifar", "--num_train_epochs", "2"]
-    options += ["--train_labels", str(tmp_path / "labels"), "--train_label_column", "worse", "--bf16", "False"]
-    options += ["--per_device_train_batch_size", "16", "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
+    datasets.Dataset.from_dict({"worse": noisy}).to_parquet(
+        tmp_path / "labels/train-00000-of-00001.parquet"
+    )
+    options = [
+        "--dataset",
+        str(small_cifar["cifar10"]),
+        "--model",
+        "resnet8_cifar",
+        "--num_train_epochs",
+        "2",
+    ]
+    options += [
+        "--train_labels",
+        str(tmp_path / "labels"),
+        "--train_label_column",
+        "worse",
+        "--bf16",
+        "False",
+    ]
+    options += [
+        "--per_device_train_batch_size",
+        "16",
+        "--pruning",
+        "epsilon-greedy",
+        "--keep_ratio",
+        "0.5",
+    ]
     recipe("cifar", *options, "--output_dir", tmp_path / "run")
     kept = SampleTable.load(tmp_path / "run" / "table.safetensors")["times_kept"]
-    found = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"]["train_relabelled_share"]
+    found = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"][
+        "train_relabelled_share"
+    ]
     assert found == pytest.approx(int(kept[:24].sum()) / int(kept.sum()))
 
 
 def test_cifar_resumes(small_cifar, tmp_path, recipe):
-    data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE, "--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
+    data = [
+        "--dataset",
+        str(small_cifar["cifar10"]),
+        *LITTLE,
+        "--pruning",
+        "epsilon-greedy",
+        "--keep_ratio",
+        "0.5",
+    ]
     save = ["--save_strategy", "steps", "--save_steps", "1", "--bf16", "False"]
     recipe("cifar", *data, *save, "--output_dir", tmp_path / "a")
     resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-4")]
-    run("recipes/cifar.py", *data, *save, *resume, "--output_dir", str(tmp_path / "b"), "--dataloader_num_workers", "2")
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (tmp_path / "b" / "model.safetensors").read_bytes()
+    run(
+        "recipes/cifar.py",
+        *data,
+        *save,
+        *resume,
+        "--output_dir",
+        str(tmp_path / "b"),
+        "--dataloader_num_workers",
+        "2",
+    )
+    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
+        tmp_path / "b" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
@@ -197,7 +289,16 @@ def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
         "--bf16",
         "False",
     ]
-    data += ["--per_device_eval_batch_size", "20", "--save_strategy", "steps", "--save_steps", "2", "--max_steps", "3"]
+    data += [
+        "--per_device_eval_batch_size",
+        "20",
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "2",
+        "--max_steps",
+        "3",
+    ]
     data += ["--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
     done = torchrun(ROOT / "recipes/cifar.py", *data, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -207,7 +308,9 @@ def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
     log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
     told = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     for step in (2, 3):
-        model = AutoModelForImageClassification.from_pretrained(tmp_path / f"checkpoint-{step}").eval()
+        model = AutoModelForImageClassification.from_pretrained(
+            tmp_path / f"checkpoint-{step}"
+        ).eval()
         with torch.no_grad():
             loss = model(**images.__getitems__(list(range(40)))).loss.item()
         assert told[step] == pytest.approx(loss, rel=1e-5)
@@ -250,7 +353,16 @@ def test_ranks_leave_together_while_gloo_still_holds_a_tensor(tmp_path):
 
 def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
     data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE]
-    score = ["--score", "el2n", "--score_runs", "1", "--score_epochs", "1", "--output_dir", str(tmp_path / "el2n")]
+    score = [
+        "--score",
+        "el2n",
+        "--score_runs",
+        "1",
+        "--score_epochs",
+        "1",
+        "--output_dir",
+        str(tmp_path / "el2n"),
+    ]
     out = run("recipes/cifar.py", *data, *score)
     assert "el2n: 128 passes" in out  # 96 trained, and 96 forward
     static = json.dumps({"scores": str(tmp_path / "el2n" / "scores.safetensors")})
@@ -261,7 +373,9 @@ def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
     assert report["preparation"]["method"] == "el2n"
 
 
-@pytest.mark.parametrize(("capability", "expected"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)]
+)
 def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recipe, monkeypatch):
     common = recipe("common")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
@@ -273,11 +387,17 @@ def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recip
 def test_bf16_is_off_where_a_gpu_emulates_it(recipe, monkeypatch):
     common = recipe("common")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
     assert not common.computes_in_bf16()
 
 
 def test_the_accuracy_metric():
     best = np.array([[3, 1, 0], [2, 0, 1], [1, 2, 3], [0, 1, 2]])
     prediction = EvalPrediction(predictions=best, label_ids=np.array([3, 0, 0, 2]))
-    assert accuracy_of(1, 2, 3)(prediction) == {"accuracy": 0.25, "top2_accuracy": 0.5, "top3_accuracy": 0.75}
+    assert accuracy_of(1, 2, 3)(prediction) == {
+        "accuracy": 0.25,
+        "top2_accuracy": 0.5,
+        "top3_accuracy": 0.75,
+    }

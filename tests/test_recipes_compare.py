@@ -15,7 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hf_dynprune import KAKURENBO, UCB, FullData, InfoBatch, OrderDP, PruningReport, RandomPruning, Scores, StaticPruning
+from hf_dynprune import (
+    KAKURENBO,
+    UCB,
+    FullData,
+    InfoBatch,
+    OrderDP,
+    PruningReport,
+    RandomPruning,
+    Scores,
+    StaticPruning,
+)
 from hf_dynprune.report import EpochRecord
 from recipes.compare import (
     Rule,
@@ -39,7 +49,7 @@ from recipes.compare import (
 ROOT = Path(__file__).parents[1]
 
 
-# ---- equal cost -----------------------------------------------------------------------------------------------------
+# ---- equal cost ----------------------------------------------------------------------------------
 
 
 @settings(max_examples=25)
@@ -68,17 +78,23 @@ def test_scoring_is_charged():
     assert at_cost(UCB(0.3), 0.3, 1000, 20).keep_ratio == pytest.approx(0.3, abs=1e-3)
     every = at_cost(UCB(0.5, scoring="all"), 0.5, 1000, 20)
     assert every.keep_ratio == pytest.approx(0.5 - 1 / 3, abs=1e-3)
-    assert at_cost(UCB(0.5, first=2), 0.5, 1000, 20).keep_ratio == pytest.approx((0.5 * 20 - 2) / 18, abs=1e-3)
+    assert at_cost(UCB(0.5, first=2), 0.5, 1000, 20).keep_ratio == pytest.approx(
+        (0.5 * 20 - 2) / 18, abs=1e-3
+    )
 
 
 def test_what_cannot_meet_the_cost_stays_as_it_is():
     for policy in (UCB(0.3, scoring="all"), KAKURENBO(), FullData(), InfoBatch()):
         assert at_cost(policy, 0.3, 1000, 20) == policy
     assert cost_of(UCB(0.3, scoring="all"), 1000, 20) == pytest.approx(0.3 + 1 / 3)
-    least = at_cost(InfoBatch(keep_ratio=0.5), 0.3, 1000, 20)  # 1 / max_rescale, and an eighth of the run on all data
+    least = at_cost(
+        InfoBatch(keep_ratio=0.5), 0.3, 1000, 20
+    )  # 1 / max_rescale, and an eighth of the run on all data
     assert least.keep_ratio == pytest.approx(0.25, abs=1e-3)
     assert cost_of(least, 1000, 20) > 0.3
-    assert at_cost(OrderDP(0.3, draw_ratio=0.6), 0.7, 1000, 20).keep_ratio == pytest.approx(0.6, abs=1e-3)
+    assert at_cost(OrderDP(0.3, draw_ratio=0.6), 0.7, 1000, 20).keep_ratio == pytest.approx(
+        0.6, abs=1e-3
+    )
 
 
 def test_scores_are_charged_once(tmp_path):
@@ -86,7 +102,9 @@ def test_scores_are_charged_once(tmp_path):
     Scores(np.arange(1000.0), "el2n", provenance={"passes": 2000}).save(path)
     charged = at_cost(StaticPruning(str(path), 0.3), 0.3, 1000, 20)
     assert charged.keep_ratio == pytest.approx(0.2, abs=1e-3)
-    assert at_cost(StaticPruning(str(path), 0.3, charge=False), 0.3, 1000, 20).keep_ratio == pytest.approx(0.3, abs=1e-3)
+    assert at_cost(
+        StaticPruning(str(path), 0.3, charge=False), 0.3, 1000, 20
+    ).keep_ratio == pytest.approx(0.3, abs=1e-3)
 
 
 def test_rules_as_they_are_given():
@@ -98,7 +116,11 @@ def test_rules_as_they_are_given():
     least = Rule.parse("infobatch", 0.1).run(0.1, 0, 1000, 20)  # no default that costs more
     assert float(least.options["keep_ratio"]) == pytest.approx(0.25, abs=1e-3)
     assert Rule.parse("kakurenbo", 0.3).policy == KAKURENBO()
-    for text, words in (("ucbb", "ucbb"), ('ucb:{"cc": 2.0}', "cc"), ('ucb:{"keep_ratio": 0.2}', "follows from --costs")):
+    for text, words in (
+        ("ucbb", "ucbb"),
+        ('ucb:{"cc": 2.0}', "cc"),
+        ('ucb:{"keep_ratio": 0.2}', "follows from --costs"),
+    ):
         with pytest.raises((TypeError, ValueError), match=words):
             Rule.parse(text, 0.3)
 
@@ -129,7 +151,14 @@ def test_differences_are_paired_by_seed():
 
 
 def test_what_missed_the_cost_is_out_of_the_ranking():
-    row = {"wanted": 0.3, "deviation": None, "to_short_run": None, "to_random": None, "seconds": 1.0, "seeds": 1}
+    row = {
+        "wanted": 0.3,
+        "deviation": None,
+        "to_short_run": None,
+        "to_random": None,
+        "seconds": 1.0,
+        "seeds": 1,
+    }
     rows = [
         {**row, "name": "dear", "cost": 0.63, "ranked": False, "mean": 0.9},
         {**row, "name": "fair", "cost": 0.3, "ranked": True, "mean": 0.5},
@@ -149,9 +178,19 @@ def test_what_missed_the_cost_is_out_of_the_ranking():
     ],
 )
 def test_figures_are_shown_with_the_digits_that_matter(metric, mean, shown):
-    row = {"name": "ucb", "wanted": 0.3, "cost": 0.3, "ranked": True, "mean": mean, "deviation": None, "seconds": 1.0}
+    row = {
+        "name": "ucb",
+        "wanted": 0.3,
+        "cost": 0.3,
+        "ranked": True,
+        "mean": mean,
+        "deviation": None,
+        "seconds": 1.0,
+    }
     row |= {"to_short_run": None, "to_random": None, "seeds": 1}
-    table = tables({"metric": metric, "rows": [row], "targets": [], "tuning": []})["table_0.3"].splitlines()
+    table = tables({"metric": metric, "rows": [row], "targets": [], "tuning": []})[
+        "table_0.3"
+    ].splitlines()
     heading, value = shown.split(" | ")
     assert f"| {heading} |" in table[0]
     assert f"| {value} |" in table[2]
@@ -172,7 +211,10 @@ COSTS = st.integers(10, 1000).map(lambda thousandths: thousandths / 1000)
 
 
 @settings(max_examples=50)
-@given(st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, unique_by=lambda point: point[0]), st.floats(0, 1))
+@given(
+    st.lists(st.tuples(COSTS, st.floats(0, 1)), min_size=1, unique_by=lambda point: point[0]),
+    st.floats(0, 1),
+)
 def test_what_is_reached_is_on_the_line(points, value):
     found = reached(points, value)
     costs, means = np.array(sorted(points)).T
@@ -184,7 +226,10 @@ def test_what_is_reached_is_on_the_line(points, value):
 
 
 def test_the_targets_are_shares_of_the_full_run():
-    rows = [{"name": "full run", "cost": 1.0, "mean": 0.8}, {"name": "ucb", "cost": 0.5, "mean": 0.7}]
+    rows = [
+        {"name": "full run", "cost": 1.0, "mean": 0.8},
+        {"name": "ucb", "cost": 0.5, "mean": 0.7},
+    ]
     assert targets(rows, [], lower=False) == []  # no line can be drawn through one cost
     rows.append({"name": "ucb", "cost": 0.25, "mean": 0.6})
     found = targets(rows, [], lower=False)
@@ -220,10 +265,12 @@ def test_the_best_learning_rate():
     }
     assert tuned_rates(runs, lower=True)[0]["chosen"] == 1.6
     assert tuned_rates([*runs, (Run("ucb", 0.3, 0, 0.2), 1)], lower=False)[0]["edge"] is False
-    assert tuned_rates([*runs, (Run("ucb", 0.3, 0, 3.2), 7)], lower=False)[0]["edge"] is False  # as good as another
+    assert (
+        tuned_rates([*runs, (Run("ucb", 0.3, 0, 3.2), 7)], lower=False)[0]["edge"] is False
+    )  # as good as another
 
 
-# ---- a study --------------------------------------------------------------------------------------------------------
+# ---- a study -------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +278,13 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cifar")
     for split, n in (("train", 80), ("test", 20)):
         generator = np.random.default_rng(n)
-        images = [Image.fromarray(a) for a in generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)]
-        features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {i}" for i in range(10)])}
+        images = [
+            Image.fromarray(a) for a in generator.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        ]
+        features = {
+            "img": datasets.Image(),
+            "label": datasets.ClassLabel(names=[f"class {i}" for i in range(10)]),
+        }
         rows = {"img": images, "label": generator.integers(0, 10, n).tolist()}
         datasets.Dataset.from_dict(rows, features=datasets.Features(features)).to_parquet(
             folder / f"{split}-00000-of-00001.parquet"
@@ -244,7 +296,12 @@ def program(*options):
     """What `python recipes/compare.py` prints."""
     command = [sys.executable, ROOT / "recipes/compare.py", *map(str, options)]
     done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -270,7 +327,15 @@ def compare(monkeypatch, capsys):
 
 
 def test_a_study(data, tmp_path, compare):
-    recipe = ["recipes/cifar.py", "--dataset", data, "--model", "resnet8_cifar", "--num_train_epochs", 4]
+    recipe = [
+        "recipes/cifar.py",
+        "--dataset",
+        data,
+        "--model",
+        "resnet8_cifar",
+        "--num_train_epochs",
+        4,
+    ]
     recipe += ["--per_device_train_batch_size", 8, "--score_epochs", 1]
     folder = tmp_path / "study"
     study = [
@@ -305,10 +370,14 @@ def test_a_study(data, tmp_path, compare):
         assert rows[name]["ranked"]
     # One epoch trained and one scored, 4/3 of the 2 passes over the data that are wanted.
     assert rows["el2n (score_runs 1), scores charged"]["cost"] == pytest.approx(0.5, abs=0.01)
-    assert rows["el2n (score_runs 1), scores charged"]["keep_ratio"] == pytest.approx((2 - 4 / 3) / 4, abs=0.01)
+    assert rows["el2n (score_runs 1), scores charged"]["keep_ratio"] == pytest.approx(
+        (2 - 4 / 3) / 4, abs=0.01
+    )
     report = PruningReport.load(folder / "random_0.5_seed3" / "report.json")
     assert rows["random"]["values"] == {"3": report.metrics["eval_accuracy"]}
-    assert rows["random"]["to_short_run"]["mean"] == pytest.approx(rows["random"]["mean"] - rows["short run"]["mean"])
+    assert rows["random"]["to_short_run"]["mean"] == pytest.approx(
+        rows["random"]["mean"] - rows["short run"]["mean"]
+    )
     shown = [(folder / f"{name}.md").read_text().strip() for name in ("table_0.5", "targets")]
     assert "\n\n".join(shown) in out
     for picture in ("picture", "picture_0.5", "selection_0.5", "targets"):
@@ -339,7 +408,17 @@ def test_a_study(data, tmp_path, compare):
 
 def test_a_run_that_fails_shows_its_log(data, tmp_path, compare):
     told = compare(
-        "--output_dir", tmp_path, "--seeds", 0, "--", "recipes/cifar.py", "--dataset", data, "--modell", "x", status=2
+        "--output_dir",
+        tmp_path,
+        "--seeds",
+        0,
+        "--",
+        "recipes/cifar.py",
+        "--dataset",
+        data,
+        "--modell",
+        "x",
+        status=2,
     )
     assert "full run, seed 0, ended with status 2" in told
     assert "--modell" in told
@@ -352,8 +431,14 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, compare):
         (["--costs", "1.5", "--", "recipes/cifar.py"], "1.5 is out of range"),
         (["--rules", "ucbb", "--", "recipes/cifar.py"], "ucbb"),
         (["--jobs", "0", "--", "recipes/cifar.py"], "--jobs 0"),
-        (["--scores", "el3n", "--", "recipes/cifar.py"], "--scores el3n: wanted are some of el2n, "),
-        (["--learning_rates", "0.1", "--", "recipes/cifar.py"], "--learning_rates [0.1]: wanted are several"),
+        (
+            ["--scores", "el3n", "--", "recipes/cifar.py"],
+            "--scores el3n: wanted are some of el2n, ",
+        ),
+        (
+            ["--learning_rates", "0.1", "--", "recipes/cifar.py"],
+            "--learning_rates [0.1]: wanted are several",
+        ),
     ):
         assert words in compare("--output_dir", tmp_path, *options, status=2)
     assert list(tmp_path.iterdir()) == []
@@ -376,18 +461,35 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
     report = PruningReport({"name": "any"}, 100, 0, 0, num_epochs=4.0)
     report.epochs = [EpochRecord(i, True, 100, 100, 100) for i in range(4)]
     report.save(tmp_path / "template.json")
-    Scores(np.arange(100.0), "el2n", provenance={"passes": 100}).save(tmp_path / "scores.safetensors")
+    Scores(np.arange(100.0), "el2n", provenance={"passes": 100}).save(
+        tmp_path / "scores.safetensors"
+    )
     program = RECIPE.replace("TEMPLATE", str(tmp_path / "template.json"))
-    (tmp_path / "recipe.py").write_text(program.replace("SCORES", str(tmp_path / "scores.safetensors")))
+    (tmp_path / "recipe.py").write_text(
+        program.replace("SCORES", str(tmp_path / "scores.safetensors"))
+    )
     monkeypatch.chdir(tmp_path)
 
     def study(*options):
-        options = ["--rules", *rules, "--costs", "0.5", "--seeds", "0", "1", "--jobs", "2", *options]
+        options = [
+            "--rules",
+            *rules,
+            "--costs",
+            "0.5",
+            "--seeds",
+            "0",
+            "1",
+            "--jobs",
+            "2",
+            *options,
+        ]
         monkeypatch.setattr(sys, "argv", ["compare.py", *options, "--", "recipe.py"])
         main()
 
     def options_of(folder, *run):
-        command = json.loads((tmp_path / folder / Run(*run).folder / "run.json").read_text())["command"]
+        command = json.loads((tmp_path / folder / Run(*run).folder / "run.json").read_text())[
+            "command"
+        ]
         return dict(word[2:].split("=", 1) for word in command if "=" in word)
 
     def rate(folder, name, cost, seed):
@@ -397,8 +499,13 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
 
     rules = ["random", "ucb"]
     study("--output_dir", "tuned", "--scores", "el2n", "--learning_rates", "0.5", "1")
-    found = {row["name"]: row for row in json.loads((tmp_path / "tuned/summary.json").read_text())["tuning"]}
-    assert {name: (row["chosen"], len(row["means"]), row["edge"]) for name, row in found.items()} == {
+    found = {
+        row["name"]: row
+        for row in json.loads((tmp_path / "tuned/summary.json").read_text())["tuning"]
+    }
+    assert {
+        name: (row["chosen"], len(row["means"]), row["edge"]) for name, row in found.items()
+    } == {
         "full run": (1.0, 3, False),
         "short run": (1.0, 3, False),
         "random": (2.0, 4, False),
@@ -408,7 +515,9 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
         assert rate("tuned", name, cost, 1) == found[name]["chosen"]
         for tried, mean in found[name]["means"]:  # on samples held out
             assert float(options_of("tuned", name, cost, 0, tried)["validation_share"]) > 0
-            report = PruningReport.load(tmp_path / "tuned" / Run(name, cost, 0, tried).folder / "report.json")
+            report = PruningReport.load(
+                tmp_path / "tuned" / Run(name, cost, 0, tried).folder / "report.json"
+            )
             assert report.metrics["eval_accuracy"] == mean
     for words in ("charged", "given"):  # those of scores are not tuned themselves
         assert rate("tuned", f"el2n, scores {words}", 0.5, 1) == found["random"]["chosen"]
@@ -431,7 +540,10 @@ def test_learning_rates_are_tuned_until_bracketed_and_taken_over(tmp_path, monke
 
     for options, words in (
         (["--learning_rates", "1", "2"], "leave out one of them"),
-        (["--costs", "0.25"], "tuned has no learning rates of short run at cost 0.25, random at cost 0.25: tune them there"),
+        (
+            ["--costs", "0.25"],
+            "tuned has no learning rates of short run at cost 0.25, random at cost 0.25: tune them there",
+        ),
     ):
         with pytest.raises(SystemExit):
             study("--output_dir", "none", "--rates_of", "tuned", *options)
@@ -458,9 +570,13 @@ def test_each_run_has_a_folder_of_its_own():
 
 def test_a_run_is_started_once(tmp_path):
     program = tmp_path / "recipe.py"
-    program.write_text(f"import time\ntime.sleep(0.3)\nopen({str(tmp_path / 'log')!r}, 'a').write('started ')\n")
+    program.write_text(
+        f"import time\ntime.sleep(0.3)\nopen({str(tmp_path / 'log')!r}, 'a').write('started ')\n"
+    )
     lists: dict = {name: [] for name in ("rules", "costs", "scores", "learning_rates")}
-    options = argparse.Namespace(**lists, seeds=[0], tuning_seeds=[0], jobs=2, tune="each", rates_of=None)
+    options = argparse.Namespace(
+        **lists, seeds=[0], tuning_seeds=[0], jobs=2, tune="each", rates_of=None
+    )
     sitting = Sitting(options, Study(tmp_path / "study", [str(program)], 2))
     futures = [sitting.start(full_run(0)), sitting.start(full_run(0))]
     for future in futures:

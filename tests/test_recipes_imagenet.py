@@ -19,7 +19,16 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes/imagenet.py"
 CLASSES = ["cat", "dog", "eel"]
-LITTLE = ["--model", "test_resnet", "--image_size", "32", "--per_device_train_batch_size", "8", "--disable_tqdm", "True"]
+LITTLE = [
+    "--model",
+    "test_resnet",
+    "--image_size",
+    "32",
+    "--per_device_train_batch_size",
+    "8",
+    "--disable_tqdm",
+    "True",
+]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +48,9 @@ def data(tmp_path_factory):
             place = folder / split / CLASSES[label]
             place.mkdir(parents=True, exist_ok=True)
             image.save(place / f"{i}.jpg")
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)})
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(names=CLASSES)}
+        )
         rows = datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
         rows.to_parquet(parquet / f"{other}-00000-of-00001.parquet")
     return {"folder": folder, "parquet": parquet}
@@ -51,7 +62,9 @@ def imagenet(recipe):
 
 
 def python(*command):
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -62,19 +75,31 @@ def report_of(folder):
 
 def losses_of(folder, images):
     """The mean loss of the saved model on a split, through the saved image processor."""
-    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModelForImageClassification.from_pretrained(folder)
+    processor, model = (
+        AutoImageProcessor.from_pretrained(folder),
+        AutoModelForImageClassification.from_pretrained(folder),
+    )
     pixels = processor([image.convert("RGB") for image in images["image"]])["pixel_values"]
     with torch.no_grad():
-        return model.eval()(pixel_values=pixels, labels=torch.tensor(images["label"][:])).loss.item()
+        return model.eval()(
+            pixel_values=pixels, labels=torch.tensor(images["label"][:])
+        ).loss.item()
 
 
-# ---- as a program ---------------------------------------------------------------------------------------------------
+# ---- as a program --------------------------------------------------------------------------------
 
 
 def test_python_folder_average_and_exact_resume(data, tmp_path, recipe):
     settings = [*LITTLE, "--dataset", data["folder"], "--num_train_epochs", "2", "--bf16", "False"]
     settings += ["--pruning", "ucb", "--keep_ratio", "0.5", "--label_smoothing_factor", "0"]
-    settings += ["--auto_augment", "rand-m7-mstd0.5", "--random_erasing", "0.5", "--ema_decay", "0.9"]
+    settings += [
+        "--auto_augment",
+        "rand-m7-mstd0.5",
+        "--random_erasing",
+        "0.5",
+        "--ema_decay",
+        "0.9",
+    ]
     settings += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "10"]
     whole, part = tmp_path / "whole", tmp_path / "part"
     out = python(RECIPE, *settings, "--dataloader_num_workers", "2", "--output_dir", whole)
@@ -85,9 +110,16 @@ def test_python_folder_average_and_exact_resume(data, tmp_path, recipe):
     report = report_of(whole)
     images = datasets.load_dataset(str(data["folder"]), split="validation")
     assert report["metrics"]["eval_loss"] == pytest.approx(losses_of(whole, images), rel=1e-3)
-    assert report["metrics"]["eval_ema_loss"] == pytest.approx(losses_of(whole / "ema", images), rel=1e-3)
+    assert report["metrics"]["eval_ema_loss"] == pytest.approx(
+        losses_of(whole / "ema", images), rel=1e-3
+    )
     assert report["metrics"]["eval_ema_loss"] != report["metrics"]["eval_loss"]
-    for name in ("eval_accuracy", "eval_top5_accuracy", "eval_ema_accuracy", "eval_ema_top5_accuracy"):
+    for name in (
+        "eval_accuracy",
+        "eval_top5_accuracy",
+        "eval_ema_accuracy",
+        "eval_ema_top5_accuracy",
+    ):
         assert 0 <= report["metrics"][name] <= 1
     for folder in (whole, whole / "ema"):
         classify = pipeline("image-classification", model=str(folder))
@@ -111,15 +143,39 @@ def test_accelerate_launch_parquet_and_yaml(data, tmp_path):
     assert report["totals"]["optimizer_steps"] == 2
     assert report["environment"]["ranks"] == 1
     log = json.loads((tmp_path / "checkpoint-2" / "trainer_state.json").read_text())["log_history"]
-    assert max(entry["eval_top5_accuracy"] for entry in log if "eval_top5_accuracy" in entry) == 1  # of three classes
+    assert (
+        max(entry["eval_top5_accuracy"] for entry in log if "eval_top5_accuracy" in entry) == 1
+    )  # of three classes
     classify = pipeline("image-classification", model=str(tmp_path))
     assert classify(Image.new("L", (50, 40)))[0]["label"] in CLASSES
 
 
 def test_two_ranks_evaluate_what_is_saved(data, tmp_path):
-    settings = [*LITTLE, "--dataset", data["parquet"], "--max_steps", "2", "--pruning", "random", "--keep_ratio", "0.9"]
-    settings += ["--ema_decay", "0.5", "--bf16", "False", "--label_smoothing_factor", "0", "--output_dir", tmp_path]
-    settings += ["--per_device_eval_batch_size", "6"]  # of 12 images: the Trainer counts none twice in the loss
+    settings = [
+        *LITTLE,
+        "--dataset",
+        data["parquet"],
+        "--max_steps",
+        "2",
+        "--pruning",
+        "random",
+        "--keep_ratio",
+        "0.9",
+    ]
+    settings += [
+        "--ema_decay",
+        "0.5",
+        "--bf16",
+        "False",
+        "--label_smoothing_factor",
+        "0",
+        "--output_dir",
+        tmp_path,
+    ]
+    settings += [
+        "--per_device_eval_batch_size",
+        "6",
+    ]  # of 12 images: the Trainer counts none twice in the loss
     done = torchrun(RECIPE, *settings, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     report = report_of(tmp_path)
@@ -127,7 +183,9 @@ def test_two_ranks_evaluate_what_is_saved(data, tmp_path):
     assert report["totals"]["optimizer_steps"] == 2
     images = datasets.load_dataset(str(data["parquet"]), split="validation")
     assert report["metrics"]["eval_loss"] == pytest.approx(losses_of(tmp_path, images), rel=1e-5)
-    assert report["metrics"]["eval_ema_loss"] == pytest.approx(losses_of(tmp_path / "ema", images), rel=1e-5)
+    assert report["metrics"]["eval_ema_loss"] == pytest.approx(
+        losses_of(tmp_path / "ema", images), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,23 +226,35 @@ def test_mistakes_end_with_a_message(mistake, message, data, tmp_path, monkeypat
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-# ---- arguments ------------------------------------------------------------------------------------------------------
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("recipe", ["imagenet", "cifar"])
 def test_the_pair_of_configurations_differs_in_pruning_alone(recipe, monkeypatch):
     full, pruned = (
-        yaml.safe_load((ROOT / f"recipes/configs/{recipe}_{name}.yaml").read_text()) for name in ("full", "pruned")
+        yaml.safe_load((ROOT / f"recipes/configs/{recipe}_{name}.yaml").read_text())
+        for name in ("full", "pruned")
     )
     assert full["pruning"] == "full"
-    assert {name for name in full | pruned if full.get(name) != pruned.get(name)} == {"pruning", "keep_ratio", "output_dir"}
+    assert {name for name in full | pruned if full.get(name) != pruned.get(name)} == {
+        "pruning",
+        "keep_ratio",
+        "output_dir",
+    }
     # What is in them are fields of the recipe, with values of the right type.
     monkeypatch.syspath_prepend(RECIPE.parent)
     module = __import__(recipe)
     arguments = {"imagenet": "ImageNetTrainingArguments", "cifar": "CifarTrainingArguments"}[recipe]
-    groups = (module.DataArguments, module.RecipeArguments, module.PruningArguments, getattr(module, arguments))
+    groups = (
+        module.DataArguments,
+        module.RecipeArguments,
+        module.PruningArguments,
+        getattr(module, arguments),
+    )
     for name, settings in (("full", full), ("pruned", pruned)):
-        monkeypatch.setattr(sys, "argv", ["recipe", str(ROOT / f"recipes/configs/{recipe}_{name}.yaml")])
+        monkeypatch.setattr(
+            sys, "argv", ["recipe", str(ROOT / f"recipes/configs/{recipe}_{name}.yaml")]
+        )
         parsed = module.common.parse("A recipe.", *groups)
         for field, value in settings.items():
             found = next(getattr(group, field) for group in parsed if hasattr(group, field))
@@ -198,18 +268,28 @@ def test_learning_rate_follows_the_global_batch(data, tmp_path, monkeypatch, ima
         seen.append(trainer.optimizer.param_groups[0]["lr"])
 
     monkeypatch.setattr(imagenet.common, "train", stop)
-    usual = [*LITTLE, "--dataset", str(data["parquet"]), "--output_dir", str(tmp_path), "--gradient_accumulation_steps", "4"]
+    usual = [
+        *LITTLE,
+        "--dataset",
+        str(data["parquet"]),
+        "--output_dir",
+        str(tmp_path),
+        "--gradient_accumulation_steps",
+        "4",
+    ]
     for option in ([], ["--base_learning_rate", "0.4"], ["--learning_rate", "0.7"]):
         monkeypatch.setattr(sys, "argv", [str(RECIPE), *usual, *option])
         imagenet.main()
     assert seen == pytest.approx([0.1 * 32 / 256, 0.4 * 32 / 256, 0.7])
 
 
-# ---- augmentation ---------------------------------------------------------------------------------------------------
+# ---- augmentation --------------------------------------------------------------------------------
 
 
 def images_of(imagenet, data, **settings):
-    recipe = imagenet.RecipeArguments(image_size=32, auto_augment="rand-m7-mstd0.5", random_erasing=0.5)
+    recipe = imagenet.RecipeArguments(
+        image_size=32, auto_augment="rand-m7-mstd0.5", random_erasing=0.5
+    )
     config = {"input_size": (3, 32, 32), "crop_pct": 1.0, "interpolation": "bicubic"}
     augmented, _ = imagenet.make_transforms(recipe, config)
     split = datasets.load_dataset(str(data["parquet"]), split="train")
@@ -229,10 +309,17 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(data, imagenet):
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     for i in reversed(range(len(images))):
         assert torch.equal(images[i]["pixel_values"], first[i]["pixel_values"]), i
-    assert states == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    assert states == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
 
     def differing(others):
-        return sum(not torch.equal(others[i]["pixel_values"], first[i]["pixel_values"]) for i in range(len(first)))
+        return sum(
+            not torch.equal(others[i]["pixel_values"], first[i]["pixel_values"])
+            for i in range(len(first))
+        )
 
     assert differing(images_of(imagenet, data, seed=1)) == len(first)
     images.set_epoch(1)
@@ -243,11 +330,15 @@ def test_augmentation_is_a_function_of_seed_epoch_and_sample(data, imagenet):
 
 def test_the_epoch_reaches_running_workers(data, imagenet):
     images = images_of(imagenet, data)
-    loader = torch.utils.data.DataLoader(images, batch_size=6, num_workers=2, persistent_workers=True)
+    loader = torch.utils.data.DataLoader(
+        images, batch_size=6, num_workers=2, persistent_workers=True
+    )
     for epoch in range(3):
         images.set_epoch(epoch)
         loaded = torch.cat([batch["pixel_values"] for batch in loader])
-        assert torch.equal(loaded, torch.stack([images[i]["pixel_values"] for i in range(len(images))])), epoch
+        assert torch.equal(
+            loaded, torch.stack([images[i]["pixel_values"] for i in range(len(images))])
+        ), epoch
 
 
 def test_a_checkpoint_without_average_is_refused(imagenet):

@@ -18,7 +18,16 @@ ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 CONFIG |= {"num_attention_heads": 2, "max_position_embeddings": 64}
 SCRATCH = ["--model_config", json.dumps(CONFIG), "--tokenizer_vocabulary", "300"]
-LITTLE = ["--num_train_epochs", "2", "--per_device_train_batch_size", "8", "--disable_tqdm", "True", "--report_to", "none"]
+LITTLE = [
+    "--num_train_epochs",
+    "2",
+    "--per_device_train_batch_size",
+    "8",
+    "--disable_tqdm",
+    "True",
+    "--report_to",
+    "none",
+]
 PRUNED = ["--pruning", "ucb", "--keep_ratio", "0.5"]
 
 
@@ -28,12 +37,19 @@ def data(tmp_path_factory):
     folders = {name: tmp_path_factory.mktemp(name) for name in ("questions", "text")}
     for split, n in (("train", 48), ("test", 11)):
         rows = [
-            {"question": f"What is {i} and {i * 7 % 13}?", "answer": f"It is {'so ' * (i % 5)}{i + i * 7 % 13}."}
+            {
+                "question": f"What is {i} and {i * 7 % 13}?",
+                "answer": f"It is {'so ' * (i % 5)}{i + i * 7 % 13}.",
+            }
             for i in range(n)
         ]
-        datasets.Dataset.from_list(rows).to_parquet(folders["questions"] / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(
+            folders["questions"] / f"{split}-00000-of-00001.parquet"
+        )
         text = " ".join(f"line {i} of {i * i}" for i in range(n * 3))
-        datasets.Dataset.from_dict({"text": [text]}).to_parquet(folders["text"] / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_dict({"text": [text]}).to_parquet(
+            folders["text"] / f"{split}-00000-of-00001.parquet"
+        )
     return {name: str(folder) for name, folder in folders.items()}
 
 
@@ -45,13 +61,24 @@ def weights_of(folder, name="model"):
     return (folder / f"{name}.safetensors").read_bytes()
 
 
-# ---- what is trained and measured -----------------------------------------------------------------------------------
+# ---- what is trained and measured ----------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft has the old name
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft has the old name
 def test_causal_lm_from_scratch_resumes_and_adapts(data, recipe, tmp_path, capsys):
     """From random weights and a new tokenizer; then by LoRA on what was saved. Both resume to the same bits."""
-    save = ["--save_strategy", "steps", "--save_steps", "4", "--bf16", "False", "--learning_rate", "1e-3"]
+    save = [
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "4",
+        "--bf16",
+        "False",
+        "--learning_rate",
+        "1e-3",
+    ]
     common = ["--dataset", data["questions"], *LITTLE, *PRUNED, *save]
     adapted = ["--model", tmp_path / "a", "--lora_rank", "2"]
     for name, model, weights in (("a", SCRATCH, "model"), ("lora", adapted, "adapter_model")):
@@ -63,7 +90,9 @@ def test_causal_lm_from_scratch_resumes_and_adapts(data, recipe, tmp_path, capsy
         report = report_of(tmp_path / name)
         assert report["cost_ratio"] == pytest.approx(0.5)
         assert report["num_samples"] == 48
-        assert report["metrics"]["eval_perplexity"] == pytest.approx(math.exp(report["metrics"]["eval_token_loss"]))
+        assert report["metrics"]["eval_perplexity"] == pytest.approx(
+            math.exp(report["metrics"]["eval_token_loss"])
+        )
         card = (tmp_path / name / "README.md").read_text()
         assert ("library_name: peft" in card) is (name == "lora")
         assert "type: perplexity" in card
@@ -71,7 +100,9 @@ def test_causal_lm_from_scratch_resumes_and_adapts(data, recipe, tmp_path, capsy
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "a")
     assert len(tokenizer) == 300
     assert tokenizer.decode(tokenizer("What is 3?").input_ids) == "What is 3?"
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "lora")  # as the card says: base and adapters
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "lora"
+    )  # as the card says: base and adapters
     assert any("lora" in name for name, _ in model.named_parameters())
 
 
@@ -83,10 +114,17 @@ def test_perplexity_counts_each_token_once(recipe):
         labels = torch.randint(0, 5, (size, length), generator=generator)
         labels[torch.rand(size, length, generator=generator) < 0.4] = -100
         parts.append(causal_lm.token_losses((logits, "more"), labels))
-        flat = F.cross_entropy(logits[:, :-1].reshape(-1, 5), labels[:, 1:].reshape(-1), reduction="none", ignore_index=-100)
+        flat = F.cross_entropy(
+            logits[:, :-1].reshape(-1, 5),
+            labels[:, 1:].reshape(-1),
+            reduction="none",
+            ignore_index=-100,
+        )
         losses.append(flat[labels[:, 1:].reshape(-1) != -100])
     mean = torch.cat(losses).mean().item()
-    found = causal_lm.perplexity(EvalPrediction(predictions=torch.cat(parts).numpy(), label_ids=None))
+    found = causal_lm.perplexity(
+        EvalPrediction(predictions=torch.cat(parts).numpy(), label_ids=None)
+    )
     assert found == pytest.approx({"token_loss": mean, "perplexity": math.exp(mean)}, rel=1e-5)
 
 
@@ -106,7 +144,10 @@ def test_samples(data, recipe):
     made, tokenizer, train = samples(causal_lm, data["questions"])
     for row, source in zip(made, train, strict=True):
         kept = [i for i in row["labels"] if i != -100]
-        assert tokenizer.decode(row["input_ids"]) == f"{source['question']}\n{source['answer']}{tokenizer.eos_token}"
+        assert (
+            tokenizer.decode(row["input_ids"])
+            == f"{source['question']}\n{source['answer']}{tokenizer.eos_token}"
+        )
         assert tokenizer.decode(kept) == f"{source['answer']}{tokenizer.eos_token}"
     everything, _, _ = samples(causal_lm, data["questions"], answer_only=False)
     assert all(row["labels"] == row["input_ids"] for row in everything)
@@ -129,16 +170,21 @@ def test_blocks_are_held_out_of_a_text_in_one_row(data, recipe):
     model = causal_lm.RecipeArguments(model_config=CONFIG, tokenizer_vocabulary=300)
 
     def load(**share):
-        return causal_lm.load_samples(causal_lm.DataArguments(dataset=data["text"], block_size=16, **share), model)
+        return causal_lm.load_samples(
+            causal_lm.DataArguments(dataset=data["text"], block_size=16, **share), model
+        )
 
     whole, test, tokenizer, _ = load()
-    assert tokenizer.decode(test[0]["input_ids"]) in datasets.load_dataset(data["text"], split="test")[0]["text"]
+    assert (
+        tokenizer.decode(test[0]["input_ids"])
+        in datasets.load_dataset(data["text"], split="test")[0]["text"]
+    )
     train, held_out, _, _ = load(validation_share=0.25)
     assert len(held_out) == round(len(whole) / 4)
     assert sorted(train["input_ids"][:] + held_out["input_ids"][:]) == sorted(whole["input_ids"][:])
 
 
-# ---- launchers ------------------------------------------------------------------------------------------------------
+# ---- launchers -----------------------------------------------------------------------------------
 
 
 def test_causal_lm_under_accelerate_launch_and_from_yaml(data, tmp_path):
@@ -155,13 +201,25 @@ def test_causal_lm_under_accelerate_launch_and_from_yaml(data, tmp_path):
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
-    out = run(*launcher, "recipes/causal_lm.py", str(tmp_path / "run.yaml"), "--learning_rate", "1e-2")
+    out = run(
+        *launcher, "recipes/causal_lm.py", str(tmp_path / "run.yaml"), "--learning_rate", "1e-2"
+    )
     assert "infobatch: perplexity " in out
     assert report_of(tmp_path / "out")["totals"]["optimizer_steps"] == 4
 
 
 def test_two_ranks_measure_what_one_does(data, recipe, tmp_path):
-    options = ["--dataset", data["questions"], *SCRATCH, *LITTLE, *PRUNED, "--learning_rate", "0", "--bf16", "False"]
+    options = [
+        "--dataset",
+        data["questions"],
+        *SCRATCH,
+        *LITTLE,
+        *PRUNED,
+        "--learning_rate",
+        "0",
+        "--bf16",
+        "False",
+    ]
     two = [
         "--per_device_train_batch_size",
         "4",
@@ -170,29 +228,54 @@ def test_two_ranks_measure_what_one_does(data, recipe, tmp_path):
         "--ddp_find_unused_parameters",
         "False",
     ]
-    done = torchrun(ROOT / "recipes/causal_lm.py", *options, *two, "--output_dir", tmp_path / "two", ranks=2)
+    done = torchrun(
+        ROOT / "recipes/causal_lm.py", *options, *two, "--output_dir", tmp_path / "two", ranks=2
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     recipe("causal_lm", *options, "--output_dir", tmp_path / "one")
     one, both = report_of(tmp_path / "one"), report_of(tmp_path / "two")
     assert both["environment"]["ranks"] == 2
-    assert both["metrics"]["eval_perplexity"] == pytest.approx(one["metrics"]["eval_perplexity"], rel=1e-5)
+    assert both["metrics"]["eval_perplexity"] == pytest.approx(
+        one["metrics"]["eval_perplexity"], rel=1e-5
+    )
     assert both["epochs"][1]["scores"] == pytest.approx(one["epochs"][1]["scores"], rel=1e-4)
     assert both["passes"] == one["passes"]
 
 
-# ---- mistakes, configurations ---------------------------------------------------------------------------------------
+# ---- mistakes, configurations --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dataset", "text", *SCRATCH], "the only sample: cut it into many with --block_size 128"),
-        (["--dataset", "text", *SCRATCH, "--block_size", "128"], "block_size=128: the model takes at the most 64 tokens"),
-        (["--dataset", "questions", *SCRATCH, "--block_size", "1"], "block_size=1: wanted are at least 2 tokens"),
-        (["--dataset", "text", *SCRATCH, "--validation_share", "0.1", "--eval_split", "test"], "leave one of the two out"),
-        (["--dataset", "questions", *SCRATCH, "--lora_rank", "8"], "lora_rank=8 adapts a pretrained model"),
-        (["--dataset", "questions", *SCRATCH, "--prompt_column", "query"], "There is no column 'query'.*prompt_column="),
-        (["--dataset", "questions", "--tokenizer_vocabulary", "300"], "tokenizer_vocabulary=300 trains a tokenizer that"),
+        (
+            ["--dataset", "text", *SCRATCH],
+            "the only sample: cut it into many with --block_size 128",
+        ),
+        (
+            ["--dataset", "text", *SCRATCH, "--block_size", "128"],
+            "block_size=128: the model takes at the most 64 tokens",
+        ),
+        (
+            ["--dataset", "questions", *SCRATCH, "--block_size", "1"],
+            "block_size=1: wanted are at least 2 tokens",
+        ),
+        (
+            ["--dataset", "text", *SCRATCH, "--validation_share", "0.1", "--eval_split", "test"],
+            "leave one of the two out",
+        ),
+        (
+            ["--dataset", "questions", *SCRATCH, "--lora_rank", "8"],
+            "lora_rank=8 adapts a pretrained model",
+        ),
+        (
+            ["--dataset", "questions", *SCRATCH, "--prompt_column", "query"],
+            "There is no column 'query'.*prompt_column=",
+        ),
+        (
+            ["--dataset", "questions", "--tokenizer_vocabulary", "300"],
+            "tokenizer_vocabulary=300 trains a tokenizer that",
+        ),
         (["--dataset", "questions", "--model_config", "{"], "is not JSON"),
         (["--dataset", "questions", *SCRATCH, "--output_dir", "used"], "holds a run already"),
     ],
@@ -201,7 +284,11 @@ def test_mistakes_are_told_before_the_training(options, message, data, recipe, t
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "report.json").write_text("{}")
     places = {**data, "used": str(tmp_path / "used")}
-    options = ["--output_dir", str(tmp_path / "new"), *(places.get(option, option) for option in options)]
+    options = [
+        "--output_dir",
+        str(tmp_path / "new"),
+        *(places.get(option, option) for option in options),
+    ]
     with pytest.raises(SystemExit) as ended:
         recipe("causal_lm", *options)
     assert ended.value.code == 2
@@ -210,21 +297,33 @@ def test_mistakes_are_told_before_the_training(options, message, data, recipe, t
 
 def test_the_configurations_differ_in_the_pruning_alone():
     full, pruned = (
-        yaml.safe_load((ROOT / f"recipes/configs/causal_lm_{name}.yaml").read_text()) for name in ("full", "pruned")
+        yaml.safe_load((ROOT / f"recipes/configs/causal_lm_{name}.yaml").read_text())
+        for name in ("full", "pruned")
     )
     different = {name for name in full | pruned if full.get(name) != pruned.get(name)}
     assert different == {"pruning", "keep_ratio", "output_dir"}
 
 
-# ---- recipes/sft.py -------------------------------------------------------------------------------------------------
+# ---- recipes/sft.py ------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")  # trl and peft have the old names
+@pytest.mark.filterwarnings(
+    "ignore:`(is_)?gradient_checkpointing`:FutureWarning"
+)  # trl and peft have the old names
 def test_sft(data, recipe, tmp_path, capsys):
-    llama(vocab_size=300, max_position_embeddings=64, eos_token_id=0).save_pretrained(tmp_path / "base")
+    llama(vocab_size=300, max_position_embeddings=64, eos_token_id=0).save_pretrained(
+        tmp_path / "base"
+    )
     _, tokenizer, _ = samples(recipe("causal_lm"), data["questions"])
     tokenizer.save_pretrained(tmp_path / "base")
-    options = ["--dataset", data["questions"], "--model_name_or_path", tmp_path / "base", *LITTLE, *PRUNED]
+    options = [
+        "--dataset",
+        data["questions"],
+        "--model_name_or_path",
+        tmp_path / "base",
+        *LITTLE,
+        *PRUNED,
+    ]
     lora = ["--use_peft", "True", "--lora_target_modules", "all-linear", "--lora_r", "2"]
     recipe("sft", *options, *lora, "--output_dir", tmp_path / "out")
     assert "ucb: mean_token_accuracy " in capsys.readouterr().out

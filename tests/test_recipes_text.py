@@ -33,7 +33,11 @@ RECIPES = ROOT / "recipes"
 
 def child(*command, environment=None):
     """Runs Python in a process of its own; what fails shows its output."""
-    environment = {**(environment or os.environ), "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **(environment or os.environ),
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+    }
     command = [sys.executable, "-W", "ignore", *map(str, command)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -45,7 +49,9 @@ def program(monkeypatch):
     """`program(recipe, *arguments)` runs it in this process, as `python recipes/recipe.py` does, at a tenth of the time."""
 
     def run(recipe, *arguments):
-        AcceleratorState._reset_state(reset_partial_state=True)  # of what ran before in this process
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # of what ran before in this process
         monkeypatch.setattr(sys, "argv", [str(RECIPES / recipe), *map(str, arguments)])
         monkeypatch.syspath_prepend(RECIPES)
         runpy.run_path(str(RECIPES / recipe), run_name="__main__")
@@ -58,7 +64,7 @@ def report_of(folder):
     return PruningReport.load(folder / "report.json")
 
 
-# ---- recipes/text_classification.py ---------------------------------------------------------------------------------
+# ---- recipes/text_classification.py --------------------------------------------------------------
 
 INTENTS = ("lost card", "top up", "exchange rate")
 
@@ -71,7 +77,10 @@ def intents(tmp_path_factory):
     words = [f"w{i}" for i in range(20)]
     for split, n in (("train", 24), ("test", 10)):
         labels = generator.integers(0, 3, n).tolist()
-        texts = [" ".join([INTENTS[label], *generator.choice(words, generator.integers(2, 7))]) for label in labels]
+        texts = [
+            " ".join([INTENTS[label], *generator.choice(words, generator.integers(2, 7))])
+            for label in labels
+        ]
         rows = {"text": texts, "second": texts[::-1], "label": labels}
         features = {"text": datasets.Value("string"), "second": datasets.Value("string")}
         features["label"] = datasets.ClassLabel(names=[name.replace(" ", "_") for name in INTENTS])
@@ -82,7 +91,9 @@ def intents(tmp_path_factory):
     known = ["[PAD]", "[UNK]", *words, *" ".join(INTENTS).split()]
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(known)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    )
     fast.save_pretrained(folder / "model")
     bert(num_labels=2).save_pretrained(folder / "model")  # the head is made anew for three classes
     return folder / "data", folder / "model"
@@ -96,13 +107,38 @@ SMALL_BERT = {
     "num_attention_heads": 2,
 }
 # From scratch, the tokenizer trained on the spot; two steps an epoch where half is kept.
-SCRATCH = ["--text_column", "text", "--model_config", json.dumps(SMALL_BERT), "--tokenizer_vocabulary", "300"]
-LITTLE = ["--num_train_epochs", "1", "--per_device_train_batch_size", "6", "--report_to", "none", "--disable_tqdm", "True"]
+SCRATCH = [
+    "--text_column",
+    "text",
+    "--model_config",
+    json.dumps(SMALL_BERT),
+    "--tokenizer_vocabulary",
+    "300",
+]
+LITTLE = [
+    "--num_train_epochs",
+    "1",
+    "--per_device_train_batch_size",
+    "6",
+    "--report_to",
+    "none",
+    "--disable_tqdm",
+    "True",
+]
 
 
 def test_a_text_classifier_from_scratch(intents, tmp_path, program, capsys):
     pruning = ["--pruning", "ucb", "--keep_ratio", "0.5"]
-    program("text_classification.py", "--dataset", intents[0], *SCRATCH, *LITTLE, *pruning, "--output_dir", tmp_path)
+    program(
+        "text_classification.py",
+        "--dataset",
+        intents[0],
+        *SCRATCH,
+        *LITTLE,
+        *pruning,
+        "--output_dir",
+        tmp_path,
+    )
     assert "ucb: accuracy " in capsys.readouterr().out
     report = report_of(tmp_path)
     assert report.totals["optimizer_steps"] == 2
@@ -113,40 +149,91 @@ def test_a_text_classifier_from_scratch(intents, tmp_path, program, capsys):
     classify = pipeline("text-classification", model=str(tmp_path))
     (answer,) = classify("where is my lost card")
     assert answer["label"] in ("lost_card", "top_up", "exchange_rate")
-    assert 260 < classify.model.config.vocab_size == len(classify.tokenizer) <= 300  # 256 bytes, and what is frequent
+    assert (
+        260 < classify.model.config.vocab_size == len(classify.tokenizer) <= 300
+    )  # 256 bytes, and what is frequent
     assert classify.tokenizer.model_max_length == 128
 
 
 def test_a_run_with_a_tokenizer_trained_on_the_spot_resumes(intents, tmp_path, program):
     """Bit for bit: the tokenizer is trained once more, to the same vocabulary (which WordPiece would not give)."""
-    given = ["--dataset", intents[0], *SCRATCH, *LITTLE, "--save_strategy", "steps", "--save_steps", "1"]
+    given = [
+        "--dataset",
+        intents[0],
+        *SCRATCH,
+        *LITTLE,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
     program("text_classification.py", *given, "--output_dir", tmp_path / "whole")
-    resume = ["--resume_from_checkpoint", tmp_path / "whole" / "checkpoint-2", "--output_dir", tmp_path / "resumed"]
+    resume = [
+        "--resume_from_checkpoint",
+        tmp_path / "whole" / "checkpoint-2",
+        "--output_dir",
+        tmp_path / "resumed",
+    ]
     program("text_classification.py", *given, *resume)
     assert report_of(tmp_path / "resumed").resumed == [{"epoch": 0, "step": 2}]
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    vocabularies = [json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (whole, resumed)]
+    vocabularies = [
+        json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (whole, resumed)
+    ]
     assert vocabularies[0] == vocabularies[1]
-    assert (whole / "model.safetensors").read_bytes() == (resumed / "model.safetensors").read_bytes()
+    assert (whole / "model.safetensors").read_bytes() == (
+        resumed / "model.safetensors"
+    ).read_bytes()
 
 
 def test_pairs_and_a_pretrained_encoder_from_the_hub_under_accelerate_launch(intents, tmp_path):
     data, model = intents
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "recipes/text_classification.py"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "recipes/text_classification.py",
+    ]
     pair = ["--text_column", "text", "--text_pair_column", "second", "--max_length", "16"]
     with Hub() as hub:
-        hub.files["me/intents"] = {path.name: path.read_bytes() for path in sorted(data.parent.glob("*.csv"))}
+        hub.files["me/intents"] = {
+            path.name: path.read_bytes() for path in sorted(data.parent.glob("*.csv"))
+        }
         hub.files["me/encoder"] = {path.name: path.read_bytes() for path in model.iterdir()}
         names = ["--dataset", "me/intents", "--model", "me/encoder", *pair]
-        child(*launch, *names, *LITTLE, "--output_dir", tmp_path / "out", environment=hub.environment(tmp_path / "home"))
+        child(
+            *launch,
+            *names,
+            *LITTLE,
+            "--output_dir",
+            tmp_path / "out",
+            environment=hub.environment(tmp_path / "home"),
+        )
     assert report_of(tmp_path / "out").policy["name"] == "full"
-    (answer,) = pipeline("text-classification", model=str(tmp_path / "out"))([{"text": "top up", "text_pair": "w1"}])
+    (answer,) = pipeline("text-classification", model=str(tmp_path / "out"))(
+        [{"text": "top up", "text_pair": "w1"}]
+    )
     assert answer["label"] in ("0", "1", "2")  # a CSV file has no names
 
 
 def test_a_text_classifier_on_two_ranks(intents, tmp_path):
-    settings = ["--dataset", intents[0], *SCRATCH, *LITTLE, "--pruning", "random", "--keep_ratio", "0.5", "--seed", "1"]
-    done = torchrun(RECIPES / "text_classification.py", *settings, "--output_dir", tmp_path, ranks=2)
+    settings = [
+        "--dataset",
+        intents[0],
+        *SCRATCH,
+        *LITTLE,
+        "--pruning",
+        "random",
+        "--keep_ratio",
+        "0.5",
+        "--seed",
+        "1",
+    ]
+    done = torchrun(
+        RECIPES / "text_classification.py", *settings, "--output_dir", tmp_path, ranks=2
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     report = report_of(tmp_path)
     assert report.environment["ranks"] == 2
@@ -159,7 +246,10 @@ def test_a_text_classifier_on_two_ranks(intents, tmp_path):
     [
         (["--dataset", "/no/such/place"], "/no/such/place"),
         (["--text_column", "txet"], "no column 'txet'"),
-        (["--text_pair_column", "secnod"], "text_pair_column= must name one; did you mean 'second'"),
+        (
+            ["--text_pair_column", "secnod"],
+            "text_pair_column= must name one; did you mean 'second'",
+        ),
         (["--label_column", "text"], "The labels in 'text'"),
         (["--model_config", "{hidden_size: 1}"], "is not JSON"),
         (["--model_config", '{"hidden_size": 16}'], "no mapping with a model_type"),
@@ -169,7 +259,9 @@ def test_a_text_classifier_on_two_ranks(intents, tmp_path):
         (["--output_dir", "."], "holds a run already (report.json)"),
     ],
 )
-def test_a_mistake_in_text_classification_is_told(changes, message, intents, tmp_path, monkeypatch, program, capsys):
+def test_a_mistake_in_text_classification_is_told(
+    changes, message, intents, tmp_path, monkeypatch, program, capsys
+):
     (tmp_path / "report.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     given = ["--dataset", str(intents[0]), *SCRATCH, *LITTLE, "--output_dir", "out", *changes]
@@ -197,7 +289,11 @@ def test_a_tokenizer_is_trained_for_models_from_scratch_alone(intents, program, 
         "300",
         *LITTLE,
     ]
-    message = "the pretrained weights of " + str(intents[1]) + " do not know: start with --from_scratch True"
+    message = (
+        "the pretrained weights of "
+        + str(intents[1])
+        + " do not know: start with --from_scratch True"
+    )
     told_without_a_traceback(program, capsys, message, "text_classification.py", *given)
 
 
@@ -214,7 +310,8 @@ def test_an_unknown_field_of_a_configuration_is_told(tmp_path, program, capsys):
 @pytest.mark.parametrize("recipe", ["text_classification", "accelerate_loop"])
 def test_the_configurations_of_a_pair_differ_in_the_pruning_alone(recipe):
     full, pruned = (
-        yaml.safe_load((RECIPES / "configs" / f"{recipe}_{name}.yaml").read_text()) for name in ("full", "pruned")
+        yaml.safe_load((RECIPES / "configs" / f"{recipe}_{name}.yaml").read_text())
+        for name in ("full", "pruned")
     )
     differing = {name for name in full.keys() | pruned.keys() if full.get(name) != pruned.get(name)}
     assert differing == {"pruning", "keep_ratio", "output_dir"}
@@ -223,7 +320,17 @@ def test_the_configurations_of_a_pair_differ_in_the_pruning_alone(recipe):
 
 def test_the_configuration_of_the_pruned_text_classifier_runs(intents, tmp_path, program):
     data, model = intents
-    changes = ["--dataset", data, "--model", model, "--text_column", "text", "--max_length", "16", *LITTLE]
+    changes = [
+        "--dataset",
+        data,
+        "--model",
+        model,
+        "--text_column",
+        "text",
+        "--max_length",
+        "16",
+        *LITTLE,
+    ]
     config = RECIPES / "configs" / "text_classification_pruned.yaml"
     program("text_classification.py", config, *changes, "--output_dir", tmp_path)
     assert report_of(tmp_path).policy["name"] == "ucb"
@@ -237,7 +344,7 @@ def test_macro_f1_counts_each_class_the_same():
     assert metrics == pytest.approx({"accuracy": 0.75, "macro_f1": (0.8 + 1 + 0) / 3})
 
 
-# ---- recipes/accelerate_loop.py -------------------------------------------------------------------------------------
+# ---- recipes/accelerate_loop.py ------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -249,8 +356,13 @@ def small_cifar(tmp_path_factory):
         labels = generator.integers(0, 10, n)
         pixels = generator.integers(0, 160, (n, 32, 32, 3)) + 10 * labels[:, None, None, None]
         images = [Image.fromarray(image.astype(np.uint8)) for image in pixels]
-        features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=[f"class {i}" for i in range(10)])}
-        data = datasets.Dataset.from_dict({"img": images, "label": labels.tolist()}, features=datasets.Features(features))
+        features = {
+            "img": datasets.Image(),
+            "label": datasets.ClassLabel(names=[f"class {i}" for i in range(10)]),
+        }
+        data = datasets.Dataset.from_dict(
+            {"img": images, "label": labels.tolist()}, features=datasets.Features(features)
+        )
         data.to_parquet(folder / f"{split}-00000-of-00001.parquet")
     return folder
 
@@ -274,14 +386,30 @@ LOOP = ["--model", "resnet8_cifar", "--epochs", "4", "--seed", "3"]
 @pytest.mark.parametrize("scoring", ["trained", "dropped"])
 def test_the_loop_trains_what_the_trainer_trains(scoring, small_cifar, tmp_path, plans, program):
     kwargs = ["--pruning_kwargs", json.dumps({"first": 1, "scoring": scoring})]
-    pruning = ["--pruning", "ucb", "--keep_ratio", "0.4", *kwargs, "--batch_size", "8", "--output_dir", tmp_path / "loop"]
+    pruning = [
+        "--pruning",
+        "ucb",
+        "--keep_ratio",
+        "0.4",
+        *kwargs,
+        "--batch_size",
+        "8",
+        "--output_dir",
+        tmp_path / "loop",
+    ]
     program("accelerate_loop.py", "--dataset", small_cifar, *LOOP, *pruning)
     by_loop, plans[:] = plans.copy(), []
 
     data = datasets.load_dataset(str(small_cifar), split="train")
     train = ImageCache.from_dataset(data, mean=CIFAR_MEAN, std=CIFAR_STD, augment=True, seed=3)
     set_seed(3)
-    model = create_timm_model("resnet8_cifar", label_names=train.label_names, image_size=32, mean=CIFAR_MEAN, std=CIFAR_STD)
+    model = create_timm_model(
+        "resnet8_cifar",
+        label_names=train.label_names,
+        image_size=32,
+        mean=CIFAR_MEAN,
+        std=CIFAR_STD,
+    )
     settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     trainer = DynamicPruningTrainer(
         model=model,
@@ -305,7 +433,9 @@ def test_the_loop_trains_what_the_trainer_trains(scoring, small_cifar, tmp_path,
     for ours, theirs in zip(by_loop, plans, strict=True):
         assert torch.equal(ours.indices, theirs.indices)
     report = report_of(tmp_path / "loop")
-    assert len({tuple(plan.indices.sort().values.tolist()) for plan in plans}) == 3  # the kept samples do change
+    assert (
+        len({tuple(plan.indices.sort().values.tolist()) for plan in plans}) == 3
+    )  # the kept samples do change
     for ours, theirs in zip(report.epochs, trainer.pruning_report.epochs, strict=True):
         assert ours.samples == theirs.samples
         assert ours.optimizer_steps == theirs.optimizer_steps
@@ -320,7 +450,15 @@ def test_the_loop_on_two_ranks_trains_what_it_trains_on_one(small_cifar, tmp_pat
     pruning = ["--pruning", "ucb", "--keep_ratio", "0.4", "--learning_rate", "0.01"]
     settings = ["--dataset", small_cifar, *LOOP, "--model", "test_convnext", *pruning]
     program("accelerate_loop.py", *settings, "--batch_size", 8, "--output_dir", tmp_path / "1")
-    done = torchrun(RECIPES / "accelerate_loop.py", *settings, "--batch_size", 4, "--output_dir", tmp_path / "2", ranks=2)
+    done = torchrun(
+        RECIPES / "accelerate_loop.py",
+        *settings,
+        "--batch_size",
+        4,
+        "--output_dir",
+        tmp_path / "2",
+        ranks=2,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     one, two = report_of(tmp_path / "1"), report_of(tmp_path / "2")
     assert (one.environment["ranks"], two.environment["ranks"]) == (1, 2)
@@ -337,8 +475,25 @@ def test_the_loop_on_two_ranks_trains_what_it_trains_on_one(small_cifar, tmp_pat
 
 def test_the_loop_under_accelerate_launch_from_a_configuration(small_cifar, tmp_path):
     config = RECIPES / "configs" / "accelerate_loop_pruned.yaml"
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "recipes/accelerate_loop.py", config]
-    given = ["--dataset", small_cifar, "--model", "resnet8_cifar", "--epochs", "2", "--batch_size", "24"]
+    launch = [
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "1",
+        "recipes/accelerate_loop.py",
+        config,
+    ]
+    given = [
+        "--dataset",
+        small_cifar,
+        "--model",
+        "resnet8_cifar",
+        "--epochs",
+        "2",
+        "--batch_size",
+        "24",
+    ]
     out = child(*launch, *given, "--output_dir", tmp_path)
     assert "cost 0.3056" in out  # 22 of 72
     assert report_of(tmp_path).totals["optimizer_steps"] == 2
@@ -353,10 +508,15 @@ def test_the_loop_under_accelerate_launch_from_a_configuration(small_cifar, tmp_
         (["--train_split", "trian"], "has no split 'trian'"),
         (["--model", "resnet9_cifar"], "no architecture 'resnet9_cifar'; close: ["),
         (["--mixed_precision", "bf17"], "bf17"),
-        (["--output_dir", "."], "holds a run already (report.json): choose another --output_dir, or write over it"),
+        (
+            ["--output_dir", "."],
+            "holds a run already (report.json): choose another --output_dir, or write over it",
+        ),
     ],
 )
-def test_a_mistake_in_the_loop_is_told(changes, message, small_cifar, tmp_path, monkeypatch, program, capsys):
+def test_a_mistake_in_the_loop_is_told(
+    changes, message, small_cifar, tmp_path, monkeypatch, program, capsys
+):
     (tmp_path / "report.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     given = ["--dataset", small_cifar, *LOOP, "--output_dir", "out", *changes]

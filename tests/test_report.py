@@ -22,10 +22,14 @@ from hf_dynprune.report import (
 
 
 def report(**values) -> PruningReport:
-    return PruningReport({"name": "ucb", "keep_ratio": 0.5}, num_samples=100, seed=0, data_seed=1, **values)
+    return PruningReport(
+        {"name": "ucb", "keep_ratio": 0.5}, num_samples=100, seed=0, data_seed=1, **values
+    )
 
 
-def record(epoch, samples=50, forward=50, backward=50, scoring=0, seconds=(0.0, 0.0, 0.0, 0.0), **values) -> EpochRecord:
+def record(
+    epoch, samples=50, forward=50, backward=50, scoring=0, seconds=(0.0, 0.0, 0.0, 0.0), **values
+) -> EpochRecord:
     return EpochRecord(
         epoch,
         False,
@@ -41,8 +45,21 @@ def record(epoch, samples=50, forward=50, backward=50, scoring=0, seconds=(0.0, 
 def full() -> PruningReport:
     """A report in which every field has a value of its own."""
     epochs = [
-        record(0, optimizer_steps=5, learning_rate=0.1, scores={"mean": 1.5}, nonfinite=2, seconds=(1.0, 0.5, 0.25, 2.0)),
-        record(1, optimizer_steps=4, metrics={"eval_loss": 0.5}, scoring=30, seconds=(1.5, 0.25, 0.0, 1.0)),
+        record(
+            0,
+            optimizer_steps=5,
+            learning_rate=0.1,
+            scores={"mean": 1.5},
+            nonfinite=2,
+            seconds=(1.0, 0.5, 0.25, 2.0),
+        ),
+        record(
+            1,
+            optimizer_steps=4,
+            metrics={"eval_loss": 0.5},
+            scoring=30,
+            seconds=(1.5, 0.25, 0.0, 1.0),
+        ),
     ]
     return report(
         num_epochs=2.0,
@@ -55,7 +72,7 @@ def full() -> PruningReport:
     )
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -70,18 +87,25 @@ def full() -> PruningReport:
 )
 def test_passes(passes, expected):
     forward, backward, scoring = passes
-    made = report(num_epochs=2.0, epochs=[record(0, forward=forward, backward=backward, scoring=scoring)])
+    made = report(
+        num_epochs=2.0, epochs=[record(0, forward=forward, backward=backward, scoring=scoring)]
+    )
     assert made.passes == pytest.approx(expected)
     assert made.cost_ratio == pytest.approx(expected / (100 * 2))
 
 
 def test_full_run_costs_1():
-    made = report(num_epochs=3.0, epochs=[record(e, samples=100, forward=100, backward=100) for e in range(3)])
+    made = report(
+        num_epochs=3.0, epochs=[record(e, samples=100, forward=100, backward=100) for e in range(3)]
+    )
     assert made.cost_ratio == 1.0
 
 
 def test_cost_of_a_part_of_an_epoch():
-    made = report(num_epochs=1.5, epochs=[record(0, forward=40, backward=40), record(1, forward=20, backward=20)])
+    made = report(
+        num_epochs=1.5,
+        epochs=[record(0, forward=40, backward=40), record(1, forward=20, backward=20)],
+    )
     assert made.cost_ratio == pytest.approx(60 / (100 * 1.5))
 
 
@@ -115,12 +139,16 @@ def test_totals_are_sums():
 
 
 def test_metrics_are_those_of_the_last_evaluation():
-    first, second, third = record(0, metrics={"eval_loss": 0.1}), record(1, metrics={"eval_loss": 0.7}), record(2)
+    first, second, third = (
+        record(0, metrics={"eval_loss": 0.1}),
+        record(1, metrics={"eval_loss": 0.7}),
+        record(2),
+    )
     assert report(epochs=[first, second, third]).metrics == {"eval_loss": 0.7}
     assert report(epochs=[first, third]).metrics == {"eval_loss": 0.1}
 
 
-# ---- how often samples were kept ------------------------------------------------------------------------------------
+# ---- how often samples were kept -----------------------------------------------------------------
 
 
 def test_selection_by_hand():
@@ -130,13 +158,19 @@ def test_selection_by_hand():
     assert selection["histogram"] == [1, 1, 1, 1]
     assert selection["chance"] == pytest.approx([4 * 1 / 8, 4 * 3 / 8, 4 * 3 / 8, 4 * 1 / 8])
     assert (selection["always"], selection["sometimes"], selection["never"]) == (0.25, 0.5, 0.25)
-    assert selection["chance_shares"] == pytest.approx({"always": 1 / 8, "sometimes": 6 / 8, "never": 1 / 8})
+    assert selection["chance_shares"] == pytest.approx(
+        {"always": 1 / 8, "sometimes": 6 / 8, "never": 1 / 8}
+    )
 
 
-@pytest.mark.parametrize(("n", "kept", "choices"), [(10, 3, 5), (100, 70, 12), (7, 7, 3), (1000, 1, 40)])
+@pytest.mark.parametrize(
+    ("n", "kept", "choices"), [(10, 3, 5), (100, 70, 12), (7, 7, 3), (1000, 1, 40)]
+)
 def test_chance_is_the_binomial_where_choices_are_alike(n, kept, choices):
     p = kept / n
-    expected = [n * math.comb(choices, k) * p**k * (1 - p) ** (choices - k) for k in range(choices + 1)]
+    expected = [
+        n * math.comb(choices, k) * p**k * (1 - p) ** (choices - k) for k in range(choices + 1)
+    ]
     selection = selection_of(np.zeros(n, dtype=np.int32), chance_of([kept / n] * choices))
     assert selection["chance"] == pytest.approx(expected)
     assert selection["chance_shares"]["always"] == pytest.approx(p**choices)
@@ -147,8 +181,12 @@ def test_chance_is_the_binomial_where_choices_are_alike(n, kept, choices):
 def test_chance_is_poisson_binomial_where_they_differ(n, data):
     sizes = data.draw(st.lists(st.integers(1, n), max_size=6))
     expected = [0.0] * (len(sizes) + 1)
-    for outcome in itertools.product((0, 1), repeat=len(sizes)):  # every way in which a sample may be kept and not
-        expected[sum(outcome)] += n * math.prod(k / n if hit else 1 - k / n for hit, k in zip(outcome, sizes, strict=True))
+    for outcome in itertools.product(
+        (0, 1), repeat=len(sizes)
+    ):  # every way in which a sample may be kept and not
+        expected[sum(outcome)] += n * math.prod(
+            k / n if hit else 1 - k / n for hit, k in zip(outcome, sizes, strict=True)
+        )
     selection = selection_of(np.zeros(n, dtype=np.int32), chance_of(size / n for size in sizes))
     assert selection["chance"] == pytest.approx(expected)
     assert sum(selection["chance"]) == pytest.approx(n)
@@ -169,7 +207,11 @@ def test_no_choice_at_all():
     assert selection["choices"] == 0
     assert selection["histogram"] == [4]
     assert selection["chance"] == [4.0]
-    assert (selection["always"], selection["sometimes"], selection["never"]) == (1.0, 0.0, 0.0)  # nothing was left out
+    assert (selection["always"], selection["sometimes"], selection["never"]) == (
+        1.0,
+        0.0,
+        0.0,
+    )  # nothing was left out
 
 
 def test_selection_is_of_json_values():
@@ -177,7 +219,7 @@ def test_selection_is_of_json_values():
     assert json.loads(json.dumps(selection)) == selection
 
 
-# ---- JSON -----------------------------------------------------------------------------------------------------------
+# ---- JSON ----------------------------------------------------------------------------------------
 
 
 def test_round_trip_by_dict():
@@ -213,7 +255,12 @@ def test_dict_has_what_readers_look_for():
     assert values["metrics"] == {"eval_loss": 0.5}
     assert values["policy"] == {"name": "ucb", "keep_ratio": 0.5}
     assert values["totals"]["optimizer_steps"] == 9
-    assert (values["num_samples"], values["seed"], values["data_seed"], values["num_epochs"]) == (100, 0, 1, 2.0)
+    assert (values["num_samples"], values["seed"], values["data_seed"], values["num_epochs"]) == (
+        100,
+        0,
+        1,
+        2.0,
+    )
 
 
 def test_dict_is_a_copy():

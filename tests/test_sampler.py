@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch.utils.data import BatchSampler, ConcatDataset, DataLoader, IterableDataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+    TensorDataset,
+)
 
 from hf_dynprune.policies import UCB, RandomPruning
 from hf_dynprune.pruner import DynamicPruner
@@ -23,7 +31,7 @@ from hf_dynprune.sampler import (
     fit_to_batches,
 )
 
-# ---- order ----------------------------------------------------------------------------------------------------------
+# ---- order ---------------------------------------------------------------------------------------
 
 
 @given(n=st.integers(1, 50), seed=st.integers(0, 2**31), epoch=st.integers(0, 99), data=st.data())
@@ -43,10 +51,13 @@ def test_all_data_is_ordered_as_by_accelerate(n, seed):
     stock = SeedableRandomSampler(range(n), data_seed=seed)
     for epoch in range(3):  # it counts the epochs itself
         assert epoch_order(n, None, seed, epoch).tolist() == list(stock)
-        assert epoch_order(n, torch.arange(n), seed, epoch).tolist() == epoch_order(n, None, seed, epoch).tolist()
+        assert (
+            epoch_order(n, torch.arange(n), seed, epoch).tolist()
+            == epoch_order(n, None, seed, epoch).tolist()
+        )
 
 
-# ---- sizes ----------------------------------------------------------------------------------------------------------
+# ---- sizes ---------------------------------------------------------------------------------------
 
 
 @given(data=st.data())
@@ -82,7 +93,10 @@ def test_every_kept_sample_once_and_every_rank_as_many_batches(data):
     batches = BatchSampler(sampler, batch, drop_last)
     shares = [list(batches)]
     if ranks > 1:  # on one it adds no shard
-        shares = [list(BatchSamplerShard(batches, ranks, rank, even_batches=even_batches)) for rank in range(ranks)]
+        shares = [
+            list(BatchSamplerShard(batches, ranks, rank, even_batches=even_batches))
+            for rank in range(ranks)
+        ]
     assert len({len(share) for share in shares}) == 1
     if ranks > 1:
         assert all(len(b) == batch for share in shares for b in share)
@@ -151,7 +165,7 @@ def test_new_order_leaves_an_iterator_that_began_alone():
     assert list(sampler) == [3]
 
 
-# ---- batches that know their samples --------------------------------------------------------------------------------
+# ---- batches that know their samples -------------------------------------------------------------
 
 N = 23
 
@@ -195,7 +209,9 @@ def hf_dataset(kind):
     if kind == "shuffled":
         return datasets.Dataset.from_dict({"x": list(range(100, 100 + N))}).shuffle(seed=1)
     if kind == "filtered":
-        return datasets.Dataset.from_dict({"x": list(range(2 * N))}).filter(lambda x: x % 2 == 0, input_columns="x")
+        return datasets.Dataset.from_dict({"x": list(range(2 * N))}).filter(
+            lambda x: x % 2 == 0, input_columns="x"
+        )
     parts = [datasets.Dataset.from_dict({"x": list(range(a, b))}) for a, b in ((50, 60), (0, 13))]
     return datasets.concatenate_datasets(parts)
 
@@ -220,10 +236,20 @@ class TensorAsDict(TensorDataset):
 
 # torch's on a machine of one core, and Python's (from 3.12 on) where another library has started a thread.
 with_workers = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create:UserWarning", r"ignore:This process .* is multi-threaded:DeprecationWarning"
+    "ignore:This DataLoader will create:UserWarning",
+    r"ignore:This process .* is multi-threaded:DeprecationWarning",
 )
 
-KINDS = ["list", "map-style", "__getitems__", "Subset", "ConcatDataset", "shuffled", "filtered", "concatenated"]
+KINDS = [
+    "list",
+    "map-style",
+    "__getitems__",
+    "Subset",
+    "ConcatDataset",
+    "shuffled",
+    "filtered",
+    "concatenated",
+]
 
 
 def run_epoch(dataset, loader, pruner, epoch):
@@ -258,7 +284,11 @@ def test_index_belongs_to_the_data_with_workers(kind, persistent):
     dataset = make_dataset(kind)
     pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=3, num_epochs=2)
     loader = pruner.dataloader(
-        dataset, num_workers=2, persistent_workers=persistent, prefetch_factor=3, multiprocessing_context="fork"
+        dataset,
+        num_workers=2,
+        persistent_workers=persistent,
+        prefetch_factor=3,
+        multiprocessing_context="fork",
     )
     sizes = [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)]
     assert sizes == [14, 14]
@@ -269,7 +299,9 @@ def test_index_belongs_to_the_data_with_spawned_workers():
     assert "spawn" in multiprocessing.get_all_start_methods()
     dataset = ListDataset()
     pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=3, num_epochs=2)
-    loader = pruner.dataloader(dataset, num_workers=2, persistent_workers=True, multiprocessing_context="spawn")
+    loader = pruner.dataloader(
+        dataset, num_workers=2, persistent_workers=True, multiprocessing_context="spawn"
+    )
     sizes = [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)]
     assert sizes == [14, 14]
 
@@ -299,11 +331,15 @@ def test_accelerate_leaves_the_order_alone():
     pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=4, num_epochs=2)
     loader = Accelerator(cpu=True).prepare(pruner.dataloader(dataset))
     assert [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)] == [14, 14]
-    AcceleratorState._reset_state(reset_partial_state=True)  # it is shared by the process, and other tests choose their own
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # it is shared by the process, and other tests choose their own
 
 
 def test_collator_of_the_data_sets_own_batches():
-    loader = DataLoader(IndexedDataset(ColumnDataset()), batch_size=5, collate_fn=IndexedCollator(as_columns))
+    loader = DataLoader(
+        IndexedDataset(ColumnDataset()), batch_size=5, collate_fn=IndexedCollator(as_columns)
+    )
     batches = list(loader)
     assert torch.cat([b["x"] for b in batches]).tolist() == list(range(100, 100 + N))
     assert torch.cat([b[SAMPLE_INDEX] for b in batches]).tolist() == list(range(N))
@@ -317,7 +353,9 @@ def test_collator_of_transformers():
     assert batch["x"].tolist() == [4, 1]
     assert batch["labels"].tolist() == [0, 1]
     assert batch[SAMPLE_INDEX].tolist() == [4, 1]
-    encoding = IndexedCollator(lambda data: BatchEncoding({"x": torch.tensor([d["x"] for d in data])}))(indexed)
+    encoding = IndexedCollator(
+        lambda data: BatchEncoding({"x": torch.tensor([d["x"] for d in data])})
+    )(indexed)
     assert isinstance(encoding, BatchEncoding)
     assert encoding[SAMPLE_INDEX].tolist() == [4, 1]
 
@@ -332,7 +370,12 @@ def test_padding_is_a_copy_that_says_so():
 
 @pytest.mark.parametrize(
     ("result", "kind"),
-    [((torch.zeros(2), torch.zeros(2)), "tuple"), (torch.zeros(2), "Tensor"), ([{}], "list"), (None, "NoneType")],
+    [
+        ((torch.zeros(2), torch.zeros(2)), "tuple"),
+        (torch.zeros(2), "Tensor"),
+        ([{}], "list"),
+        (None, "NoneType"),
+    ],
 )
 def test_collator_must_return_a_dict(result, kind):
     with pytest.raises(TypeError, match=f"data collator returned a {kind}. Wanted is a dict"):
@@ -346,11 +389,15 @@ def tuple_collator(data):
 @with_workers
 def test_collator_must_return_a_dict_in_a_worker_too():
     pruner = DynamicPruner(RandomPruning(0.5), N, batch_size=4, num_epochs=1)
-    loader = pruner.dataloader(ListDataset(), tuple_collator, num_workers=1, multiprocessing_context="fork")
+    loader = pruner.dataloader(
+        ListDataset(), tuple_collator, num_workers=1, multiprocessing_context="fork"
+    )
     pruner.begin_epoch(0)
     with pytest.raises(TypeError, match="data collator returned a tuple") as caught:
         next(iter(loader))
-    traceback.clear_frames(caught.tb)  # they hold the worker, which is waited for in vain when a cycle is collected
+    traceback.clear_frames(
+        caught.tb
+    )  # they hold the worker, which is waited for in vain when a cycle is collected
 
 
 def test_data_with_a_sample_index_of_its_own_is_refused():
@@ -391,11 +438,15 @@ def test_nothing_is_copied():
     assert IndexedDataset(dataset).dataset is dataset
 
 
-# ---- global random state --------------------------------------------------------------------------------------------
+# ---- global random state -------------------------------------------------------------------------
 
 
 def global_states():
-    return torch.random.get_rng_state().tolist(), repr(np.random.get_state(legacy=False)), random.getstate()
+    return (
+        torch.random.get_rng_state().tolist(),
+        repr(np.random.get_state(legacy=False)),
+        random.getstate(),
+    )
 
 
 def test_no_global_random_state_is_read_or_changed():

@@ -42,12 +42,13 @@ def example_table() -> SampleTable:
 
 def equal(one: SampleTable, other: SampleTable) -> bool:
     return set(one.columns) == set(other.columns) and all(
-        a.dtype == other[name].dtype and torch.equal(a.nan_to_num(nan=-7.0), other[name].nan_to_num(nan=-7.0))
+        a.dtype == other[name].dtype
+        and torch.equal(a.nan_to_num(nan=-7.0), other[name].nan_to_num(nan=-7.0))
         for name, a in one.state_dict().items()
     )
 
 
-# ---- columns --------------------------------------------------------------------------------------------------------
+# ---- columns -------------------------------------------------------------------------------------
 
 
 def test_new_table_holds_initial_values():
@@ -76,7 +77,7 @@ def test_two_columns_of_one_name_are_refused(name):
         SampleTable(3, (Column("mean"), Column(name)))
 
 
-# ---- observations ---------------------------------------------------------------------------------------------------
+# ---- observations --------------------------------------------------------------------------------
 
 
 def test_observations_reach_their_own_samples_alone():
@@ -102,7 +103,9 @@ def test_duplicates_are_applied_one_after_the_other():
 def test_observations_equal_a_slow_reference(data):
     n = data.draw(st.integers(1, 6))
     value = st.one_of(st.integers(-4, 4).map(float), st.sampled_from([NAN, INF, -INF]))
-    calls = data.draw(st.lists(st.lists(st.tuples(st.integers(0, n - 1), value), max_size=12), max_size=4))
+    calls = data.draw(
+        st.lists(st.lists(st.tuples(st.integers(0, n - 1), value), max_size=12), max_size=4)
+    )
     table = SampleTable(n, FOLD)
     folds, counts, last = [1.0] * n, [0] * n, [-1] * n
     for epoch, call in enumerate(calls):
@@ -161,7 +164,9 @@ def test_what_is_not_finite_changes_nothing_but_last_observed(bad):
 def test_one_bad_signal_of_two_rejects_the_observation():
     table = SampleTable(3, (Column("sum"),))
     signals = {"loss": torch.tensor([1.0, 2.0, NAN]), "margin": torch.tensor([1.0, INF, 1.0])}
-    rejected = table.observe(torch.arange(3), signals, update=lambda rows, s: {"sum": s["loss"] + s["margin"]}, epoch=0)
+    rejected = table.observe(
+        torch.arange(3), signals, update=lambda rows, s: {"sum": s["loss"] + s["margin"]}, epoch=0
+    )
     assert sorted(rejected.tolist()) == [1, 2]
     assert table["sum"][0] == 2
     assert table["sum"][1:].isnan().all()
@@ -212,10 +217,12 @@ def test_update_gets_the_rows_before_the_observation():
         return fold(rows, signals)
 
     observed(table, [3, 2], [0.0, 0.0], epoch=1, update=update)
-    assert seen == [{"fold": [1.0, 1.5], "count": [0, 1], "times_kept": [0, 0], "last_observed": [-1, 0]}]
+    assert seen == [
+        {"fold": [1.0, 1.5], "count": [0, 1], "times_kept": [0, 0], "last_observed": [-1, 0]}
+    ]
 
 
-# ---- state and files ------------------------------------------------------------------------------------------------
+# ---- state and files -----------------------------------------------------------------------------
 
 
 def test_state_dict_round_trip():
@@ -228,11 +235,18 @@ def test_state_dict_round_trip():
 
 @pytest.mark.parametrize(
     ("size", "columns"),
-    [(8, UCB.columns), (7, ()), (7, (Column("mean"), *FOLD)), (7, (Column("mean"), Column("variance", torch.float64)))],
+    [
+        (8, UCB.columns),
+        (7, ()),
+        (7, (Column("mean"), *FOLD)),
+        (7, (Column("mean"), Column("variance", torch.float64))),
+    ],
 )
 def test_load_state_dict_refuses_another_table_and_changes_nothing(size, columns):
     table, before = SampleTable(size, columns), SampleTable(size, columns)
-    with pytest.raises(ValueError, match=r"saved table has the columns .*'mean': \(\(7,\), torch.float32\)"):
+    with pytest.raises(
+        ValueError, match=r"saved table has the columns .*'mean': \(\(7,\), torch.float32\)"
+    ):
         table.load_state_dict(example_table().state_dict())
     assert equal(table, before)
 
@@ -248,12 +262,21 @@ def test_save_and_load_round_trip(tmp_path):
     assert os.listdir(tmp_path) == ["table.safetensors"]
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bool, torch.uint8, torch.float64])
+@pytest.mark.parametrize(
+    "dtype", [torch.int64, torch.float16, torch.bool, torch.uint8, torch.float64]
+)
 def test_other_dtypes_round_trip(tmp_path, dtype):
-    tensors = {"a": torch.tensor([0, 1, 1]).to(dtype), "transposed": torch.arange(6).view(2, 3).T, "empty": torch.empty(0)}
+    tensors = {
+        "a": torch.tensor([0, 1, 1]).to(dtype),
+        "transposed": torch.arange(6).view(2, 3).T,
+        "empty": torch.empty(0),
+    }
     save_tensors(tmp_path / "x", tensors, {})
     again, _ = load_tensors(tmp_path / "x")
-    assert all(torch.equal(tensors[name], again[name]) and again[name].dtype == tensors[name].dtype for name in tensors)
+    assert all(
+        torch.equal(tensors[name], again[name]) and again[name].dtype == tensors[name].dtype
+        for name in tensors
+    )
 
 
 def test_missing_file_is_named(tmp_path):
@@ -295,7 +318,9 @@ def test_bytes_added_are_noticed(saved):
     damaged(saved, saved.read_bytes() + b"\0")
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"\0" * 8, b"\xff" * 200, json.dumps({"a": 1}).encode()])
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"\0" * 8, b"\xff" * 200, json.dumps({"a": 1}).encode()]
+)
 def test_foreign_bytes_are_refused(tmp_path, content):
     damaged(tmp_path / "foreign", content)
 
@@ -304,7 +329,11 @@ def test_foreign_bytes_are_refused(tmp_path, content):
 def test_foreign_safetensors_file_is_refused(tmp_path, metadata):
     from safetensors.torch import save_file
 
-    save_file({"w": torch.zeros(3), "b": torch.zeros(2, dtype=torch.bfloat16)}, tmp_path / "model.safetensors", metadata)
+    save_file(
+        {"w": torch.zeros(3), "b": torch.zeros(2, dtype=torch.bfloat16)},
+        tmp_path / "model.safetensors",
+        metadata,
+    )
     damaged(tmp_path / "model.safetensors", (tmp_path / "model.safetensors").read_bytes())
 
 
@@ -340,7 +369,9 @@ def unwritable_tensor(path):
     save_tensors(path, {"a": torch.zeros(3, device="meta")}, {})
 
 
-@pytest.mark.parametrize(("fail", "message"), [(no_room, "too large"), (no_json, "JSON"), (unwritable_tensor, "meta")])
+@pytest.mark.parametrize(
+    ("fail", "message"), [(no_room, "too large"), (no_json, "JSON"), (unwritable_tensor, "meta")]
+)
 def test_write_that_fails_leaves_the_previous_file(saved, fail, message):
     before = saved.read_bytes()
     with pytest.raises(Exception, match=message):
@@ -361,13 +392,20 @@ def test_missing_folder_is_an_error(tmp_path):
         SampleTable(3).save(tmp_path / "none" / "table")
 
 
-# ---- Scores: one number a sample, made before the run ---------------------------------------------------------------
+# ---- Scores: one number a sample, made before the run --------------------------------------------
 
 SUFFIXES = pytest.mark.parametrize("suffix", [".safetensors", ".parquet"])
 
 
 def made(**settings):
-    return Scores(**{"values": torch.tensor([0.5, 2.0, INF]), "method": "el2n", "fingerprint": "3 samples, ab", **settings})
+    return Scores(
+        **{
+            "values": torch.tensor([0.5, 2.0, INF]),
+            "method": "el2n",
+            "fingerprint": "3 samples, ab",
+            **settings,
+        }
+    )
 
 
 @SUFFIXES
@@ -380,14 +418,22 @@ def test_scores_come_back(tmp_path, suffix):
     assert scores.path == again.path == str(path)
     assert torch.equal(again.values, scores.values)
     assert again.values.dtype == torch.float32
-    assert (again.method, again.fingerprint, again.provenance) == ("el2n", "3 samples, ab", scores.provenance)
+    assert (again.method, again.fingerprint, again.provenance) == (
+        "el2n",
+        "3 samples, ab",
+        scores.provenance,
+    )
     assert again.digest == scores.digest
     assert len(again) == 3
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_scores_take_any_numbers():
-    for values in ([1, 2], np.array([1.0, 2.0]), torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True)):
+    for values in (
+        [1, 2],
+        np.array([1.0, 2.0]),
+        torch.tensor([1.0, 2.0], dtype=torch.float64, requires_grad=True),
+    ):
         scores = made(values=values)
         assert scores.values.tolist() == [1.0, 2.0]
         assert (scores.values.dtype, scores.values.requires_grad) == (torch.float32, False)
@@ -402,7 +448,11 @@ def test_digest_is_of_the_content():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"values": [1.0, NAN, 2.0, NAN]}, ValueError, "2 of 4 scores are NaN, the first that of sample 1: give"),
+        (
+            {"values": [1.0, NAN, 2.0, NAN]},
+            ValueError,
+            "2 of 4 scores are NaN, the first that of sample 1: give",
+        ),
         ({"values": [[1.0]]}, ValueError, r"shape \(1, 1\): wanted is \(N,\)"),
         ({"values": []}, ValueError, r"shape \(0,\)"),
         ({"method": ""}, TypeError, "method='' is no name"),
@@ -426,7 +476,9 @@ def rewritten(path, change):
 def replaced(column, values):
     def change(table):
         place = table.column_names.index(column)
-        return table.set_column(place, table.schema.field(column), pa.array(values, table.schema.field(column).type))
+        return table.set_column(
+            place, table.schema.field(column), pa.array(values, table.schema.field(column).type)
+        )
 
     return change
 
@@ -454,13 +506,22 @@ def test_rows_of_parquet_may_be_in_any_order(parquet):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (replaced("sample_index", [0, 1, 1, 3]), r"4 rows, .* once. twice or more: 1; not at all: 2\."),
+        (
+            replaced("sample_index", [0, 1, 1, 3]),
+            r"4 rows, .* once. twice or more: 1; not at all: 2\.",
+        ),
         (replaced("sample_index", [0, 1, 2, 7]), r"outside \[0, 4\): 7; not at all: 3\."),
         (lambda table: table.take([0, 1, 3]), r"3 rows, .* outside \[0, 3\): 3; not at all: 2\."),
         (replaced("score", [1.0, 2.0, 3.0, 5.0]), "is damaged: its checksum does not match"),
         (lambda table: table.slice(0, 3), "is damaged: its checksum does not match"),
-        (lambda table: table.rename_columns(["id", "score"]), r"its columns are \['id', 'score'\], wanted are"),
-        (lambda table: table.replace_schema_metadata(None), "is not a file of scores of hf_dynprune"),
+        (
+            lambda table: table.rename_columns(["id", "score"]),
+            r"its columns are \['id', 'score'\], wanted are",
+        ),
+        (
+            lambda table: table.replace_schema_metadata(None),
+            "is not a file of scores of hf_dynprune",
+        ),
     ],
 )
 def test_parquet_that_was_changed(parquet, change, message):
@@ -473,13 +534,17 @@ def test_parquet_that_was_changed(parquet, change, message):
 def test_many_wrong_indices_are_not_all_named(tmp_path):
     made(values=list(range(100))).save(tmp_path / "s.parquet")
     rewritten(tmp_path / "s.parquet", replaced("sample_index", [0] * 100))
-    with pytest.raises(ValueError, match=r"twice or more: 0; not at all: 1, 2, 3, 4, 5 and 94 more\."):
+    with pytest.raises(
+        ValueError, match=r"twice or more: 0; not at all: 1, 2, 3, 4, 5 and 94 more\."
+    ):
         Scores.load(tmp_path / "s.parquet")
 
 
 def test_files_that_are_no_scores(tmp_path):
     SampleTable(3).save(tmp_path / "table.safetensors")
-    with pytest.raises(ValueError, match=r"holds \['last_observed', 'times_kept'\], not the scores"):
+    with pytest.raises(
+        ValueError, match=r"holds \['last_observed', 'times_kept'\], not the scores"
+    ):
         Scores.load(tmp_path / "table.safetensors")
     for suffix in (".safetensors", ".parquet"):
         with pytest.raises(FileNotFoundError, match="does not exist: make the scores"):
@@ -488,7 +553,9 @@ def test_files_that_are_no_scores(tmp_path):
         with pytest.raises(ValueError, match=f"x{suffix} is not a file of"):
             Scores.load(tmp_path / f"x{suffix}")
     for use in (lambda path: made().save(path), Scores.load):
-        with pytest.raises(ValueError, match=r"'\.csv': scores are kept as \.safetensors or \.parquet"):
+        with pytest.raises(
+            ValueError, match=r"'\.csv': scores are kept as \.safetensors or \.parquet"
+        ):
             use(tmp_path / "scores.csv")
 
 

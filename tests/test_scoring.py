@@ -30,7 +30,12 @@ def random_states():
 
 def network():
     torch.manual_seed(0)
-    layers = torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 2)
+    layers = (
+        torch.nn.Linear(3, 4),
+        torch.nn.BatchNorm1d(4),
+        torch.nn.Dropout(0.5),
+        torch.nn.Linear(4, 2),
+    )
     return torch.nn.Sequential(*layers)
 
 
@@ -40,7 +45,10 @@ def test_a_pass_leaves_modes_buffers_and_random_states(mode, fails):
     model, x = network(), torch.randn(8, 3)
     model.train()
     model[1].eval()  # as people freeze a norm
-    before, buffers = random_states(), {name: buffer.clone() for name, buffer in model.named_buffers()}
+    before, buffers = (
+        random_states(),
+        {name: buffer.clone() for name, buffer in model.named_buffers()},
+    )
     try:
         with scoring_state(model, mode, seed=5), torch.no_grad():
             assert all(module.training == (mode == "train") for module in model.modules())
@@ -85,7 +93,7 @@ def test_the_loss_is_left_out_of_models_that_have_it_as_a_property_and_put_back(
         assert not left
 
 
-# ---- in the Trainer --------------------------------------------------------------------------------------------------
+# ---- in the Trainer ------------------------------------------------------------------------------
 
 
 def means_at_choices(run):
@@ -132,7 +140,13 @@ def test_each_score_is_that_of_its_sample(scoring, workers, tmp_path):
 def test_all_in_eval_mode_scores_the_model_as_evaluation_sees_it(name, tmp_path):
     make, data = tiny_models(12)[name]
     model = make()
-    run = trainer(tmp_path, model=model, data=data, pruning=UCB(0.5, decay=1.0, scoring="all"), num_train_epochs=1)
+    run = trainer(
+        tmp_path,
+        model=model,
+        data=data,
+        pruning=UCB(0.5, decay=1.0, scoring="all"),
+        num_train_epochs=1,
+    )
     (scores,) = means_at_choices(run)
     fresh = make().eval()
     for i in range(12):
@@ -147,7 +161,9 @@ def test_in_train_mode_dropout_acts_and_in_eval_mode_it_does_not(tmp_path):
         policy = UCB(0.5, decay=1.0, scoring="all", scoring_mode=mode)
         run = trainer(tmp_path, model=vit(dropout=0.5), pruning=policy, num_train_epochs=1)
         (scores[mode],) = means_at_choices(run)
-    plain = trainer(tmp_path, model=vit(), pruning=UCB(0.5, decay=1.0, scoring="all"), num_train_epochs=1)
+    plain = trainer(
+        tmp_path, model=vit(), pruning=UCB(0.5, decay=1.0, scoring="all"), num_train_epochs=1
+    )
     (expected,) = means_at_choices(plain)
     torch.testing.assert_close(scores["eval"], expected)
     assert (scores["train"] - expected).abs().mean() > 0.01
@@ -174,7 +190,9 @@ def fixed(scoring, mode=None):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
-@pytest.mark.parametrize(("scoring", "mode"), [("all", "eval"), ("all", "train"), ("dropped", None)])
+@pytest.mark.parametrize(
+    ("scoring", "mode"), [("all", "eval"), ("all", "train"), ("dropped", None)]
+)
 def test_scoring_passes_leave_the_training_as_it_is(name, scoring, mode, tmp_path):
     """Weights, BatchNorm statistics and dropout's random numbers."""
     runs = []
@@ -186,7 +204,9 @@ def test_scoring_passes_leave_the_training_as_it_is(name, scoring, mode, tmp_pat
 
             torch.manual_seed(0)
             sizes = {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}
-            model = transformers.ResNetForImageClassification(transformers.ResNetConfig(**sizes, num_labels=4))
+            model = transformers.ResNetForImageClassification(
+                transformers.ResNetConfig(**sizes, num_labels=4)
+            )
         runs.append(trainer(tmp_path, model=model, data=images(24), pruning=policy))
         runs[-1].train()
     assert same_weights(runs[0].model, runs[1].model)
@@ -202,8 +222,15 @@ def test_scoring_passes_leave_the_training_as_it_is(name, scoring, mode, tmp_pat
     ],
 )
 def test_resuming_from_any_checkpoint_scores_the_same(policy, tmp_path, reliability):
-    settings = {"num_train_epochs": 4, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 6}
-    make = lambda folder: trainer(folder, model=vit(dropout=0.1), data=images(26), pruning=policy, **settings)  # noqa: E731
+    settings = {
+        "num_train_epochs": 4,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "per_device_train_batch_size": 6,
+    }
+    make = lambda folder: trainer(
+        folder, model=vit(dropout=0.1), data=images(26), pruning=policy, **settings
+    )  # noqa: E731
     for run in every_checkpoint(make, tmp_path):
         assert run.pruning_report.totals["scoring_passes"] > 0
         reliability("resume policies")
@@ -219,15 +246,30 @@ def test_a_scoring_dataset_is_what_passes_see(tmp_path):
     torch.testing.assert_close(run.pruner.table["mean"], 2 * torch.arange(1.0, 31.0))
     assert sorted(i for batch in batches[:2] for i in batch) == list(range(21, 30))
     with pytest.raises(ValueError, match="scoring_dataset has 29 samples, the training dataset 30"):
-        trainer(tmp_path, model=KnownLoss(), data=values(30), pruning=policy, extra={**extra, "scoring_dataset": values(29)})
+        trainer(
+            tmp_path,
+            model=KnownLoss(),
+            data=values(30),
+            pruning=policy,
+            extra={**extra, "scoring_dataset": values(29)},
+        )
 
 
 def test_scores_of_padded_texts_and_label_smoothing_are_plain_losses(tmp_path):
     make, _ = tiny_models()["bert"]
     data = texts(n=12, padded=True)
     policy = UCB(0.5, decay=1.0, scoring="all")
-    plain = means_at_choices(trainer(tmp_path, model=make(), data=data, pruning=policy, num_train_epochs=1))
-    run = trainer(tmp_path, model=make(), data=data, pruning=policy, num_train_epochs=1, label_smoothing_factor=0.3)
+    plain = means_at_choices(
+        trainer(tmp_path, model=make(), data=data, pruning=policy, num_train_epochs=1)
+    )
+    run = trainer(
+        tmp_path,
+        model=make(),
+        data=data,
+        pruning=policy,
+        num_train_epochs=1,
+        label_smoothing_factor=0.3,
+    )
     torch.testing.assert_close(means_at_choices(run)[0], plain[0])
 
 

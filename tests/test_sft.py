@@ -35,7 +35,9 @@ def tokenizer():
     words = {"[PAD]": PAD, "[EOS]": EOS, "[UNK]": 2, **{f"w{i}": i for i in range(3, VOCAB)}}
     words = Tokenizer(WordLevel(words, unk_token="[UNK]"))
     words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="[PAD]", eos_token="[EOS]", unk_token="[UNK]"
+    )
 
 
 def pairs(n=N):
@@ -44,9 +46,13 @@ def pairs(n=N):
 
     def words(low, high):
         length = int(torch.randint(low, high + 1, (), generator=generator))
-        return " ".join(f"w{i}" for i in torch.randint(3, VOCAB, (length,), generator=generator).tolist())
+        return " ".join(
+            f"w{i}" for i in torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+        )
 
-    return datasets.Dataset.from_list([{"prompt": words(2, 4), "completion": " " + words(1, 8)} for _ in range(n)])
+    return datasets.Dataset.from_list(
+        [{"prompt": words(2, 4), "completion": " " + words(1, 8)} for _ in range(n)]
+    )
 
 
 def sharp(model=None):
@@ -58,7 +64,16 @@ def sharp(model=None):
     return model
 
 
-def trainer(folder, *, cls=DynamicPruningSFTTrainer, model=None, data=None, extra=None, pruning=None, **settings):
+def trainer(
+    folder,
+    *,
+    cls=DynamicPruningSFTTrainer,
+    model=None,
+    data=None,
+    extra=None,
+    pruning=None,
+    **settings,
+):
     """An SFTTrainer of a tiny Llama; `settings` are of the SFTConfig, `extra` the trainer's own."""
     defaults = {
         "num_train_epochs": 2,
@@ -105,14 +120,16 @@ def calls_of(module):
     return calls
 
 
-# ---- what we lean on ------------------------------------------------------------------------------------------------
+# ---- what we lean on -----------------------------------------------------------------------------
 
 
 def test_the_seams_of_trl():
     """If this fails, trl changed what hf_dynprune/sft.py leans on: read its SFTTrainer.compute_loss again."""
     compute_loss = inspect.signature(SFTTrainer.compute_loss).parameters
     assert list(compute_loss) == ["self", "model", "inputs", "return_outputs", "num_items_in_batch"]
-    assert {"log_probs", "label_mask", "aux_loss", "loss"} <= set(FusedCausalLMOutput.__dataclass_fields__)
+    assert {"log_probs", "label_mask", "aux_loss", "loss"} <= set(
+        FusedCausalLMOutput.__dataclass_fields__
+    )
     card = inspect.signature(SFTTrainer.create_model_card).parameters
     assert list(card) == ["self", "model_name", "dataset_name", "tags"]
     assert "'nll' and 'dft'" in inspect.getsource(SFTTrainer.__init__)  # the loss types
@@ -132,7 +149,9 @@ def test_the_seams_of_trl():
 def test_a_changed_trl_is_told(tmp_path):
     class Twice(DynamicPruningSFTTrainer):
         def _own_loss(self, model, inputs):
-            extra = model.register_forward_pre_hook(lambda module, given, named: twice(module, named), with_kwargs=True)
+            extra = model.register_forward_pre_hook(
+                lambda module, given, named: twice(module, named), with_kwargs=True
+            )
             inside = []
 
             def twice(module, named):
@@ -145,7 +164,9 @@ def test_a_changed_trl_is_told(tmp_path):
             finally:
                 extra.remove()
 
-    with pytest.raises(RuntimeError, match=r"made 2 forward passes of a batch, not 1.*trl >= 1.16, < 2"):
+    with pytest.raises(
+        RuntimeError, match=r"made 2 forward passes of a batch, not 1.*trl >= 1.16, < 2"
+    ):
         trainer(tmp_path, cls=Twice, pruning=FullData()).train()
 
     class Bare(DynamicPruningSFTTrainer):
@@ -157,7 +178,7 @@ def test_a_changed_trl_is_told(tmp_path):
         trainer(tmp_path, cls=Bare, pruning=FullData()).train()
 
 
-# ---- scores ---------------------------------------------------------------------------------------------------------
+# ---- scores --------------------------------------------------------------------------------------
 
 
 def masked(n=N):
@@ -166,7 +187,12 @@ def masked(n=N):
     rows = []
     for length in torch.randint(6, 13, (n,), generator=generator).tolist():
         mask = [0, 0, 1, 0, *[1] * (length - 4)]
-        rows.append({"input_ids": torch.randint(3, VOCAB, (length,), generator=generator).tolist(), "assistant_masks": mask})
+        rows.append(
+            {
+                "input_ids": torch.randint(3, VOCAB, (length,), generator=generator).tolist(),
+                "assistant_masks": mask,
+            }
+        )
     return datasets.Dataset.from_list(rows)
 
 
@@ -184,7 +210,9 @@ def masked(n=N):
 def test_each_score_is_the_mean_loss_of_its_own_sample(data, settings, tmp_path):
     model = sharp()
     plain = copy.deepcopy(model)  # the SFTTrainer gives its model another forward method
-    run = trainer(tmp_path, model=model, data=data(), pruning=UCB(0.6), learning_rate=0.0, **settings)
+    run = trainer(
+        tmp_path, model=model, data=data(), pruning=UCB(0.6), learning_rate=0.0, **settings
+    )
     calls = calls_of(model.model)
     run.train()
     assert run.pruning_report.num_samples == len(run.train_dataset)
@@ -206,20 +234,32 @@ def test_each_score_is_the_mean_loss_of_its_own_sample(data, settings, tmp_path)
 def test_scoring_passes(scoring, tmp_path):
     model = sharp()
     plain = copy.deepcopy(model)
-    run = trainer(tmp_path, model=model, pruning=UCB(0.5, scoring=scoring), learning_rate=0.0, num_train_epochs=3)
+    run = trainer(
+        tmp_path,
+        model=model,
+        pruning=UCB(0.5, scoring=scoring),
+        learning_rate=0.0,
+        num_train_epochs=3,
+    )
     calls = calls_of(model.model)
     run.train()
     # Before the first choice nothing was dropped yet, before the two others half of all.
-    assert run.pruning_report.totals["scoring_passes"] == (N // 2 * 2 if scoring == "dropped" else 3 * N)
+    assert run.pruning_report.totals["scoring_passes"] == (
+        N // 2 * 2 if scoring == "dropped" else 3 * N
+    )
     assert sum(calls) == run.pruning_report.totals["optimizer_steps"] == 6
     assert len(calls) > 6
-    torch.testing.assert_close(run.pruner.table["mean"], mean_losses(plain, run.train_dataset), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        run.pruner.table["mean"], mean_losses(plain, run.train_dataset), rtol=1e-4, atol=1e-6
+    )
 
 
-# ---- the gradient of an optimizer step ------------------------------------------------------------------------------
+# ---- the gradient of an optimizer step -----------------------------------------------------------
 
 
-def train(folder, batch, accumulation, *, pruning, define=False, cls=DynamicPruningSFTTrainer, **settings):
+def train(
+    folder, batch, accumulation, *, pruning, define=False, cls=DynamicPruningSFTTrainer, **settings
+):
     """The trained run, and of each optimizer step the samples with weights, its gradient and with `define` what it ought
     to be: that of  sum w L / D  from one sample at a time."""
     steps, seen = [], []
@@ -234,7 +274,9 @@ def train(folder, batch, accumulation, *, pruning, define=False, cls=DynamicPrun
 
     class Note(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            gradient = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            )
             wanted = None
             if define:
                 plain.load_state_dict(model.state_dict())
@@ -243,7 +285,12 @@ def train(folder, batch, accumulation, *, pruning, define=False, cls=DynamicPrun
                     log_probs = log_probabilities(plain.train(), run.train_dataset[i])
                     dft = log_probs.detach().exp() if settings.get("loss_type") == "dft" else 1.0
                     total, terms = total - weight * (dft * log_probs).sum(), terms + len(log_probs)
-                wanted = torch.cat([g.flatten() for g in torch.autograd.grad(total / terms, list(plain.parameters()))])
+                wanted = torch.cat(
+                    [
+                        g.flatten()
+                        for g in torch.autograd.grad(total / terms, list(plain.parameters()))
+                    ]
+                )
             steps.append((list(seen), gradient, wanted))
             seen.clear()
 
@@ -263,19 +310,29 @@ def train(folder, batch, accumulation, *, pruning, define=False, cls=DynamicPrun
 
 @pytest.mark.parametrize("loss_type", ["nll", "dft"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_the_gradient_is_that_of_the_weighted_losses_however_batches_are_accumulated(weighted, loss_type, tmp_path):
+def test_the_gradient_is_that_of_the_weighted_losses_however_batches_are_accumulated(
+    weighted, loss_type, tmp_path
+):
     policy = Some(weighted=weighted)
     big, whole = train(tmp_path, 8, 1, pruning=policy, define=True, loss_type=loss_type)
     assert [len(samples) for samples, _, _ in whole] == [8, 8, 6] * 2
-    assert len({weight for samples, _, _ in whole for _, weight in samples}) == (5 if weighted else 1)
+    assert len({weight for samples, _, _ in whole for _, weight in samples}) == (
+        5 if weighted else 1
+    )
     for _, gradient, wanted in whole:
         assert_same_gradient(gradient, wanted)
     run, steps = train(tmp_path, 2, 4, pruning=policy, define=True, loss_type=loss_type)
     assert [samples for samples, _, _ in steps] == [samples for samples, _, _ in whole]
     assert_same_gradient(steps[0][1], whole[0][1])
-    for _, gradient, wanted in steps:  # by its own weights: from step to step the two runs' rounding grows apart
+    for (
+        _,
+        gradient,
+        wanted,
+    ) in steps:  # by its own weights: from step to step the two runs' rounding grows apart
         assert_same_gradient(gradient, wanted)
-    torch.testing.assert_close(run.pruner.table["last"], big.pruner.table["last"], rtol=1e-4, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        run.pruner.table["last"], big.pruner.table["last"], rtol=1e-4, atol=1e-6, equal_nan=True
+    )
 
 
 def test_the_weights_of_infobatch_act(tmp_path):
@@ -299,15 +356,25 @@ def test_two_ranks_train_as_one(tmp_path):
 
 def mixtral():
     torch.manual_seed(0)
-    sizes = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+    }
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
-    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=4, router_aux_loss_coef=0.5))
+    return MixtralForCausalLM(
+        MixtralConfig(**sizes, **heads, num_local_experts=4, router_aux_loss_coef=0.5)
+    )
 
 
 @pytest.mark.parametrize("make", [sharp, mixtral])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_full_data_is_the_stock_trainer(make, accumulation, tmp_path):
-    settings = {"gradient_accumulation_steps": accumulation, "per_device_train_batch_size": 8 // accumulation}
+    settings = {
+        "gradient_accumulation_steps": accumulation,
+        "per_device_train_batch_size": 8 // accumulation,
+    }
     stock = trainer(tmp_path, cls=SFTTrainer, model=make(), **settings)
     off = trainer(tmp_path, model=make(), **settings)
     full = trainer(tmp_path, model=make(), pruning=FullData(), **settings)
@@ -317,18 +384,25 @@ def test_full_data_is_the_stock_trainer(make, accumulation, tmp_path):
     assert off.pruning_report is None
     for one, other in zip(full.model.parameters(), stock.model.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    losses = [[entry["loss"] for entry in run.state.log_history if "loss" in entry] for run in (full, stock)]
+    losses = [
+        [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+        for run in (full, stock)
+    ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-# ---- evaluation, checkpoints, adapters, card ------------------------------------------------------------------------
+# ---- evaluation, checkpoints, adapters, card -----------------------------------------------------
 
 
 def test_evaluation_is_that_of_the_sft_trainer(tmp_path):
     runs = [
-        trainer(tmp_path, extra={"eval_dataset": pairs(10)}, **kind) for kind in ({"cls": SFTTrainer}, {"pruning": UCB(0.5)})
+        trainer(tmp_path, extra={"eval_dataset": pairs(10)}, **kind)
+        for kind in ({"cls": SFTTrainer}, {"pruning": UCB(0.5)})
     ]
-    stock, ours = ({k: v for k, v in run.evaluate().items() if "time" not in k and "per_second" not in k} for run in runs)
+    stock, ours = (
+        {k: v for k, v in run.evaluate().items() if "time" not in k and "per_second" not in k}
+        for run in runs
+    )
     assert ours == stock
     assert "eval_mean_token_accuracy" in ours
 
@@ -341,21 +415,36 @@ def test_resuming_continues_the_identical_run(tmp_path):
     whole = trainer(tmp_path / "whole", pruning=policy, num_train_epochs=3, save_steps=4, **SAVING)
     whole.train()
     for step in (4, 8):  # between two epochs, and within one
-        part = trainer(tmp_path / "part", pruning=policy, num_train_epochs=3, **{**SAVING, "save_strategy": "no"})
+        part = trainer(
+            tmp_path / "part",
+            pruning=policy,
+            num_train_epochs=3,
+            **{**SAVING, "save_strategy": "no"},
+        )
         part.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
         assert_same_run(part, whole)
 
 
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft reads it, transformers renamed it
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing`:FutureWarning"
+)  # peft reads it, transformers renamed it
 def test_lora(tmp_path):
     base = sharp()
     base.save_pretrained(tmp_path / "base")
 
     def make(name, **settings):
-        config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        config = peft.LoraConfig(
+            r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False
+        )
         model = type(base).from_pretrained(tmp_path / "base")
         settings = {**SAVING, **settings}
-        return trainer(tmp_path / name, model=model, pruning=UCB(0.6), extra={"peft_config": config}, **settings)
+        return trainer(
+            tmp_path / name,
+            model=model,
+            pruning=UCB(0.6),
+            extra={"peft_config": config},
+            **settings,
+        )
 
     fixed = make("fixed", learning_rate=0.0, save_strategy="no")
     fixed.train()
@@ -365,7 +454,11 @@ def test_lora(tmp_path):
     whole = make("whole", save_steps=4)
     before = {name: value.clone() for name, value in whole.model.state_dict().items()}
     whole.train()
-    changed = {name for name, value in whole.model.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name
+        for name, value in whole.model.state_dict().items()
+        if not torch.equal(value, before[name])
+    }
     assert changed
     assert all("lora" in name for name in changed)
     part = make("part", save_strategy="no")
@@ -381,16 +474,25 @@ def test_lora(tmp_path):
     again = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "whole")
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad():
-        torch.testing.assert_close(again(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits)
+        torch.testing.assert_close(
+            again(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits
+        )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # as above
 def test_the_program_of_the_readme(tmp_path):
     readme = (Path(__file__).parent.parent / "README.md").read_text()
-    (program,) = [p for p in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "hf_dynprune.sft" in p]
+    (program,) = [
+        p for p in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "hf_dynprune.sft" in p
+    ]
     sharp().save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
-    scope = {"model": str(tmp_path / "base"), "train": pairs(), "UCB": UCB, "args": trainer(tmp_path / "out").args}
+    scope = {
+        "model": str(tmp_path / "base"),
+        "train": pairs(),
+        "UCB": UCB,
+        "args": trainer(tmp_path / "out").args,
+    }
     scope["lora"] = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     exec(program, scope)
     scope["trainer"].train()
@@ -400,7 +502,9 @@ def test_the_program_of_the_readme(tmp_path):
 def test_the_card(tmp_path):
     run = trainer(tmp_path, pruning=UCB(0.5), save_steps=2, **SAVING)
     run.train()
-    card = (tmp_path / "README.md").read_text()  # of the last checkpoint: the SFTTrainer writes one before each
+    card = (
+        tmp_path / "README.md"
+    ).read_text()  # of the last checkpoint: the SFTTrainer writes one before each
     assert f"**{100 * run.pruning_report.cost_ratio:.1f} %**" in card
     run.create_model_card(dataset_name="my data", tags="mine")
     card = (tmp_path / "README.md").read_text()
@@ -412,7 +516,7 @@ def test_the_card(tmp_path):
     assert "from hf_dynprune.sft import DynamicPruningSFTTrainer" in repeating
 
 
-# ---- refused --------------------------------------------------------------------------------------------------------
+# ---- refused -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -421,15 +525,25 @@ def test_the_card(tmp_path):
         ({"padding_free": True, "max_length": None}, {}, "padding_free=False"),
         ({"packing": True, "max_length": 12}, {}, "packing_strategy='wrapped'"),
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1 needs logits"),
-        ({}, {"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0.0}, "compute_loss_func= needs logits"),
+        (
+            {},
+            {"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0.0},
+            "compute_loss_func= needs logits",
+        ),
         ({}, {"per_sample_loss_fn": "shifted_tokens"}, "per_sample_loss_fn= needs logits"),
         ({}, {"scoring_dataset": pairs()}, "scoring_dataset= would not be prepared"),
-        ({"train_sampling_strategy": "group_by_length"}, {}, "train_sampling_strategy='group_by_length'"),
+        (
+            {"train_sampling_strategy": "group_by_length"},
+            {},
+            "train_sampling_strategy='group_by_length'",
+        ),
     ],
 )
 def test_refused_at_construction(settings, extra, message, tmp_path):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # trl's, of arguments that are on their way out
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # trl's, of arguments that are on their way out
         with pytest.raises(ValueError, match=message):
             trainer(tmp_path, pruning=UCB(0.5), extra=extra, **settings)
 
@@ -456,7 +570,12 @@ def test_the_mixin_alone_says_what_to_use(tmp_path):
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     run, steps = train(folder, 4, 1, pruning=Some(weighted=True))
-    scored = trainer(folder, pruning=UCB(0.5, scoring="dropped"), data=pairs(13), ddp_find_unused_parameters=False)
+    scored = trainer(
+        folder,
+        pruning=UCB(0.5, scoring="dropped"),
+        data=pairs(13),
+        ddp_find_unused_parameters=False,
+    )
     scored.train()  # its ranks score 7 and 6 samples
     torch.save(
         {

@@ -37,7 +37,11 @@ def new_resnet():
 
 def score(method, folder, model_init=new_vit, data=DATA, *, settings=(), **given):
     """With few epochs and runs."""
-    defaults = {"runs": None if "seeds" in given else 1, "epochs": 2, "output_dir": folder / "scores"}
+    defaults = {
+        "runs": None if "seeds" in given else 1,
+        "epochs": 2,
+        "output_dir": folder / "scores",
+    }
     args = arguments(folder, num_train_epochs=3, seed=5, **dict(settings))
     return score_dataset(method, model_init, args, data, **{**defaults, **given})
 
@@ -53,7 +57,9 @@ class StopAfter(TrainerCallback):
 def trained(folder, model_init=new_vit, epochs=2, seed=5, data=DATA, **extra):
     """The model after so many epochs of a run of 3, by an ordinary trainer."""
     extra = {"model_init": model_init, "callbacks": [StopAfter(epochs)], **extra}
-    run = trainer(folder / "plain", pruning=FullData(), data=data, seed=seed, num_train_epochs=3, extra=extra)
+    run = trainer(
+        folder / "plain", pruning=FullData(), data=data, seed=seed, num_train_epochs=3, extra=extra
+    )
     if epochs:
         run.train()
     return run.model.eval()
@@ -71,7 +77,9 @@ def loop_of_norms(model, data, loss_of):
         batch = {name: torch.as_tensor(value)[None] for name, value in data[i].items()}
         trainable = [p for p in model.parameters() if p.requires_grad]
         gradients = torch.autograd.grad(loss_of(model, batch), trainable, allow_unused=True)
-        norms.append(torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt())
+        norms.append(
+            torch.stack([g.square().sum() for g in gradients if g is not None]).sum().sqrt()
+        )
     return torch.stack(norms)
 
 
@@ -79,12 +87,14 @@ def own_loss(model, batch):
     return model(**batch).loss
 
 
-# ---- each method by hand --------------------------------------------------------------------------------------------
+# ---- each method by hand -------------------------------------------------------------------------
 
 
 def margin(z, y):
     rows = zip(z.softmax(-1), y.tolist(), strict=True)
-    return torch.stack([max(p for c, p in enumerate(row) if c != label) - row[label] for row, label in rows])
+    return torch.stack(
+        [max(p for c, p in enumerate(row) if c != label) - row[label] for row, label in rows]
+    )
 
 
 BY_HAND = {
@@ -115,12 +125,16 @@ def test_grand_is_a_loop_over_samples(tmp_path, model_init, epochs):
 
 def test_several_runs_are_averaged(tmp_path):
     both = score("el2n", tmp_path, seeds=[3, 8])
-    each = [score("el2n", tmp_path, seeds=[seed], output_dir=tmp_path / str(seed)) for seed in (3, 8)]
+    each = [
+        score("el2n", tmp_path, seeds=[seed], output_dir=tmp_path / str(seed)) for seed in (3, 8)
+    ]
     torch.testing.assert_close(both.values, (each[0].values + each[1].values) / 2)
     assert not torch.equal(each[0].values, each[1].values)
     for one, seed in zip(each, (3, 8), strict=True):
         model = trained(tmp_path, seed=seed)
-        torch.testing.assert_close(one.values, BY_HAND["el2n"](*logits_and_labels(model)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            one.values, BY_HAND["el2n"](*logits_and_labels(model)), rtol=1e-4, atol=1e-5
+        )
     assert both.provenance["seeds"] == [3, 8]
     assert (both.provenance["runs"], both.provenance["combined"]) == (2, "mean")
 
@@ -136,13 +150,17 @@ def test_scoring_dataset_is_what_is_scored(tmp_path):
 def test_learning_rates_are_those_of_the_whole_run(tmp_path):
     """The model after 2 of 3 epochs is not that of a run of 2 epochs, whose learning rate is 0 by then."""
     extra = {"model_init": new_vit}
-    short = trainer(tmp_path / "short", pruning=FullData(), data=DATA, seed=5, num_train_epochs=2, extra=extra)
+    short = trainer(
+        tmp_path / "short", pruning=FullData(), data=DATA, seed=5, num_train_epochs=2, extra=extra
+    )
     short.train()
     values = score("loss", tmp_path).values
-    assert not torch.allclose(values, BY_HAND["loss"](*logits_and_labels(short.model.eval())), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(
+        values, BY_HAND["loss"](*logits_and_labels(short.model.eval())), rtol=1e-4, atol=1e-5
+    )
 
 
-# ---- forgetting -----------------------------------------------------------------------------------------------------
+# ---- forgetting ----------------------------------------------------------------------------------
 
 # correct at each presentation -> events
 SEQUENCES = [
@@ -162,7 +180,9 @@ def test_forgetting_events_by_hand():
     for epoch in range(5):
         pruner.begin_epoch(epoch)
         for batch in torch.tensor(list(pruner.sampler)).split(3):
-            pruner.observe(batch, {"correct": torch.tensor([float(SEQUENCES[i][0][epoch]) for i in batch])})
+            pruner.observe(
+                batch, {"correct": torch.tensor([float(SEQUENCES[i][0][epoch]) for i in batch])}
+            )
     pruner.end_epoch()
     assert _CountForgetting.count(pruner.table).tolist() == [events for _, events in SEQUENCES]
     assert pruner.report.cost_ratio == 1
@@ -198,23 +218,37 @@ class Script(nn.Module):
 
 
 def test_forgetting_events_are_counted_in_training_and_summed(tmp_path):
-    rows = [{"sample": i, "correct": correct, "labels": i % 3} for i, (correct, _) in enumerate(SEQUENCES)]
+    rows = [
+        {"sample": i, "correct": correct, "labels": i % 3}
+        for i, (correct, _) in enumerate(SEQUENCES)
+    ]
     data = datasets.Dataset.from_list(rows).with_format("torch")
-    args = arguments(tmp_path, num_train_epochs=5, per_device_train_batch_size=3, remove_unused_columns=False)
-    scores = score_dataset("forgetting", Script, args, data, runs=2, per_sample_loss_fn="single_label")
+    args = arguments(
+        tmp_path, num_train_epochs=5, per_device_train_batch_size=3, remove_unused_columns=False
+    )
+    scores = score_dataset(
+        "forgetting", Script, args, data, runs=2, per_sample_loss_fn="single_label"
+    )
     assert scores.values.tolist() == [2 * events for _, events in SEQUENCES]
     assert scores.provenance["combined"] == "sum"
     assert scores.provenance["epochs"] == 5
     assert scores.path == str(tmp_path / "forgetting" / "scores.safetensors")
 
 
-# ---- gradient norms -------------------------------------------------------------------------------------------------
+# ---- gradient norms ------------------------------------------------------------------------------
 
 
 def norms(model, data, rule=None, collator=transformers.default_data_collator, **settings):
     rule = derive_rule(model) if rule is None else rule
     defaults = {"batch_size": 5, "prepare": lambda batch: batch, "progress": False}
-    return gradient_norms(model, data, torch.arange(len(data)), rule=rule, collator=collator, **{**defaults, **settings})
+    return gradient_norms(
+        model,
+        data,
+        torch.arange(len(data)),
+        rule=rule,
+        collator=collator,
+        **{**defaults, **settings},
+    )
 
 
 def mean_over_terms(model, batch):
@@ -252,7 +286,8 @@ def test_model_that_cannot_be_vectorised_gives_the_same_and_says_so():
     looks = LooksForImageClassification(plain.config)
     looks.load_state_dict(plain.state_dict())
     with pytest.warns(
-        UserWarning, match="LooksForImage.* cannot be vectorised over samples: .*one by one.*as many passes"
+        UserWarning,
+        match="LooksForImage.* cannot be vectorised over samples: .*one by one.*as many passes",
     ) as caught:
         slow = norms(looks, DATA)
     assert len(caught) == 1
@@ -270,7 +305,10 @@ def test_error_that_is_no_matter_of_vectorising_is_raised():
     def wrong(outputs, inputs):
         raise KeyError("no such output")
 
-    with pytest.warns(UserWarning, match="cannot be vectorised"), pytest.raises(KeyError, match="no such output"):
+    with (
+        pytest.warns(UserWarning, match="cannot be vectorised"),
+        pytest.raises(KeyError, match="no such output"),
+    ):
         norms(vit(), DATA, derive_rule(vit(), wrong))
 
 
@@ -289,7 +327,9 @@ def test_frozen_parameters_do_not_count():
         parameter.requires_grad_(False)
     values = norms(model, DATA)
     torch.testing.assert_close(values, loop_of_norms(model, DATA, own_loss), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(values, norms(model, DATA, last_layer=True), rtol=1e-4, atol=1e-6)  # what is left
+    torch.testing.assert_close(
+        values, norms(model, DATA, last_layer=True), rtol=1e-4, atol=1e-6
+    )  # what is left
     model.requires_grad_(False)
     with pytest.raises(ValueError, match="ViTForImageClassification has no trainable parameters"):
         norms(model, DATA)
@@ -323,10 +363,14 @@ def test_last_layer_of_a_linear_model_is_all_of_it(bias):
     data = [{"x": torch.randn(5), "labels": torch.tensor(i % 3)} for i in range(7)]
     rule = RULES["single_label"]
     whole = norms(model, data, rule)
-    torch.testing.assert_close(norms(model, data, rule, last_layer=True), whole, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        norms(model, data, rule, last_layer=True), whole, rtol=1e-5, atol=1e-7
+    )
     x, y = torch.stack([row["x"] for row in data]), torch.stack([row["labels"] for row in data])
     slope = (model.head(x).softmax(-1) - F.one_hot(y, 3)).norm(dim=1)
-    torch.testing.assert_close(whole, slope * (x.square().sum(1) + bias).sqrt(), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        whole, slope * (x.square().sum(1) + bias).sqrt(), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("make", [new_vit, new_resnet, bert])
@@ -345,11 +389,14 @@ def test_last_layer_that_is_not_there():
             return {"logits": 2 * self.head(x)}
 
     data = [{"x": torch.randn(5), "labels": torch.tensor(0)}]
-    with pytest.raises(ValueError, match=r"logits of Scaled, of shape \(1, 3\), are not what its last linear layer gives"):
+    with pytest.raises(
+        ValueError,
+        match=r"logits of Scaled, of shape \(1, 3\), are not what its last linear layer gives",
+    ):
         norms(Scaled(True), data, RULES["single_label"], last_layer=True)
 
 
-# ---- what is left of each run ---------------------------------------------------------------------------------------
+# ---- what is left of each run --------------------------------------------------------------------
 
 
 class Counted:
@@ -382,7 +429,11 @@ def test_finished_runs_are_not_made_again(tmp_path):
     assert three.provenance["seeds"] == [5, 6, 7]
     folder = tmp_path / "scores"
     names = {path.name for path in folder.iterdir() if path.is_file()}
-    assert names == {"settings.json", "scores.safetensors", *(f"run-{seed}.safetensors" for seed in (5, 6, 7))}
+    assert names == {
+        "settings.json",
+        "scores.safetensors",
+        *(f"run-{seed}.safetensors" for seed in (5, 6, 7)),
+    }
     each = [Scores.load(folder / f"run-{seed}.safetensors") for seed in (5, 6, 7)]
     torch.testing.assert_close(three.values, torch.stack([one.values for one in each]).mean(0))
     assert Scores.load(folder / "scores.safetensors").digest == three.digest
@@ -431,7 +482,10 @@ def test_without_checkpoints_an_interrupted_run_begins_anew(tmp_path):
         ({"method": "loss"}, "method: 'el2n' there, 'loss' here"),
         ({"epochs": 1}, "epochs: 2 there, 1 here"),
         ({"data": images(N, seed=1)}, f"dataset: '{N} samples, .*' there, '{N} samples, .*' here"),
-        ({"model_init": new_resnet}, "model: 'ViTForImageClassification' there, 'ResNetForImageClassification' here; param"),
+        (
+            {"model_init": new_resnet},
+            "model: 'ViTForImageClassification' there, 'ResNetForImageClassification' here; param",
+        ),
         (
             {"settings": {"learning_rate": 0.5}},
             r"\(learning_rate: 0.01 there, 0.5 here\): scores of the two cannot be combined",
@@ -449,11 +503,13 @@ def test_run_of_other_settings_that_was_moved_there(tmp_path):
     score("el2n", tmp_path)
     score("el2n", tmp_path, epochs=1, output_dir=tmp_path / "other")
     shutil.copy(tmp_path / "scores" / "run-5.safetensors", tmp_path / "other" / "run-5.safetensors")
-    with pytest.raises(ValueError, match=r"run-5.safetensors is of other settings \(epochs: 2 there, 1 here\)"):
+    with pytest.raises(
+        ValueError, match=r"run-5.safetensors is of other settings \(epochs: 2 there, 1 here\)"
+    ):
         score("el2n", tmp_path, epochs=1, output_dir=tmp_path / "other")
 
 
-# ---- cost -----------------------------------------------------------------------------------------------------------
+# ---- cost ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -474,7 +530,12 @@ def test_passes_by_kind(tmp_path, method, forward, backward, scoring):
 
 def test_pruned_run_is_charged_with_its_scores(tmp_path):
     scores = score("el2n", tmp_path, epochs=0)  # N / 3 passes
-    run = trainer(tmp_path / "run", data=DATA, pruning=StaticPruning(scores, keep_ratio=0.5), num_train_epochs=4)
+    run = trainer(
+        tmp_path / "run",
+        data=DATA,
+        pruning=StaticPruning(scores, keep_ratio=0.5),
+        num_train_epochs=4,
+    )
     run.train()
     report = run.pruning_report
     assert report.passes == pytest.approx(4 * N / 2 + N / 3)
@@ -492,9 +553,13 @@ def test_pruned_run_is_charged_with_its_scores(tmp_path):
 
 def test_scores_of_other_data_are_refused_by_the_trainer(tmp_path):
     policy = StaticPruning(score("el2n", tmp_path, epochs=0))
-    with pytest.raises(ValueError, match=f"of the dataset '{N} samples, .*', the training set is '{N} samples, "):
+    with pytest.raises(
+        ValueError, match=f"of the dataset '{N} samples, .*', the training set is '{N} samples, "
+    ):
         trainer(tmp_path, data=images(N, seed=1), pruning=policy)
-    with pytest.raises(ValueError, match=f"the scores of {N} samples, the training set has {N - 1}"):
+    with pytest.raises(
+        ValueError, match=f"the scores of {N} samples, the training set has {N - 1}"
+    ):
         trainer(tmp_path, data=images(N - 1), pruning=policy)
 
 
@@ -509,7 +574,7 @@ def test_pruned_run_resumes(tmp_path):
     assert again.pruning_report.passes == whole.pruning_report.passes
 
 
-# ---- what cannot be, before anything is trained ---------------------------------------------------------------------
+# ---- what cannot be, before anything is trained --------------------------------------------------
 
 
 def must_not_train():
@@ -519,23 +584,47 @@ def must_not_train():
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"method": "eln2"}, ValueError, "no method 'eln2': did you mean 'el2n'.* The methods are 'el2n', 'grand'"),
+        (
+            {"method": "eln2"},
+            ValueError,
+            "no method 'eln2': did you mean 'el2n'.* The methods are 'el2n', 'grand'",
+        ),
         ({"method": "confidence"}, ValueError, "no method 'confidence'"),
-        ({"model_init": vit()}, TypeError, "model_init is a ViTForImageClassification: wanted is a function"),
+        (
+            {"model_init": vit()},
+            TypeError,
+            "model_init is a ViTForImageClassification: wanted is a function",
+        ),
         ({"model_init": None}, TypeError, "model_init is a NoneType"),
-        ({"epochs": 4}, ValueError, r"'el2n' is to be taken after 4 epochs, and the run has 3 \(num_train_epochs\)"),
+        (
+            {"epochs": 4},
+            ValueError,
+            r"'el2n' is to be taken after 4 epochs, and the run has 3 \(num_train_epochs\)",
+        ),
         ({"epochs": None}, ValueError, "'el2n' is to be taken after 20 epochs, and the run has 3"),
         ({"epochs": -1}, ValueError, "epochs=-1 is out of range"),
         ({"epochs": 1.5}, TypeError, "epochs=1.5 is not a whole number"),
-        ({"method": "forgetting", "epochs": 0}, ValueError, "epochs=0 is out of range: .* at least 1"),
+        (
+            {"method": "forgetting", "epochs": 0},
+            ValueError,
+            "epochs=0 is out of range: .* at least 1",
+        ),
         ({"runs": 0}, ValueError, "runs=0 is out of range"),
         ({"seeds": []}, ValueError, r"seeds=\[\]: wanted is at least one, and each once"),
         ({"seeds": [1, 1]}, ValueError, r"seeds=\[1, 1\]: wanted is at least one, and each once"),
         ({"seeds": [1, 2], "runs": 3}, ValueError, "runs=3 and 2 seeds"),
         ({"seeds": ["a"]}, TypeError, "a seed='a' is not a whole number"),
         ({"settings": {"max_steps": 7}}, ValueError, "max_steps=7: scores are taken after epochs"),
-        ({"scoring_dataset": images(3)}, ValueError, "scoring_dataset has 3 samples, the training dataset 24"),
-        ({"data": datasets.Dataset.from_dict({"pixel_values": [], "labels": []})}, ValueError, "0 samples"),
+        (
+            {"scoring_dataset": images(3)},
+            ValueError,
+            "scoring_dataset has 3 samples, the training dataset 24",
+        ),
+        (
+            {"data": datasets.Dataset.from_dict({"pixel_values": [], "labels": []})},
+            ValueError,
+            "0 samples",
+        ),
         ({"data": DATA.to_iterable_dataset()}, ValueError, "is a stream"),
     ],
 )
@@ -557,7 +646,9 @@ def test_task_without_the_signal(tmp_path, method, task):
         with pytest.raises(KeyboardInterrupt):  # a classification head: it can be had
             score(method, tmp_path, **given)
         return
-    with pytest.raises(ValueError, match=r"single-label classification|is for classification, and this task is"):
+    with pytest.raises(
+        ValueError, match=r"single-label classification|is for classification, and this task is"
+    ):
         score(method, tmp_path, **given)
 
 
@@ -568,22 +659,29 @@ def test_batch_mean_has_no_loss_of_a_sample(tmp_path):
     del given["callbacks"]
     grand = score("grand", tmp_path, epochs=0, **given)  # of batches of one sample
     torch.testing.assert_close(
-        grand.values, loop_of_norms(trained(tmp_path, epochs=0), DATA, own_loss), rtol=1e-3, atol=1e-5
+        grand.values,
+        loop_of_norms(trained(tmp_path, epochs=0), DATA, own_loss),
+        rtol=1e-3,
+        atol=1e-5,
     )
 
 
 def test_scores_that_are_nan_name_the_run(tmp_path):
     bad = DATA[:]["pixel_values"].clone()
     bad[3] = float("nan")
-    data = datasets.Dataset.from_dict({"pixel_values": bad.tolist(), "labels": DATA[:]["labels"].tolist()}).with_format(
-        "torch"
-    )
-    with pytest.raises(ValueError, match="run with seed 5: 1 of 24 scores are NaN, the first that of sample 3"):
+    data = datasets.Dataset.from_dict(
+        {"pixel_values": bad.tolist(), "labels": DATA[:]["labels"].tolist()}
+    ).with_format("torch")
+    with pytest.raises(
+        ValueError, match="run with seed 5: 1 of 24 scores are NaN, the first that of sample 3"
+    ):
         score("loss", tmp_path, data=data, epochs=0)
 
 
 def test_run_that_stops_early_is_not_scored(tmp_path):
-    with pytest.raises(RuntimeError, match="seed 5 ended after 1 of 2 epochs: leave callbacks that stop"):
+    with pytest.raises(
+        RuntimeError, match="seed 5 ended after 1 of 2 epochs: leave callbacks that stop"
+    ):
         score("el2n", tmp_path, callbacks=[StopAfter(1)])
 
 
@@ -602,7 +700,7 @@ def test_published_protocols():
     assert defaults["forgetting"] == (None, 5, "sum")
 
 
-# ---- several ranks --------------------------------------------------------------------------------------------------
+# ---- several ranks -------------------------------------------------------------------------------
 
 SCRIPT = """
 import os
@@ -644,12 +742,14 @@ def test_two_ranks_score_what_one_scores(tmp_path, monkeypatch):
         assert both[0][2] == both[1][2] == str(tmp_path / "2" / method / "scores.safetensors")
 
 
-# ---- the README -----------------------------------------------------------------------------------------------------
+# ---- the README ----------------------------------------------------------------------------------
 
 
 def test_program_of_the_readme_runs_and_is_short(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parent.parent / "README.md").read_text()
-    (program,) = [p for p in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "score_dataset" in p]
+    (program,) = [
+        p for p in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "score_dataset" in p
+    ]
     assert len(program.strip().splitlines()) <= 15
     monkeypatch.chdir(tmp_path)
     scope = {"model_init": new_vit, "args": arguments(tmp_path), "train": DATA}

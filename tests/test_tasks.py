@@ -19,7 +19,7 @@ from transformers import (
 
 from hf_dynprune import UCB, Column, DynamicPruningTrainer, EpochPlan, PruningPolicy
 
-# ---- accumulation ---------------------------------------------------------------------------------------------------
+# ---- accumulation --------------------------------------------------------------------------------
 
 KEPT = 22  # of 30, in batches of 8: the last step has 6 samples, 4 + 2, or 2 + 2 + 2
 
@@ -54,7 +54,9 @@ class Recording(DynamicPruningTrainer):
         index = inputs["sample_index"]
         self.samples = getattr(self, "samples", [])
         for i, weight in enumerate(self.pruner.weights(index).tolist()):
-            sample = {name: value[i : i + 1] for name, value in inputs.items() if name != "sample_index"}
+            sample = {
+                name: value[i : i + 1] for name, value in inputs.items() if name != "sample_index"
+            }
             self.samples.append((int(index[i]), weight, sample))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -62,8 +64,12 @@ class Recording(DynamicPruningTrainer):
 def gradient_of(name, model, samples):
     """By definition: the gradient of sum w L / D, each L by the model from one sample alone."""
     number = [terms_of(name, sample) for _, _, sample in samples]
-    losses = [w * t * model(**sample).loss for (_, w, sample), t in zip(samples, number, strict=True)]
-    wanted = torch.autograd.grad(sum(losses) / sum(number), list(model.parameters()), allow_unused=True)
+    losses = [
+        w * t * model(**sample).loss for (_, w, sample), t in zip(samples, number, strict=True)
+    ]
+    wanted = torch.autograd.grad(
+        sum(losses) / sum(number), list(model.parameters()), allow_unused=True
+    )
     return torch.cat([g.flatten() for g in wanted if g is not None])
 
 
@@ -74,7 +80,9 @@ def train(name, folder, batch, accumulation, *, cls=Recording, define=False, **e
 
     class Note(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+            gradient = torch.cat(
+                [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+            )
             samples = vars(run).pop("samples", [])
             wanted = gradient_of(name, model, samples) if define else None
             steps.append(([(i, weight) for i, weight, _ in samples], gradient, wanted))
@@ -124,22 +132,28 @@ def test_accumulated_batches_train_as_one_big_batch(name, weighted, tmp_path, re
 
 
 @pytest.mark.parametrize(
-    ("name", "ratio"), [("bert", 2.0), ("llama classification", 2.0), ("vit", 1.0), ("llama causal", 1.0)]
+    ("name", "ratio"),
+    [("bert", 2.0), ("llama classification", 2.0), ("vit", 1.0), ("llama causal", 1.0)],
 )
-def test_the_stock_trainer_scales_the_gradient_of_some_models_by_the_accumulation(name, ratio, tmp_path):
+def test_the_stock_trainer_scales_the_gradient_of_some_models_by_the_accumulation(
+    name, ratio, tmp_path
+):
     """If this fails, upstream has changed what the README and the design say of it (huggingface/transformers#47688)."""
     _, big = train(name, tmp_path, 8, 1, cls=Trainer)
     _, steps = train(name, tmp_path, 4, 2, cls=Trainer)
     gradient, expected = steps[0][1], big[0][1]
     found = float(gradient.norm() / expected.norm())
-    assert found == pytest.approx(ratio, rel=1e-3), f"two accumulated batches of {name}: {found} of one big batch's gradient"
+    assert found == pytest.approx(ratio, rel=1e-3), (
+        f"two accumulated batches of {name}: {found} of one big batch's gradient"
+    )
     assert_same_gradient(gradient / ratio, expected)
 
 
-# ---- each score is the loss of its own sample -----------------------------------------------------------------------
+# ---- each score is the loss of its own sample ----------------------------------------------------
 
 TOKENIZER = PreTrainedTokenizerFast(
-    tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")), pad_token="[PAD]"
+    tokenizer_object=Tokenizer(WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]")),
+    pad_token="[PAD]",
 )
 PAD, PAD_LABELS = DataCollatorWithPadding(TOKENIZER), DataCollatorForTokenClassification(TOKENIZER)
 PAD_ALIKE = DataCollatorWithPadding(TOKENIZER, padding="max_length", max_length=12)
@@ -153,7 +167,10 @@ TASKS = {
     "masked LM": (lambda: bert("MaskedLM"), PAD_LABELS),
     "causal LM": (llama, PAD_LABELS),
     "seq2seq": (t5, DataCollatorForSeq2Seq(TOKENIZER)),
-    "question answering": (lambda: bert("QuestionAnswering", num_labels=2), PAD_ALIKE),  # padding, too, could be the answer
+    "question answering": (
+        lambda: bert("QuestionAnswering", num_labels=2),
+        PAD_ALIKE,
+    ),  # padding, too, could be the answer
 }
 
 
@@ -164,7 +181,9 @@ def test_each_score_is_the_loss_of_its_own_sample(task, bf16, tmp_path, reliabil
     make, collator = TASKS[task]
     model, data, widths = make(), texts(task), set()
     with torch.no_grad():
-        for parameter in model.parameters():  # far from uniform predictions, so that the samples differ
+        for (
+            parameter
+        ) in model.parameters():  # far from uniform predictions, so that the samples differ
             parameter.mul_(4.0)
     reference = copy.deepcopy(model).eval()  # in float32, whatever the run is in
 
@@ -191,7 +210,10 @@ def test_each_score_is_the_loss_of_its_own_sample(task, bf16, tmp_path, reliabil
     assert table.observed.all()
     with torch.no_grad():
         alone = torch.stack([reference(**collator([sample])).loss for sample in data])
-    score, close = table["mean"], {"rtol": 2e-2, "atol": 1e-2} if bf16 else {"rtol": 1e-4, "atol": 1e-6}
+    score, close = (
+        table["mean"],
+        {"rtol": 2e-2, "atol": 1e-2} if bf16 else {"rtol": 1e-4, "atol": 1e-6},
+    )
     assert score.dtype == alone.dtype == torch.float32
     assert score.isfinite().all()
     torch.testing.assert_close(score, alone, **close)

@@ -63,7 +63,7 @@ class Spy(TrainerCallback):
         self.totals.append(state.max_steps)
 
 
-# ---- the seams ------------------------------------------------------------------------------------------------------
+# ---- the seams -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SEAMS)
@@ -73,20 +73,35 @@ def test_the_seams_have_the_signatures_that_we_lean_on(name):
 
 def test_the_loop_calls_the_seams_as_we_expect():
     source = inspect.getsource(Trainer._inner_training_loop)
-    order = ["self.get_train_dataloader()", "self.set_initial_training_values(", "self._init_training_state("]
-    order += ["self._prepare_for_training(", "self._run_epoch(\n                model=model,", "self._finalize_training("]
+    order = [
+        "self.get_train_dataloader()",
+        "self.set_initial_training_values(",
+        "self._init_training_state(",
+    ]
+    order += [
+        "self._prepare_for_training(",
+        "self._run_epoch(\n                model=model,",
+        "self._finalize_training(",
+    ]
     assert [source.index(call) for call in order] == sorted(source.index(call) for call in order)
     save = inspect.getsource(Trainer._save_checkpoint)
-    assert save.index("_save_rng_state") < save.index("save_to_json") < save.index("_push_from_checkpoint")
+    assert (
+        save.index("_save_rng_state")
+        < save.index("save_to_json")
+        < save.index("_push_from_checkpoint")
+    )
     assert "loss_is_scaled_for_ga" in inspect.getsource(Trainer.training_step)
     assert "_get_num_items_in_batch" in inspect.getsource(Trainer.get_batch_samples)
 
 
-# ---- promise 1: a score belongs to the sample that produced it --------------------------------------------------------
+# ---- promise 1: a score belongs to the sample that produced it -----------------------------------
 
 
 def tuple_free_collator(features):
-    return {"value": torch.stack([feature["value"] for feature in features]), "junk": torch.zeros(len(features))}
+    return {
+        "value": torch.stack([feature["value"] for feature in features]),
+        "junk": torch.zeros(len(features)),
+    }
 
 
 def dict_collator(features):
@@ -137,7 +152,9 @@ def test_the_whole_table_holds_each_samples_own_loss(name, workers, tmp_path):
     if workers:
         settings |= {"dataloader_prefetch_factor": 3, "dataloader_persistent_workers": True}
     extra = {"per_sample_loss_fn": known_losses}
-    run = trainer(tmp_path, model=KnownLoss(), data=data, pruning=UCB(keep_ratio=0.6), extra=extra, **settings)
+    run = trainer(
+        tmp_path, model=KnownLoss(), data=data, pruning=UCB(keep_ratio=0.6), extra=extra, **settings
+    )
     run.train()
     expected = torch.tensor([float(data[i]["value"]) for i in range(len(data))])
     observed = run.pruner.table.observed
@@ -146,7 +163,9 @@ def test_the_whole_table_holds_each_samples_own_loss(name, workers, tmp_path):
     assert run.pruner.table["variance"].abs().max() < 1e-9
 
 
-@pytest.mark.parametrize("collator", [None, default_data_collator, tuple_free_collator, dict_collator])
+@pytest.mark.parametrize(
+    "collator", [None, default_data_collator, tuple_free_collator, dict_collator]
+)
 @pytest.mark.parametrize("remove", [True, False])
 def test_any_collator_and_unused_columns(collator, remove, tmp_path):
     if collator is tuple_free_collator:
@@ -158,7 +177,12 @@ def test_any_collator_and_unused_columns(collator, remove, tmp_path):
         Model = KnownLoss
     extra = {"per_sample_loss_fn": known_losses, "data_collator": collator}
     run = trainer(
-        tmp_path, model=Model(), data=values(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=remove
+        tmp_path,
+        model=Model(),
+        data=values(20),
+        pruning=UCB(keep_ratio=0.5),
+        extra=extra,
+        remove_unused_columns=remove,
     )
     run.train()
     torch.testing.assert_close(run.pruner.table["mean"], torch.arange(1.0, 21.0))
@@ -167,14 +191,22 @@ def test_any_collator_and_unused_columns(collator, remove, tmp_path):
 def test_datasets_that_return_whole_batches(tmp_path):
     extra = {"per_sample_loss_fn": known_losses, "data_collator": lambda batch: batch}
     run = trainer(
-        tmp_path, model=KnownLoss(), data=Batched(20), pruning=UCB(keep_ratio=0.5), extra=extra, remove_unused_columns=False
+        tmp_path,
+        model=KnownLoss(),
+        data=Batched(20),
+        pruning=UCB(keep_ratio=0.5),
+        extra=extra,
+        remove_unused_columns=False,
     )
     run.train()
     torch.testing.assert_close(run.pruner.table["mean"], torch.arange(1.0, 21.0))
 
 
 def test_a_collator_that_returns_no_dict_is_an_error_at_the_first_batch(tmp_path):
-    extra = {"per_sample_loss_fn": known_losses, "data_collator": lambda features: [f["value"] for f in features]}
+    extra = {
+        "per_sample_loss_fn": known_losses,
+        "data_collator": lambda features: [f["value"] for f in features],
+    }
     run = trainer(tmp_path, model=KnownLoss(), data=values(), pruning=UCB(0.5), extra=extra)
     with pytest.raises(TypeError, match="returned a list"):
         run.train()
@@ -187,7 +219,14 @@ def test_a_nonfinite_loss_never_poisons_the_table(bad, tmp_path):
     dataset = datasets.Dataset.from_dict({"value": data}).with_format("torch")
     extra = {"per_sample_loss_fn": known_losses}
     settings = {"max_grad_norm": 0.0, "learning_rate": 0.0, "num_train_epochs": 4}
-    run = trainer(tmp_path, model=KnownLoss(), data=dataset, pruning=UCB(keep_ratio=0.5), extra=extra, **settings)
+    run = trainer(
+        tmp_path,
+        model=KnownLoss(),
+        data=dataset,
+        pruning=UCB(keep_ratio=0.5),
+        extra=extra,
+        **settings,
+    )
     run.train()
     mean = run.pruner.table["mean"]
     assert mean[3].isnan()
@@ -197,10 +236,13 @@ def test_a_nonfinite_loss_never_poisons_the_table(bad, tmp_path):
     assert run.pruning_report.totals["nonfinite"] == 1  # and it is not chosen again: it scores -inf
 
 
-# ---- promise 2: the budget -------------------------------------------------------------------------------------------
+# ---- promise 2: the budget -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("policy", [RandomPruning(0.3), RandomPruning(0.3, replacement=False), EpsilonGreedy(0.3), UCB(0.3)])
+@pytest.mark.parametrize(
+    "policy",
+    [RandomPruning(0.3), RandomPruning(0.3, replacement=False), EpsilonGreedy(0.3), UCB(0.3)],
+)
 def test_keep_ratio_is_what_is_trained(policy, tmp_path):
     run = trainer(tmp_path, data=images(50), pruning=policy, num_train_epochs=4)
     batches = recorded(run)
@@ -208,7 +250,12 @@ def test_keep_ratio_is_what_is_trained(policy, tmp_path):
     report = run.pruning_report
     assert [record.samples for record in report.epochs] == [15] * 4
     assert [record.optimizer_steps for record in report.epochs] == [2] * 4
-    assert report.totals["forward_passes"] == report.totals["backward_passes"] == sum(map(len, batches)) == 60
+    assert (
+        report.totals["forward_passes"]
+        == report.totals["backward_passes"]
+        == sum(map(len, batches))
+        == 60
+    )
     assert report.cost_ratio == pytest.approx(0.3)
     per_epoch = [batches[i] + batches[i + 1] for i in range(0, 8, 2)]
     assert all(len(set(epoch)) == 15 for epoch in per_epoch)
@@ -241,14 +288,20 @@ def test_epochs_of_different_lengths_train_every_kept_sample_once(tmp_path):
 
 
 def test_drop_last_drops_the_tail_and_counts(tmp_path):
-    run = trainer(tmp_path, data=images(50), pruning=RandomPruning(0.5), dataloader_drop_last=True, num_train_epochs=2)
+    run = trainer(
+        tmp_path,
+        data=images(50),
+        pruning=RandomPruning(0.5),
+        dataloader_drop_last=True,
+        num_train_epochs=2,
+    )
     batches = recorded(run)
     run.train()
     assert [len(b) for b in batches] == [8] * 6
     assert run.pruning_report.totals["forward_passes"] == 48
 
 
-# ---- promise 3: the schedule follows the budget ----------------------------------------------------------------------
+# ---- promise 3: the schedule follows the budget --------------------------------------------------
 
 
 def wsd(v, warmup, total):
@@ -264,17 +317,26 @@ def wsd(v, warmup, total):
 
 
 def cosine(v, warmup, total):
-    return v / warmup if v < warmup else 0.5 * (1 + math.cos(math.pi * (v - warmup) / (total - warmup)))
+    return (
+        v / warmup
+        if v < warmup
+        else 0.5 * (1 + math.cos(math.pi * (v - warmup) / (total - warmup)))
+    )
 
 
 SCHEDULES = {
     "linear": ({}, lambda v, w, t: v / w if v < w else (t - v) / (t - w)),
     "cosine": ({}, cosine),
-    "cosine_with_min_lr": ({"min_lr_rate": 0.1}, lambda v, w, t: v / w if v < w else 0.1 + 0.9 * cosine(v, w, t)),
+    "cosine_with_min_lr": (
+        {"min_lr_rate": 0.1},
+        lambda v, w, t: v / w if v < w else 0.1 + 0.9 * cosine(v, w, t),
+    ),
     "constant_with_warmup": ({}, lambda v, w, t: min(1.0, v / w)),
     "polynomial": (
         {"lr_end": 1e-3, "power": 2.0},
-        lambda v, w, t: v / w if v < w else ((1e-2 - 1e-3) * (1 - (v - w) / (t - w)) ** 2 + 1e-3) / 1e-2,
+        lambda v, w, t: (
+            v / w if v < w else ((1e-2 - 1e-3) * (1 - (v - w) / (t - w)) ** 2 + 1e-3) / 1e-2
+        ),
     ),
     "warmup_stable_decay": ({"num_decay_steps": 4}, wsd),
 }
@@ -296,14 +358,20 @@ def test_the_learning_rate_of_each_step_is_that_of_a_hand_computed_schedule(name
     lengths = [5, 3, 1, 3]  # batches of 8 in 40, 24, 8, 24 samples
     total, mean = 12, 3
     steps = 3  # 3 by itself, and ceil(12 * 0.25)
-    virtual = [mean * e + mean * k / length for e, length in enumerate(lengths) for k in range(length)]
+    virtual = [
+        mean * e + mean * k / length for e, length in enumerate(lengths) for k in range(length)
+    ]
     expected = [1e-2 * schedule(v, steps, total) for v in virtual]
     assert learning_rates(run) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert run.pruning_report.epochs[-1].learning_rate == pytest.approx(1e-2 * schedule(total, steps, total), abs=1e-12)
+    assert run.pruning_report.epochs[-1].learning_rate == pytest.approx(
+        1e-2 * schedule(total, steps, total), abs=1e-12
+    )
 
 
 def test_constant_lengths_give_the_schedule_of_that_many_steps_bit_for_bit(tmp_path):
-    run = trainer(tmp_path, pruning=UCB(0.4), lr_scheduler_type="cosine", warmup_steps=2, num_train_epochs=5)
+    run = trainer(
+        tmp_path, pruning=UCB(0.4), lr_scheduler_type="cosine", warmup_steps=2, num_train_epochs=5
+    )
     run.train()
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1e-2)
     stock = get_scheduler("cosine", optimizer, num_warmup_steps=2, num_training_steps=10)
@@ -318,7 +386,13 @@ def test_constant_lengths_give_the_schedule_of_that_many_steps_bit_for_bit(tmp_p
 
 def test_max_steps_is_a_budget(tmp_path):
     spy = Spy()
-    run = trainer(tmp_path, pruning=Shares(shares=(1.0, 0.3)), max_steps=17, extra={"callbacks": [spy]}, warmup_steps=0.2)
+    run = trainer(
+        tmp_path,
+        pruning=Shares(shares=(1.0, 0.3)),
+        max_steps=17,
+        extra={"callbacks": [spy]},
+        warmup_steps=0.2,
+    )
     run.train()
     # 5, 2, 5, 2, then 3 of 5 steps
     assert run.state.global_step == 17
@@ -342,7 +416,10 @@ def test_max_steps_goes_on_until_it_is_spent_where_sizes_are_not_known(known, tm
 def test_unknown_sizes_end_with_the_learning_rate_at_its_end(tmp_path):
     spy = Spy()
     run = trainer(
-        tmp_path, pruning=Shares(shares=(0.2, 0.6, 1.0), known=False), num_train_epochs=3, extra={"callbacks": [spy]}
+        tmp_path,
+        pruning=Shares(shares=(0.2, 0.6, 1.0), known=False),
+        num_train_epochs=3,
+        extra={"callbacks": [spy]},
     )
     run.train()
     assert run.state.global_step == run.state.max_steps == 1 + 3 + 5
@@ -361,21 +438,32 @@ def test_fractional_epochs(tmp_path):
 
 
 def test_a_plan_scales_the_learning_rate_from_its_first_step_on(tmp_path):
-    run = trainer(tmp_path, pruning=Shares(shares=(0.4,), lr_scale=2.0, first=1), num_train_epochs=2)
+    run = trainer(
+        tmp_path, pruning=Shares(shares=(0.4,), lr_scale=2.0, first=1), num_train_epochs=2
+    )
     run.train()
     # 5 full-data steps, then 2 of the plan: F = 3.5, T = 7
     virtual, scale = [0.7 * k for k in range(5)] + [3.5, 3.5 + 1.75], [1] * 5 + [2] * 2
-    assert learning_rates(run) == pytest.approx([1e-2 * (1 - v / 7) * s for v, s in zip(virtual, scale, strict=True)])
+    assert learning_rates(run) == pytest.approx(
+        [1e-2 * (1 - v / 7) * s for v, s in zip(virtual, scale, strict=True)]
+    )
 
 
 def test_a_scheduler_that_is_passed_in_is_left_alone_with_one_warning(tmp_path, caplog):
     model = vit()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (step + 1))
-    run = trainer(tmp_path, model=model, pruning=UCB(0.4), extra={"optimizers": (optimizer, scheduler)})
+    run = trainer(
+        tmp_path, model=model, pruning=UCB(0.4), extra={"optimizers": (optimizer, scheduler)}
+    )
     run.train()
     assert learning_rates(run) == pytest.approx([1e-2 / (s + 1) for s in range(6)])
-    assert next(r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()).count("6 optimizer steps") == 1
+    assert (
+        next(r.getMessage() for r in caplog.records if "scheduler" in r.getMessage()).count(
+            "6 optimizer steps"
+        )
+        == 1
+    )
 
 
 def test_reduce_lr_on_plateau_follows_the_metric(tmp_path):
@@ -395,13 +483,33 @@ def test_reduce_lr_on_plateau_follows_the_metric(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "evaluations", "saves"),
     [
-        ({"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3}, [2, 4, 6, 8, 9], [3, 6, 9]),
-        ({"eval_strategy": "steps", "eval_steps": 0.5, "save_strategy": "steps", "save_steps": 0.4}, [5, 9], [4, 8, 9]),
+        (
+            {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 3},
+            [2, 4, 6, 8, 9],
+            [3, 6, 9],
+        ),
+        (
+            {
+                "eval_strategy": "steps",
+                "eval_steps": 0.5,
+                "save_strategy": "steps",
+                "save_steps": 0.4,
+            },
+            [5, 9],
+            [4, 8, 9],
+        ),
         ({"eval_strategy": "epoch", "save_strategy": "epoch"}, [5, 7, 9], [5, 7, 9]),
     ],
 )
-def test_logging_evaluation_and_saving_by_steps_share_and_epochs(settings, evaluations, saves, tmp_path):
-    run = trainer(tmp_path, pruning=Shares(shares=(1.0, 0.3, 0.4)), extra={"eval_dataset": images(8)}, **settings)
+def test_logging_evaluation_and_saving_by_steps_share_and_epochs(
+    settings, evaluations, saves, tmp_path
+):
+    run = trainer(
+        tmp_path,
+        pruning=Shares(shares=(1.0, 0.3, 0.4)),
+        extra={"eval_dataset": images(8)},
+        **settings,
+    )
     run.train()
     assert [e["step"] for e in run.state.log_history if "eval_loss" in e] == evaluations
     assert sorted(int(p.name.split("-")[1]) for p in tmp_path.glob("checkpoint-*")) == saves
@@ -418,9 +526,15 @@ def test_samples_per_second_counts_what_was_trained(tmp_path):
 def test_samples_per_second_of_a_resumed_run_counts_its_own_samples(tmp_path):
     settings = {"pruning": UCB(0.6), "save_strategy": "steps", "save_steps": 4}
     trainer(tmp_path, **settings).train()
-    metrics = trainer(tmp_path / "b", **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4")).metrics
+    metrics = (
+        trainer(tmp_path / "b", **settings)
+        .train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+        .metrics
+    )
     trained = metrics["train_samples_per_second"] * metrics["train_runtime"]
-    assert trained == pytest.approx(3 * 24 - 24 - 8, rel=0.05)  # 3 batches of 8 an epoch, 4 of them before
+    assert trained == pytest.approx(
+        3 * 24 - 24 - 8, rel=0.05
+    )  # 3 batches of 8 an epoch, 4 of them before
 
 
 def test_the_progress_bar_knows_the_true_number_of_steps(tmp_path):
@@ -431,19 +545,26 @@ def test_the_progress_bar_knows_the_true_number_of_steps(tmp_path):
             super().on_step_end(args, state, control, **kwargs)
             totals.append((self.training_bar.n, self.training_bar.total))
 
-    run = trainer(tmp_path, pruning=Shares(shares=(0.2, 0.6, 1.0), known=False), extra={"callbacks": [Bar()]})
+    run = trainer(
+        tmp_path, pruning=Shares(shares=(0.2, 0.6, 1.0), known=False), extra={"callbacks": [Bar()]}
+    )
     run.train()
     assert totals[0] == (1, 11)
     assert totals[-1] == (9, 9)
 
 
-# ---- the loss --------------------------------------------------------------------------------------------------------
+# ---- the loss ------------------------------------------------------------------------------------
 
 
 def test_label_smoothing_trains_the_smoothed_loss_and_observes_the_plain_one(tmp_path):
-    ours = trainer(tmp_path, pruning=Shares(shares=(1.0,)), label_smoothing_factor=0.2, learning_rate=0.0)
+    ours = trainer(
+        tmp_path, pruning=Shares(shares=(1.0,)), label_smoothing_factor=0.2, learning_rate=0.0
+    )
     assert ours.train().training_loss == pytest.approx(
-        trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2, learning_rate=0.0).train().training_loss, rel=1e-5
+        trainer(tmp_path, cls=Trainer, label_smoothing_factor=0.2, learning_rate=0.0)
+        .train()
+        .training_loss,
+        rel=1e-5,
     )
     data = images(40)
     with torch.no_grad():
@@ -464,17 +585,27 @@ def test_seq2seq_through_the_mixin(tmp_path):
         pass
 
     torch.manual_seed(0)
-    config = T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0)
+    config = T5Config(
+        vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
     config.decoder_start_token_id = 0
     tokens = torch.randint(1, 32, (20, 5), generator=torch.Generator().manual_seed(0))
     labels = tokens.clone()
     labels[::2, 3:] = -100
     data = datasets.Dataset.from_dict({"input_ids": tokens.tolist(), "labels": labels.tolist()})
     args = Seq2SeqTrainingArguments(
-        str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, num_train_epochs=2, save_strategy="no"
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        disable_tqdm=True,
+        num_train_epochs=2,
+        save_strategy="no",
     )
     run = PrunedSeq2SeqTrainer(
-        model=T5ForConditionalGeneration(config), args=args, train_dataset=data, pruning=UCB(keep_ratio=0.5)
+        model=T5ForConditionalGeneration(config),
+        args=args,
+        train_dataset=data,
+        pruning=UCB(keep_ratio=0.5),
     )
     run.train()
     assert run.pruner.table.observed.all()
@@ -497,7 +628,13 @@ def test_an_auxiliary_loss_is_kept(tmp_path):
     model = MixtralForCausalLM(config)
     tokens = torch.randint(0, 32, (16, 6), generator=torch.Generator().manual_seed(0)).tolist()
     data = datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
-    settings = {"data": data, "per_device_train_batch_size": 4, "max_steps": 4, "optim": "sgd", "max_grad_norm": 0.0}
+    settings = {
+        "data": data,
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+    }
     twin = copy.deepcopy(model)
     stock = trainer(tmp_path, cls=Trainer, model=twin, **settings).train()
     ours = trainer(tmp_path, model=model, pruning=FullData(), **settings).train()
@@ -522,23 +659,38 @@ def language_model(vocabulary, layers=1):
 
 
 def sequences(vocabulary, n=16, length=32):
-    tokens = torch.randint(0, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = torch.randint(
+        0, vocabulary, (n, length), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     return datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
 
 
 def peak_memory(folder, make=lambda: language_model(8192), **settings):
     """The most bytes of tensors at a time, beyond those before the run, by torch's own count."""
-    run = trainer(folder, model=make(), data=sequences(8192), per_device_train_batch_size=4, max_steps=3, **settings)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    run = trainer(
+        folder,
+        model=make(),
+        data=sequences(8192),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        **settings,
+    )
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         run.train()
     profile.export_chrome_trace(str(folder / "trace.json"))
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
-    allocated = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    allocated = [
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    ]
     return max(allocated) - allocated[0]
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_a_large_vocabulary_takes_no_more_memory_than_in_the_stock_trainer(bf16, tmp_path, reliability):
+def test_a_large_vocabulary_takes_no_more_memory_than_in_the_stock_trainer(
+    bf16, tmp_path, reliability
+):
     """Also on the first batch, where the model's own loss is computed and compared."""
     stock = peak_memory(tmp_path, cls=Trainer, bf16=bf16)
     ours = peak_memory(tmp_path, pruning=UCB(keep_ratio=1.0), bf16=bf16)
@@ -552,8 +704,17 @@ def test_a_large_vocabulary_takes_no_more_memory_where_the_model_computes_its_lo
 
     def make():
         torch.manual_seed(0)
-        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
-        return T5ForConditionalGeneration(T5Config(vocab_size=8192, decoder_start_token_id=0, **sizes))
+        sizes = {
+            "d_model": 16,
+            "d_kv": 8,
+            "d_ff": 16,
+            "num_layers": 1,
+            "num_heads": 2,
+            "dropout_rate": 0.0,
+        }
+        return T5ForConditionalGeneration(
+            T5Config(vocab_size=8192, decoder_start_token_id=0, **sizes)
+        )
 
     stock = peak_memory(tmp_path, make, cls=Trainer)
     assert peak_memory(tmp_path, make, pruning=UCB(keep_ratio=1.0)) <= 1.05 * stock
@@ -568,7 +729,9 @@ def test_a_models_own_loss_is_computed_on_the_first_batch_alone(tmp_path):
         return stock(*args, **kwargs)
 
     model.loss_function = count
-    run = trainer(tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), per_device_train_batch_size=4)
+    run = trainer(
+        tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), per_device_train_batch_size=4
+    )
     run.train()
     assert run.state.global_step == 6
     assert len(calls) == 1
@@ -587,8 +750,14 @@ def test_the_outputs_of_a_batch_have_its_mean_loss(tmp_path):
             seen.append((outputs.loss.item(), loss.item(), outputs.loss.requires_grad))
             return (loss, outputs) if return_outputs else loss
 
-    settings = {"pruning": UCB(0.5), "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    trainer(tmp_path, cls=Looking, model=language_model(64), data=sequences(64), max_steps=2, **settings).train()
+    settings = {
+        "pruning": UCB(0.5),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+    }
+    trainer(
+        tmp_path, cls=Looking, model=language_model(64), data=sequences(64), max_steps=2, **settings
+    ).train()
     assert len(seen) == 4
     for mean, loss, requires_grad in seen:
         assert mean == pytest.approx(2 * loss, rel=1e-5)
@@ -606,8 +775,12 @@ def test_a_fused_loss_is_refused_with_the_cure(tmp_path):
 
     model = language_model(64)
     model.__class__ = Fused
-    run = trainer(tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), remove_unused_columns=False)
-    with pytest.raises(ValueError, match=r"liger_kernel_config=\{\"fused_linear_cross_entropy\": False\}"):
+    run = trainer(
+        tmp_path, model=model, data=sequences(64), pruning=UCB(0.5), remove_unused_columns=False
+    )
+    with pytest.raises(
+        ValueError, match=r"liger_kernel_config=\{\"fused_linear_cross_entropy\": False\}"
+    ):
         run.train()
     assert run.state.global_step == 0
 
@@ -615,12 +788,14 @@ def test_a_fused_loss_is_refused_with_the_cure(tmp_path):
 def test_torch_compile_trains_the_same(tmp_path):
     losses = []
     for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        run = trainer(tmp_path, model=language_model(64), data=sequences(64), pruning=UCB(0.5), **settings)
+        run = trainer(
+            tmp_path, model=language_model(64), data=sequences(64), pruning=UCB(0.5), **settings
+        )
         losses.append(run.train().training_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-# ---- promise 5: off means off ----------------------------------------------------------------------------------------
+# ---- promise 5: off means off --------------------------------------------------------------------
 
 
 def test_pruning_none_is_the_stock_trainer(tmp_path):
@@ -630,18 +805,27 @@ def test_pruning_none_is_the_stock_trainer(tmp_path):
         run.train()
     assert same_weights(stock.model, off.model)
     drop = ("train_runtime", "train_samples_per_second", "train_steps_per_second")
-    logs = [[{k: v for k, v in e.items() if k not in drop} for e in run.state.log_history] for run in (stock, off)]
+    logs = [
+        [{k: v for k, v in e.items() if k not in drop} for e in run.state.log_history]
+        for run in (stock, off)
+    ]
     assert logs[0] == logs[1]
     assert off.pruning_report is None
     assert off.pruner is None
     assert "loss_is_scaled_for_ga" not in vars(off)
-    assert [type(c) for c in off.callback_handler.callbacks] == [type(c) for c in stock.callback_handler.callbacks]
+    assert [type(c) for c in off.callback_handler.callbacks] == [
+        type(c) for c in stock.callback_handler.callbacks
+    ]
 
 
 @pytest.mark.parametrize("n", [40, 37])
 def test_full_data_is_the_stock_run(n, tmp_path):
-    stock = trainer(tmp_path, cls=Trainer, data=images(n), lr_scheduler_type="cosine", warmup_steps=2)
-    ours = trainer(tmp_path, pruning=FullData(), data=images(n), lr_scheduler_type="cosine", warmup_steps=2)
+    stock = trainer(
+        tmp_path, cls=Trainer, data=images(n), lr_scheduler_type="cosine", warmup_steps=2
+    )
+    ours = trainer(
+        tmp_path, pruning=FullData(), data=images(n), lr_scheduler_type="cosine", warmup_steps=2
+    )
     batches = recorded(ours)
     for run in (stock, ours):
         run.train()
@@ -664,7 +848,7 @@ def test_evaluation_and_prediction_are_untouched(tmp_path):
     assert (ours.predict(held_out).predictions == stock.predict(held_out).predictions).all()
 
 
-# ---- the record ------------------------------------------------------------------------------------------------------
+# ---- the record ----------------------------------------------------------------------------------
 
 
 def test_each_epochs_logs_reach_the_loggers(tmp_path):
@@ -694,17 +878,28 @@ class Events(TrainerCallback):
 
     def __getattribute__(self, name):
         if name.startswith("on_"):
-            return lambda args, state, control, **kwargs: self.seen.append((name, state.global_step))
+            return lambda args, state, control, **kwargs: self.seen.append(
+                (name, state.global_step)
+            )
         return super().__getattribute__(name)
 
 
 def test_callbacks_see_the_events_of_the_stock_trainer_in_its_order(tmp_path):
-    settings = {"eval_strategy": "steps", "eval_steps": 4, "save_strategy": "steps", "save_steps": 4, "logging_steps": 3}
+    settings = {
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "logging_steps": 3,
+    }
     settings["per_device_train_batch_size"] = 10
     seen = {}
     for name, options in {
         "stock": {"cls": Trainer, "num_train_epochs": 2},
-        "pruned": {"pruning": RandomPruning(0.5), "num_train_epochs": 4},  # as many steps, in twice as many epochs
+        "pruned": {
+            "pruning": RandomPruning(0.5),
+            "num_train_epochs": 4,
+        },  # as many steps, in twice as many epochs
         "full": {"pruning": FullData(), "num_train_epochs": 2},
     }.items():
         events = Events()
@@ -712,7 +907,9 @@ def test_callbacks_see_the_events_of_the_stock_trainer_in_its_order(tmp_path):
         trainer(tmp_path / name, **settings, **options).train()
         # Each epoch logs once more, at its start: kept share, scores.
         own = [
-            i for i, (event, _) in enumerate(events.seen) if event == "on_log" and events.seen[i - 1][0] == "on_epoch_begin"
+            i
+            for i, (event, _) in enumerate(events.seen)
+            if event == "on_log" and events.seen[i - 1][0] == "on_epoch_begin"
         ]
         assert len(own) == (0 if name == "stock" else options["num_train_epochs"])
         seen[name] = [event for i, event in enumerate(events.seen) if i not in own]
@@ -737,7 +934,11 @@ def test_our_messages_follow_the_verbosity_of_transformers():
 
 def test_the_report_tells_of_the_run(tmp_path):
     run = trainer(
-        tmp_path, pruning=RandomPruning(0.5, first=1), eval_strategy="epoch", extra={"eval_dataset": images(10)}, seed=3
+        tmp_path,
+        pruning=RandomPruning(0.5, first=1),
+        eval_strategy="epoch",
+        extra={"eval_dataset": images(10)},
+        seed=3,
     )
     run.train()
     report = run.pruning_report
@@ -758,7 +959,9 @@ def test_the_report_tells_of_the_run(tmp_path):
 
 
 def test_an_evaluation_after_the_end_does_not_replace_the_last_epochs(tmp_path):
-    run = trainer(tmp_path, pruning=UCB(0.5), eval_strategy="epoch", extra={"eval_dataset": images(10)})
+    run = trainer(
+        tmp_path, pruning=UCB(0.5), eval_strategy="epoch", extra={"eval_dataset": images(10)}
+    )
     run.train()
     loss = run.pruning_report.metrics["eval_loss"]
     run.evaluate(images(10, seed=5), metric_key_prefix="eval")
@@ -776,7 +979,7 @@ def test_global_random_states_are_the_stock_trainers(tmp_path):
     assert torch.equal(torch.rand(3), expected)
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -801,7 +1004,11 @@ class OwnSampler(Trainer):
         ({"data": Stream()}, ValueError, "stream"),
         ({"data": values(3).to_iterable_dataset()}, ValueError, "stream"),
         ({"data": values(0)}, ValueError, "empty"),
-        ({"dataloader_drop_last": True, "per_device_train_batch_size": 32}, ValueError, r"keeps 20 of 40 .* drop_last"),
+        (
+            {"dataloader_drop_last": True, "per_device_train_batch_size": 32},
+            ValueError,
+            r"keeps 20 of 40 .* drop_last",
+        ),
         ({"train_sampling_strategy": "group_by_length"}, ValueError, "group_by_length"),
         ({"train_sampling_strategy": "sequential"}, ValueError, "sequential"),
         ({"model": KnownLoss()}, ValueError, "per_sample_loss_fn"),
@@ -810,9 +1017,21 @@ class OwnSampler(Trainer):
             ValueError,
             "per_sample_loss_fn",
         ),
-        ({"cls": type("Mixed", (DynamicPruningMixin, OwnLoss), {})}, ValueError, "OwnLoss.compute_loss"),
-        ({"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})}, ValueError, "OwnSampler._get_train_sampler"),
-        ({"data": images().with_transform(lambda batch: batch)}, ValueError, "remove_unused_columns=False"),
+        (
+            {"cls": type("Mixed", (DynamicPruningMixin, OwnLoss), {})},
+            ValueError,
+            "OwnLoss.compute_loss",
+        ),
+        (
+            {"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})},
+            ValueError,
+            "OwnSampler._get_train_sampler",
+        ),
+        (
+            {"data": images().with_transform(lambda batch: batch)},
+            ValueError,
+            "remove_unused_columns=False",
+        ),
         ({"pruning": UCB(0.5, signal="el2m")}, ValueError, "el2m"),
         ({"extra": {"per_sample_loss_fn": "single"}}, ValueError, "single_label"),
     ],
@@ -826,7 +1045,9 @@ def test_bad_input_is_an_error_at_construction(changes, error, message, tmp_path
 def test_several_gpus_in_one_process_are_refused_with_the_way_out(tmp_path):
     args = arguments(tmp_path)
     args._n_gpu = 2  # what plain `python` finds on a machine with two
-    with pytest.raises(ValueError, match=r"2 GPUs in one process .*torchrun --nproc_per_node 2 script\.py"):
+    with pytest.raises(
+        ValueError, match=r"2 GPUs in one process .*torchrun --nproc_per_node 2 script\.py"
+    ):
         DynamicPruningTrainer(model=vit(), args=args, train_dataset=images(), pruning=UCB(0.5))
 
 
@@ -839,7 +1060,13 @@ def test_several_gpus_in_one_process_are_refused_with_the_way_out(tmp_path):
     ],
 )
 def test_a_wrong_per_sample_loss_is_an_error_at_the_first_batch(function, message, tmp_path):
-    run = trainer(tmp_path, model=KnownLoss(), data=values(), pruning=UCB(0.5), extra={"per_sample_loss_fn": function})
+    run = trainer(
+        tmp_path,
+        model=KnownLoss(),
+        data=values(),
+        pruning=UCB(0.5),
+        extra={"per_sample_loss_fn": function},
+    )
     with pytest.raises(ValueError, match=message):
         run.train()
     assert run.state.global_step == 0
@@ -862,9 +1089,15 @@ def test_a_users_loss_function_with_its_per_sample_form(tmp_path):
         return 2 * torch.nn.functional.cross_entropy(outputs.logits, labels)
 
     def per_sample(outputs, inputs):
-        return 2 * torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        return 2 * torch.nn.functional.cross_entropy(
+            outputs.logits, inputs["labels"], reduction="none"
+        )
 
-    run = trainer(tmp_path, pruning=UCB(0.5), extra={"compute_loss_func": loss, "per_sample_loss_fn": per_sample})
+    run = trainer(
+        tmp_path,
+        pruning=UCB(0.5),
+        extra={"compute_loss_func": loss, "per_sample_loss_fn": per_sample},
+    )
     run.train()
     assert run.pruner.table.observed.all()
 
@@ -878,7 +1111,9 @@ def test_mixed_samples_are_refused_at_the_first_batch(share, tmp_path):
         return batch
 
     run = trainer(tmp_path, pruning=UCB(0.5), extra={"data_collator": mixup})
-    if share == 1.0:  # several labels may be right, and each is or is not: that is a task of its own
+    if (
+        share == 1.0
+    ):  # several labels may be right, and each is or is not: that is a task of its own
         run.train()
         return
     with pytest.raises(ValueError, match="as mixup and cutmix make them"):
@@ -902,13 +1137,18 @@ class OnlyABatchLoss(torch.nn.Module):
 def test_the_mean_of_a_batch_where_there_is_no_loss_of_a_sample(tmp_path):
     """Trained on all data with the fallback, the model is the stock Trainer's."""
     runs = []
-    for settings in ({"cls": Trainer}, {"pruning": FullData(), "extra": {"per_sample_loss_fn": "batch_mean"}}):
+    for settings in (
+        {"cls": Trainer},
+        {"pruning": FullData(), "extra": {"per_sample_loss_fn": "batch_mean"}},
+    ):
         runs.append(trainer(tmp_path, model=OnlyABatchLoss(), **settings))
         runs[-1].train()
     for a, b in zip(runs[0].model.parameters(), runs[1].model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     extra = {"per_sample_loss_fn": "batch_mean"}
-    run = trainer(tmp_path, model=OnlyABatchLoss(), pruning=UCB(0.5), extra=extra, learning_rate=0.0)
+    run = trainer(
+        tmp_path, model=OnlyABatchLoss(), pruning=UCB(0.5), extra=extra, learning_rate=0.0
+    )
     batches = recorded(run)
     run.train()
     first = run.pruner.table["mean"][torch.tensor(batches[0])]
@@ -924,7 +1164,9 @@ def test_a_per_sample_loss_may_use_the_models_own(tmp_path):
 
     model = OnlyABatchLoss()
     before = model.encoder.weight.clone()
-    trainer(tmp_path, model=model, pruning=UCB(0.5), extra={"per_sample_loss_fn": per_sample}).train()
+    trainer(
+        tmp_path, model=model, pruning=UCB(0.5), extra={"per_sample_loss_fn": per_sample}
+    ).train()
     assert not torch.equal(before, model.encoder.weight)
 
 
@@ -950,7 +1192,10 @@ def test_operations_are_counted_once_in_a_run_and_as_by_the_stock_trainer(tmp_pa
         run = trainer(tmp_path / name, num_train_epochs=2, **extra)
         counts.clear()
         run.train()
-        runs[name] = (sum(1 for kwargs in counts if kwargs.get("exclude_embeddings")), run.state.total_flos)
+        runs[name] = (
+            sum(1 for kwargs in counts if kwargs.get("exclude_embeddings")),
+            run.state.total_flos,
+        )
     assert runs["stock"][0] == 10  # steps
     assert runs["pruned"][0] == 1
     assert runs["pruned"][1] == runs["stock"][1] > 0
@@ -958,7 +1203,9 @@ def test_operations_are_counted_once_in_a_run_and_as_by_the_stock_trainer(tmp_pa
 
 def test_operations_of_a_batch_before_any_run(tmp_path):
     batch = {"pixel_values": torch.zeros(2, 3, 8, 8)}
-    stock, pruned = (trainer(tmp_path, **extra) for extra in ({"cls": Trainer}, {"pruning": UCB(0.5)}))
+    stock, pruned = (
+        trainer(tmp_path, **extra) for extra in ({"cls": Trainer}, {"pruning": UCB(0.5)})
+    )
     assert pruned.floating_point_ops(batch) == stock.floating_point_ops(batch) > 0
     assert pruned.floating_point_ops({"labels": torch.zeros(2)}) == 0
 

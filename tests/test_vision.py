@@ -17,20 +17,36 @@ import datasets
 import timm
 from PIL import Image
 from torch.utils.data import DataLoader
-from transformers import AutoImageProcessor, AutoModelForImageClassification, TimmWrapperForImageClassification, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    TimmWrapperForImageClassification,
+    pipeline,
+)
 
-from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, _random_bits, batch_collator, create_timm_model
+from hf_dynprune.vision import (
+    CIFAR_MEAN,
+    CIFAR_STD,
+    ImageCache,
+    _random_bits,
+    batch_collator,
+    create_timm_model,
+)
 
 ARCHITECTURES = [f"resnet{depth}_cifar" for depth in (8, 20, 56, 18, 34, 50)]
 STATISTICS = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
 
 
 def random_images(n, channels=3, height=12, width=10, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (n, channels, height, width), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, (n, channels, height, width), dtype=np.uint8
+    )
 
 
 def make_cache(n=64, **options):
-    return ImageCache(random_images(n), np.arange(n) % 7, **{**STATISTICS, "augment": True, **options})
+    return ImageCache(
+        random_images(n), np.arange(n) % 7, **{**STATISTICS, "augment": True, **options}
+    )
 
 
 def epoch_pixels(cache, epoch, order=None):
@@ -53,7 +69,8 @@ def test_an_architecture_is_registered_and_takes_small_images(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "parameters"), [("resnet8_cifar", 78_042), ("resnet20_cifar", 272_474), ("resnet56_cifar", 855_770)]
+    ("name", "parameters"),
+    [("resnet8_cifar", 78_042), ("resnet20_cifar", 272_474), ("resnet56_cifar", 855_770)],
 )
 def test_the_small_family_has_the_published_number_of_weights(name, parameters):
     """He et al. (2016), table 6: 0.27 M and 0.85 M, to which 2,752 of the two 1x1 shortcuts come."""
@@ -62,7 +79,10 @@ def test_the_small_family_has_the_published_number_of_weights(name, parameters):
 
 @pytest.mark.parametrize("depth", [18, 34, 50])
 def test_a_large_one_differs_from_timms_in_the_stem_alone(depth):
-    ours, theirs = timm.create_model(f"resnet{depth}_cifar"), timm.create_model(f"resnet{depth}", num_classes=10)
+    ours, theirs = (
+        timm.create_model(f"resnet{depth}_cifar"),
+        timm.create_model(f"resnet{depth}", num_classes=10),
+    )
     shapes = [{name: p.shape for name, p in model.named_parameters()} for model in (ours, theirs)]
     assert shapes[0].pop("conv1.weight") == (64, 3, 3, 3)
     assert shapes[1].pop("conv1.weight") == (64, 3, 7, 7)
@@ -93,7 +113,11 @@ def test_gradient_checkpointing_changes_nothing(name):
 
 @pytest.mark.parametrize(
     ("architecture", "arguments"),
-    [("resnet8_cifar", {}), ("resnet18_cifar", {"width": 0.25}), ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2})],
+    [
+        ("resnet8_cifar", {}),
+        ("resnet18_cifar", {"width": 0.25}),
+        ("vit_tiny_patch16_224", {"img_size": 32, "depth": 2}),
+    ],
 )
 def test_initial_weights_are_timms(architecture, arguments):
     torch.manual_seed(0)
@@ -110,10 +134,14 @@ def test_initial_scales_are_timms_and_not_the_wrappers():
     model = create_timm_model("resnet18_cifar", num_labels=10, image_size=32, **STATISTICS)
     stem, stage = timm.create_model("resnet18_cifar", in_chans=40).conv1, model.timm_model.layer1[0]
     for convolution in (stem, stage.conv1):
-        assert convolution.weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.05)  # kaiming, fan out
+        assert convolution.weight.std().item() == pytest.approx(
+            (2 / (64 * 9)) ** 0.5, rel=0.05
+        )  # kaiming, fan out
     assert stage.bn2.weight.abs().max() == 0  # the last BatchNorm of a residual branch
     stock = TimmWrapperForImageClassification(model.config).timm_model.layer1[0]
-    assert stock.conv1.weight.std().item() == pytest.approx(0.02, rel=0.05), "transformers keeps timm's now: simplify"
+    assert stock.conv1.weight.std().item() == pytest.approx(0.02, rel=0.05), (
+        "transformers keeps timm's now: simplify"
+    )
     assert stock.bn2.weight.min() == 1
 
 
@@ -124,7 +152,9 @@ def test_round_trip_through_from_pretrained_and_pipeline(tmp_path, architecture)
     model.save_pretrained(tmp_path)
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert again.config.id2label == model.config.id2label == dict(enumerate(names))
-    assert again.config.label2id == model.config.label2id == {name: i for i, name in enumerate(names)}
+    assert (
+        again.config.label2id == model.config.label2id == {name: i for i, name in enumerate(names)}
+    )
 
     image = Image.fromarray(random_images(1, height=50, width=41)[0].transpose(1, 2, 0))
     processor = AutoImageProcessor.from_pretrained(tmp_path)
@@ -136,17 +166,24 @@ def test_round_trip_through_from_pretrained_and_pipeline(tmp_path, architecture)
         logits = model(pixels).logits
         # Convolutions choose their algorithm by the place of the weights in memory: equal but for the last bit.
         torch.testing.assert_close(again(pixels).logits, logits, rtol=1e-6, atol=1e-6)
-    answer = {row["label"]: row["score"] for row in pipeline("image-classification", model=str(tmp_path))(image)}
+    answer = {
+        row["label"]: row["score"]
+        for row in pipeline("image-classification", model=str(tmp_path))(image)
+    }
     assert set(answer) == set(names)
     scores = torch.tensor([answer[name] for name in names])
     torch.testing.assert_close(scores, logits.softmax(1)[0], rtol=1e-6, atol=1e-7)
 
 
 def test_grey_images_go_through_image_processor_and_model(tmp_path):
-    model = create_timm_model("resnet8_cifar", num_labels=10, image_size=8, mean=[0.3], std=[0.4], in_chans=1).eval()
+    model = create_timm_model(
+        "resnet8_cifar", num_labels=10, image_size=8, mean=[0.3], std=[0.4], in_chans=1
+    ).eval()
     model.save_pretrained(tmp_path)
     image = random_images(1, 1, 8, 8)
-    pixels = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(image[0, 0]))["pixel_values"]
+    pixels = AutoImageProcessor.from_pretrained(tmp_path)(Image.fromarray(image[0, 0]))[
+        "pixel_values"
+    ]
     assert torch.equal(pixels[0], ImageCache(image, [0], mean=[0.3], std=[0.4])[0]["pixel_values"])
     again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     assert torch.equal(again(pixels).logits, model(pixels).logits)
@@ -166,14 +203,22 @@ def test_grey_images_go_through_image_processor_and_model(tmp_path):
     ],
 )
 def test_create_timm_model_explains_its_errors(change, error, message):
-    arguments = {"architecture": "resnet8_cifar", "num_labels": 10, "image_size": 32, **STATISTICS, **change}
+    arguments = {
+        "architecture": "resnet8_cifar",
+        "num_labels": 10,
+        "image_size": 32,
+        **STATISTICS,
+        **change,
+    }
     with pytest.raises(error, match=message):
         create_timm_model(**arguments)
 
 
 def test_without_timm_the_import_says_what_to_install():
     code = "import sys; sys.modules['timm'] = None; import hf_dynprune.vision"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False
+    )
     assert result.returncode == 1
     assert "pip install hf-dynprune[recipes]" in result.stderr
 
@@ -250,7 +295,9 @@ def test_epoch_and_seed_change_the_pixels_and_a_return_restores_them():
     changed = (first != second).flatten(1).any(1).float().mean()
     assert changed > 0.95  # all but 1 in 162
     assert not torch.equal(first, epoch_pixels(other, 0))
-    assert not torch.equal(second, epoch_pixels(other, 0)), "seed 1, epoch 0 must not be seed 0, epoch 1"
+    assert not torch.equal(second, epoch_pixels(other, 0)), (
+        "seed 1, epoch 0 must not be seed 0, epoch 1"
+    )
     assert torch.equal(first, epoch_pixels(cache, 0))
     assert cache.epoch == 0
 
@@ -266,7 +313,9 @@ def test_shifts_and_flips_are_uniform_and_independent():
         down, across = lit // size - 9, lit % size
         flipped = across > 9
         right = torch.where(flipped, 18 - across, across) - 4
-        counts = torch.zeros(2, 9, 9).index_put((flipped.long(), down + 4, right + 4), torch.ones(n), accumulate=True)
+        counts = torch.zeros(2, 9, 9).index_put(
+            (flipped.long(), down + 4, right + 4), torch.ones(n), accumulate=True
+        )
         expected = n / 162
         chi_square = ((counts - expected) ** 2 / expected).sum().item()
         assert counts.min() > 0
@@ -277,7 +326,11 @@ def test_shifts_and_flips_are_uniform_and_independent():
 def test_no_random_state_is_read_or_changed():
     cache = make_cache()
     torch.manual_seed(0)
-    first, state, numpy_state = epoch_pixels(cache, 0), torch.get_rng_state(), np.random.get_state()[1].copy()
+    first, state, numpy_state = (
+        epoch_pixels(cache, 0),
+        torch.get_rng_state(),
+        np.random.get_state()[1].copy(),
+    )
     torch.rand(1)
     assert torch.equal(epoch_pixels(cache, 0), first)
     torch.manual_seed(0)
@@ -291,20 +344,29 @@ def test_no_random_state_is_read_or_changed():
 @pytest.mark.parametrize("start", [None, "fork", "spawn"])
 def test_loaders_with_and_without_persistent_workers_give_the_same_pixels(start):
     cache = make_cache()
-    workers = {} if start is None else {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": start}
+    workers = (
+        {}
+        if start is None
+        else {"num_workers": 2, "persistent_workers": True, "multiprocessing_context": start}
+    )
     loader = DataLoader(cache, batch_size=20, collate_fn=batch_collator, **workers)
     for epoch in (0, 1, 5):
         want = epoch_pixels(cache, epoch)
         batches = list(loader)
         assert [len(batch["labels"]) for batch in batches] == [20, 20, 20, 4]
         assert torch.equal(torch.cat([batch["pixel_values"] for batch in batches]), want)
-        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 7 for i in range(64)]
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [
+            i % 7 for i in range(64)
+        ]
 
 
 def test_batches_have_the_documented_types():
     batch = next(iter(DataLoader(make_cache(), batch_size=8, collate_fn=batch_collator)))
     assert set(batch) == {"pixel_values", "labels"}
-    assert (batch["pixel_values"].dtype, batch["pixel_values"].shape) == (torch.float32, (8, 3, 12, 10))
+    assert (batch["pixel_values"].dtype, batch["pixel_values"].shape) == (
+        torch.float32,
+        (8, 3, 12, 10),
+    )
     assert (batch["labels"].dtype, batch["labels"].shape) == (torch.int64, (8,))
 
 
@@ -313,7 +375,10 @@ def test_batch_collator_keeps_a_batch_and_stacks_samples():
     batch = cache.__getitems__([1, 2])
     assert batch_collator(batch) is batch
     stacked = batch_collator([cache[1], cache[2]])
-    assert all(torch.equal(stacked[key], batch[key]) and stacked[key].dtype == batch[key].dtype for key in batch)
+    assert all(
+        torch.equal(stacked[key], batch[key]) and stacked[key].dtype == batch[key].dtype
+        for key in batch
+    )
     with pytest.raises(TypeError, match="remove_unused_columns=False"):
         batch_collator(["pixel_values", "labels"])
 
@@ -328,7 +393,9 @@ def test_batches_are_copies():
     assert torch.equal(cache.labels, before[1])
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))]
+)
 def test_copies_and_pickles_are_whole_and_have_their_own_epoch(duplicate):
     cache = make_cache(seed=3, label_names=list("abcdefg"))
     cache.set_epoch(4)
@@ -365,7 +432,13 @@ def test_a_contiguous_array_is_not_copied():
     ],
 )
 def test_image_cache_explains_its_errors(change, error, message):
-    arguments = {"images": random_images(4), "labels": [0, 1, 2, 3], **STATISTICS, "augment": True, **change}
+    arguments = {
+        "images": random_images(4),
+        "labels": [0, 1, 2, 3],
+        **STATISTICS,
+        "augment": True,
+        **change,
+    }
     with pytest.raises(error, match=message):
         ImageCache(**arguments)
 
@@ -387,18 +460,24 @@ def test_wrong_indices_and_epochs_are_errors():
 
 def make_dataset(images, labels=None, **columns):
     """`images`: arrays (H, W, C), (H, W) or PIL images, stored as PNG."""
-    images = [image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images]
+    images = [
+        image if isinstance(image, Image.Image) else Image.fromarray(image) for image in images
+    ]
     labels = [i % 3 for i in range(len(images))] if labels is None else labels
     features = {"img": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"])}
     features |= {name: datasets.Value("string") for name in columns}
-    return datasets.Dataset.from_dict({"img": images, "label": labels, **columns}, datasets.Features(features))
+    return datasets.Dataset.from_dict(
+        {"img": images, "label": labels, **columns}, datasets.Features(features)
+    )
 
 
 def test_from_dataset_decodes_every_image_in_order(tmp_path):
     images = random_images(25)
     dataset = make_dataset(images.transpose(0, 2, 3, 1), note=["x"] * 25)
     dataset.to_parquet(tmp_path / "train.parquet")
-    dataset = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "cache"))
+    dataset = datasets.Dataset.from_parquet(
+        str(tmp_path / "train.parquet"), cache_dir=str(tmp_path / "cache")
+    )
     cache = ImageCache.from_dataset(dataset, **STATISTICS, augment=True, seed=9)
     assert (cache.images.numpy() == images).all()
     assert cache.labels.tolist() == dataset["label"][:]
@@ -417,7 +496,10 @@ def test_from_dataset_reads_image_folders(tmp_path):
         (tmp_path / "data" / "ab"[i % 2]).mkdir(parents=True, exist_ok=True)
         Image.fromarray(image.transpose(1, 2, 0)).save(tmp_path / "data" / "ab"[i % 2] / f"{i}.png")
     dataset = datasets.load_dataset(
-        "imagefolder", data_dir=str(tmp_path / "data"), split="train", cache_dir=str(tmp_path / "cache")
+        "imagefolder",
+        data_dir=str(tmp_path / "data"),
+        split="train",
+        cache_dir=str(tmp_path / "cache"),
     )
     cache = ImageCache.from_dataset(dataset, **STATISTICS)
     assert (cache.images.numpy() == images[[0, 2, 1, 3]]).all()
@@ -440,9 +522,14 @@ def test_from_dataset_converts_modes():
 def test_scaled_images_equal_those_of_the_models_image_processor(tmp_path):
     """Odd and even margins, both orientations, up and down, and one already right."""
     sizes = [(32, 32), (50, 41), (41, 50), (20, 61), (33, 32), (32, 47), (100, 64), (7, 9)]
-    images = [random_images(1, height=h, width=w, seed=i)[0].transpose(1, 2, 0) for i, (h, w) in enumerate(sizes)]
+    images = [
+        random_images(1, height=h, width=w, seed=i)[0].transpose(1, 2, 0)
+        for i, (h, w) in enumerate(sizes)
+    ]
     cache = ImageCache.from_dataset(make_dataset(images), image_size=32, **STATISTICS)
-    create_timm_model("resnet8_cifar", num_labels=3, image_size=32, **STATISTICS).save_pretrained(tmp_path)
+    create_timm_model("resnet8_cifar", num_labels=3, image_size=32, **STATISTICS).save_pretrained(
+        tmp_path
+    )
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     want = processor([Image.fromarray(image) for image in images])["pixel_values"]
     assert torch.equal(epoch_pixels(cache, 0), want)
@@ -469,7 +556,9 @@ def test_unequal_sizes_name_the_first_two():
 
 def test_from_dataset_explains_its_errors():
     dataset = make_dataset(random_images(3).transpose(0, 2, 3, 1), note=["x", "y", "z"])
-    two = datasets.concatenate_datasets([dataset, dataset.select_columns("img").rename_column("img", "img2")], axis=1)
+    two = datasets.concatenate_datasets(
+        [dataset, dataset.select_columns("img").rename_column("img", "img2")], axis=1
+    )
     for data, arguments, error, message in [
         (datasets.DatasetDict(train=dataset), {}, TypeError, "DatasetDict"),
         (dataset.to_iterable_dataset(), {}, TypeError, "IterableDataset"),
@@ -493,7 +582,11 @@ def test_encoded_bytes_are_decoded_whatever_the_column_says():
     image = random_images(1)[0].transpose(1, 2, 0)
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
-    features = datasets.Features({"img": datasets.Image(decode=False), "y": datasets.ClassLabel(names=["a"])})
+    features = datasets.Features(
+        {"img": datasets.Image(decode=False), "y": datasets.ClassLabel(names=["a"])}
+    )
     row = {"bytes": buffer.getvalue(), "path": None}
-    cache = ImageCache.from_dataset(datasets.Dataset.from_dict({"img": [row], "y": [0]}, features), **STATISTICS)
+    cache = ImageCache.from_dataset(
+        datasets.Dataset.from_dict({"img": [row], "y": [0]}, features), **STATISTICS
+    )
     assert (cache.images[0].numpy() == image.transpose(2, 0, 1)).all()

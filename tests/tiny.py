@@ -24,7 +24,10 @@ def images(n=40, classes=4, seed=0, size=8):
     pixels = torch.randn(n, 3, size, size, generator=generator)
     labels = torch.randint(0, classes, (n,), generator=generator)
     rows = {"pixel_values": pixels.numpy(), "labels": labels.numpy()}
-    kinds = {"pixel_values": datasets.Array3D((3, size, size), "float32"), "labels": datasets.Value("int64")}
+    kinds = {
+        "pixel_values": datasets.Array3D((3, size, size), "float32"),
+        "labels": datasets.Value("int64"),
+    }
     return datasets.Dataset.from_dict(rows, datasets.Features(kinds)).with_format("torch")
 
 
@@ -67,13 +70,22 @@ def bert(head="SequenceClassification", seed=0, **config):
 
 def llama(head="CausalLM", seed=0, **config):
     torch.manual_seed(seed)
-    config = transformers.LlamaConfig(**{**_TEXT, "num_key_value_heads": 1, "num_labels": CLASSES, **config})
+    config = transformers.LlamaConfig(
+        **{**_TEXT, "num_key_value_heads": 1, "num_labels": CLASSES, **config}
+    )
     return getattr(transformers, f"LlamaFor{head}")(config)
 
 
 def t5(seed=0):
     torch.manual_seed(seed)
-    sizes = {"vocab_size": VOCAB, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    sizes = {
+        "vocab_size": VOCAB,
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+    }
     config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
     return transformers.T5ForConditionalGeneration(config)
 
@@ -92,7 +104,9 @@ class FixedNormForImageClassification(transformers.ResNetForImageClassification)
 def resnet(classes=4, seed=0):
     torch.manual_seed(seed)
     sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
-    return FixedNormForImageClassification(transformers.ResNetConfig(**sizes, layer_type="basic", num_labels=classes))
+    return FixedNormForImageClassification(
+        transformers.ResNetConfig(**sizes, layer_type="basic", num_labels=classes)
+    )
 
 
 def texts(task="single label", n=30, seed=0, padded=False):
@@ -103,7 +117,9 @@ def texts(task="single label", n=30, seed=0, padded=False):
     for length in generator.integers(4, 13, n):
         tokens = generator.integers(1, VOCAB, length)
         some = generator.random(length) < generator.uniform(0.2, 1)
-        some[generator.integers(1, length)] = True  # causal models predict nothing at the first place
+        some[generator.integers(1, length)] = (
+            True  # causal models predict nothing at the first place
+        )
         other = generator.integers(1, VOCAB, generator.integers(1, 8))
         start, end = np.sort(generator.integers(0, length, 2))
         wanted = {
@@ -154,7 +170,9 @@ def known_losses(outputs, inputs):
 
 def values(n=30):
     """Sample i has the value i + 1, and so, with `KnownLoss`, the loss i + 1."""
-    return datasets.Dataset.from_dict({"value": [float(i + 1) for i in range(n)]}).with_format("torch")
+    return datasets.Dataset.from_dict({"value": [float(i + 1) for i in range(n)]}).with_format(
+        "torch"
+    )
 
 
 def arguments(folder, **settings):
@@ -172,7 +190,16 @@ def arguments(folder, **settings):
     return TrainingArguments(str(folder), **{**defaults, **settings})
 
 
-def trainer(folder: Path, *, cls=DynamicPruningTrainer, model=None, data=None, pruning=None, extra=None, **settings):
+def trainer(
+    folder: Path,
+    *,
+    cls=DynamicPruningTrainer,
+    model=None,
+    data=None,
+    pruning=None,
+    extra=None,
+    **settings,
+):
     """A trainer of a tiny ViT on random images; `settings` are TrainingArguments, `extra` the trainer's own."""
     return cls(
         model=vit() if model is None and "model_init" not in (extra or {}) else model,
@@ -191,10 +218,16 @@ def torchrun(script, *arguments, ranks, timeout=300):
         port = str(free.getsockname()[1])
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
     tests = Path(__file__).parent
-    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "ACCELERATE_USE_CPU": "true"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
+        "ACCELERATE_USE_CPU": "true",
+    }
     environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT makes a process print its stacks
     command = [str(part) for part in (sys.executable, "-W", "ignore", *launch, script, *arguments)]
-    started = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         out, err = started.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
@@ -211,7 +244,10 @@ def learning_rates(run):
 
 
 def same_weights(a, b):
-    return all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(p, q)
+        for p, q in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def recorded(run):
@@ -235,7 +271,11 @@ def comparable(report):
         for name in ("seconds", "environment", "resumed"):
             part.pop(name, None)
         if "metrics" in part:
-            part["metrics"] = {k: v for k, v in part["metrics"].items() if not k.endswith(("_runtime", "_per_second"))}
+            part["metrics"] = {
+                k: v
+                for k, v in part["metrics"].items()
+                if not k.endswith(("_runtime", "_per_second"))
+            }
     return values
 
 
@@ -244,7 +284,9 @@ def assert_same_run(part, whole):
     assert part.state.global_step == whole.state.global_step
     assert same_weights(whole.model, part.model)
     for name in whole.pruner.table.columns:
-        assert torch.equal(whole.pruner.table[name].nan_to_num(7), part.pruner.table[name].nan_to_num(7)), name
+        assert torch.equal(
+            whole.pruner.table[name].nan_to_num(7), part.pruner.table[name].nan_to_num(7)
+        ), name
     assert learning_rates(part) == learning_rates(whole)
     assert comparable(part.pruning_report) == comparable(whole.pruning_report)
 
@@ -257,7 +299,9 @@ def every_checkpoint(make, folder):
     assert whole.state.global_step > 1
     for step in range(1, whole.state.global_step):
         part = make(folder / "part")
-        part.args.save_strategy = "no"  # to save takes most of the time; test_faults resumes what a resumed run saved
+        part.args.save_strategy = (
+            "no"  # to save takes most of the time; test_faults resumes what a resumed run saved
+        )
         part.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
         assert_same_run(part, whole)
         assert part.pruning_report.resumed[-1]["step"] == step

@@ -31,7 +31,9 @@ import traceback
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"  # importing takes seconds, so lives are forked: there must be no threads to lose
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # importing takes seconds, so lives are forked: there must be no threads to lose
+)
 
 import torch
 from reliability import merge
@@ -45,7 +47,7 @@ RESULT = "result.json"
 WRITE_BEGINS, WRITE_ENDS = b"(", b")"
 PATIENCE = 300  # seconds after which a life that says nothing hangs
 
-# ---- a life, in its own process -------------------------------------------------------------------------------------
+# ---- a life, in its own process ------------------------------------------------------------------
 
 
 class Traced(DynamicPruningTrainer):
@@ -61,7 +63,10 @@ class Traced(DynamicPruningTrainer):
         if not self.started:
             self.started = True
             self.note("starts", self.state.global_step, time.perf_counter() - self.born)
-        place, index = (self.state.global_step, self.pruner.batches_done), inputs[SAMPLE_INDEX].tolist()
+        place, index = (
+            (self.state.global_step, self.pruner.batches_done),
+            inputs[SAMPLE_INDEX].tolist(),
+        )
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self.note("batch", *place, index, loss.item().hex())
         return (loss, outputs) if return_outputs else loss
@@ -115,7 +120,9 @@ def outcome(run):
         report.pop(name)
     for part in (report["totals"], *report["epochs"]):
         part.pop("seconds")
-    logs = [entry for entry in run.state.log_history if "train_runtime" not in entry]  # seconds, and the last life's means
+    logs = [
+        entry for entry in run.state.log_history if "train_runtime" not in entry
+    ]  # seconds, and the last life's means
     return {
         "weights": {name: digest(weight) for name, weight in run.model.state_dict().items()},
         "optimizer": {
@@ -123,14 +130,20 @@ def outcome(run):
             for number, values in run.optimizer.state_dict()["state"].items()
             for name, value in values.items()
         },
-        "table": {name: column.view(torch.int32).tolist() for name, column in run.pruner.table.state_dict().items()},
+        "table": {
+            name: column.view(torch.int32).tolist()
+            for name, column in run.pruner.table.state_dict().items()
+        },
         "report": report,
-        "logs": [{name: entry[name] for name in sorted(entry) if not name.endswith("_seconds")} for entry in logs],
+        "logs": [
+            {name: entry[name] for name in sorted(entry) if not name.endswith("_seconds")}
+            for entry in logs
+        ],
         "steps": run.state.global_step,
     }
 
 
-# ---- the parent's side ----------------------------------------------------------------------------------------------
+# ---- the parent's side ---------------------------------------------------------------------------
 
 
 class Fault(Exception):
@@ -142,7 +155,10 @@ class Life:
 
     def __init__(self, folder, num_epochs, number):
         (folder / RESULT).unlink(missing_ok=True)
-        self.printed, self.trace = folder / f"life-{number:03}.txt", folder / f"life-{number:03}.jsonl"
+        self.printed, self.trace = (
+            folder / f"life-{number:03}.txt",
+            folder / f"life-{number:03}.jsonl",
+        )
         self.in_write, self.ended, self.born = False, False, time.perf_counter()
         self.pipe, theirs = os.pipe()
         sys.stdout.flush()
@@ -155,7 +171,13 @@ class Life:
             output = os.open(self.printed, os.O_WRONLY | os.O_CREAT)
             os.dup2(output, 1)
             os.dup2(output, 2)
-            live(folder, num_epochs, os.open(self.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND), theirs, self.born)
+            live(
+                folder,
+                num_epochs,
+                os.open(self.trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND),
+                theirs,
+                self.born,
+            )
             status = 0
         except BaseException:
             traceback.print_exc()
@@ -171,10 +193,15 @@ class Life:
             if left <= 0 or not select.select([self.pipe], [], [], left)[0]:
                 if seconds is None:
                     self.kill()
-                    raise Fault(f"A process said nothing for {PATIENCE} s; what it printed is in {self.printed}")
+                    raise Fault(
+                        f"A process said nothing for {PATIENCE} s; what it printed is in {self.printed}"
+                    )
                 return
             event = os.read(self.pipe, 1)
-            self.ended, self.in_write = event == b"", event == WRITE_BEGINS or (event == b"" and self.in_write)
+            self.ended, self.in_write = (
+                event == b"",
+                event == WRITE_BEGINS or (event == b"" and self.in_write),
+            )
             if writes is not None and event == WRITE_BEGINS:
                 writes -= 1
                 if writes == 0:
@@ -194,20 +221,31 @@ class Life:
 
     def traced(self):
         """What it noted; its last line may lack its end."""
-        return [json.loads(line) for line in self.trace.read_text().split("\n")[:-1]] if self.trace.exists() else []
+        return (
+            [json.loads(line) for line in self.trace.read_text().split("\n")[:-1]]
+            if self.trace.exists()
+            else []
+        )
 
 
 def whole_life(folder, num_epochs, number):
     life = Life(folder, num_epochs, number)
     life.wait()
     if life.kill():
-        raise Fault(f"A process was killed, and not by this program; what it printed is in {life.printed}")
+        raise Fault(
+            f"A process was killed, and not by this program; what it printed is in {life.printed}"
+        )
     return life
 
 
 def batches_of(lives):
     """(optimizer step, batch of the epoch) -> samples and loss"""
-    return {tuple(entry[1:3]): tuple(entry[3:]) for life in lives for entry in life if entry[0] == "batch"}
+    return {
+        tuple(entry[1:3]): tuple(entry[3:])
+        for life in lives
+        for entry in life
+        if entry[0] == "batch"
+    }
 
 
 def differences(expected, found):
@@ -232,15 +270,21 @@ def faults_of_traces(expected, lives):
     for number, life in enumerate(lives):
         for entry in life:
             if entry[0] == "starts" and entry[1] < whole:
-                faults.append(f"life {number} began at step {entry[1]}, though checkpoint-{whole} was whole")
+                faults.append(
+                    f"life {number} began at step {entry[1]}, though checkpoint-{whole} was whole"
+                )
             if entry[0] == "saved":
                 whole = max(whole, entry[1])
         for place, batch in batches_of([life]).items():
             if batch != expected.get(place):
-                faults.append(f"life {number}, (step, batch) {place}: {batch}, undisturbed {expected.get(place)}")
+                faults.append(
+                    f"life {number}, (step, batch) {place}: {batch}, undisturbed {expected.get(place)}"
+                )
     missing = expected.keys() - batches_of(lives).keys()
     if missing:
-        faults.append(f"{len(missing)} batches were never trained, the first at (step, batch) {min(missing)}")
+        faults.append(
+            f"{len(missing)} batches were never trained, the first at (step, batch) {min(missing)}"
+        )
     return faults[:5]
 
 
@@ -248,7 +292,9 @@ class Torture:
     def __init__(self, options, folder):
         self.options, self.folder, self.random = options, folder, random.Random(options.seed)
         # `aimed`: kills that were aimed at a write and struck it; `in_checkpoint`: all that struck one, by chance as well.
-        self.kills = self.aimed = self.in_checkpoint = self.finished = self.skipped = self.failed = 0
+        self.kills = self.aimed = self.in_checkpoint = self.finished = self.skipped = (
+            self.failed
+        ) = 0
 
     def undisturbed(self):
         """Trains without a kill: what is expected, and how long things take."""
@@ -256,7 +302,10 @@ class Torture:
         folder.mkdir()
         life = whole_life(folder, self.options.num_epochs, 0)
         seconds, traced = time.perf_counter() - life.born, life.traced()
-        self.expected, self.batches = json.loads((folder / RESULT).read_text()), batches_of([traced])
+        self.expected, self.batches = (
+            json.loads((folder / RESULT).read_text()),
+            batches_of([traced]),
+        )
         saved = [entry[2] for entry in traced if entry[0] == "saved"]
         start = next(entry[2] for entry in traced if entry[0] == "starts")
         self.writes, self.write = len(saved), statistics.median(saved)
@@ -304,17 +353,25 @@ class Torture:
         while killed:
             life, killed = self.life(folder, len(traces))
             traces.append(life.traced())
-            self.skipped += life.printed.exists() and "Skipping the checkpoint" in life.printed.read_text()
+            self.skipped += (
+                life.printed.exists() and "Skipping the checkpoint" in life.printed.read_text()
+            )
             bar.update(self.kills - bar.n)
-            bar.set_postfix_str(f"{self.in_checkpoint} in a checkpoint, {self.finished} runs finished")
+            bar.set_postfix_str(
+                f"{self.in_checkpoint} in a checkpoint, {self.finished} runs finished"
+            )
         self.finished += 1
-        return differences(self.expected, json.loads((folder / RESULT).read_text())) + faults_of_traces(self.batches, traces)
+        return differences(
+            self.expected, json.loads((folder / RESULT).read_text())
+        ) + faults_of_traces(self.batches, traces)
 
     def all_runs(self):
         """Runs until all kills are made. Returns what differs."""
         self.undisturbed()
         tqdm.monitor_interval = 0  # a thread, which a fork would lose
-        tqdm.set_lock(threading.RLock())  # its own lock is shared with forked processes: one killed with it blocks us
+        tqdm.set_lock(
+            threading.RLock()
+        )  # its own lock is shared with forked processes: one killed with it blocks us
         with tqdm(total=self.options.kills, desc="kills", unit="") as bar:
             while self.wants_more():
                 before = self.kills
@@ -323,7 +380,9 @@ class Torture:
                 except Fault as fault:
                     faults = [str(fault)]
                 if faults:
-                    self.failed = max(1, self.kills - before)  # which of its kills it was cannot be told
+                    self.failed = max(
+                        1, self.kills - before
+                    )  # which of its kills it was cannot be told
                     return faults
         return []
 
@@ -332,11 +391,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=30, help="how many kills, at least")
     parser.add_argument(
-        "--kills_in_checkpoint", type=int, default=10, help="how many of them inside the write of a checkpoint"
+        "--kills_in_checkpoint",
+        type=int,
+        default=10,
+        help="how many of them inside the write of a checkpoint",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the draws")
     parser.add_argument("--num_epochs", type=int, default=60, help="the length of a run")
-    parser.add_argument("--folder", type=Path, help="where to train, must not exist; default: a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="where to train, must not exist; default: a temporary folder"
+    )
     parser.add_argument("--write", type=Path, help="note the outcome in this record of reliability")
     options = parser.parse_args()
     if not 0 <= options.kills_in_checkpoint <= options.kills or options.kills < 1:
@@ -354,7 +418,11 @@ def main():
         f"{time.perf_counter() - begun:.0f} s"
     )
     if options.write:
-        row = {"tried": torture.kills, "failed": torture.failed, "in_checkpoint": torture.in_checkpoint}
+        row = {
+            "tried": torture.kills,
+            "failed": torture.failed,
+            "in_checkpoint": torture.in_checkpoint,
+        }
         merge(options.write, {"torture": row})
     if faults:
         print(f"The last run is not the undisturbed one; {folder} is kept:", *faults, sep="\n  ")

@@ -81,17 +81,23 @@ def make_policy(name: str, **settings: Any) -> PruningPolicy:
         ValueError: for an unknown name or field, naming the near ones, and for values out of range.
     """
     if not isinstance(name, str):
-        raise TypeError(f"{name!r} is no name of a policy; the names are {', '.join(map(repr, POLICIES))}.")
+        raise TypeError(
+            f"{name!r} is no name of a policy; the names are {', '.join(map(repr, POLICIES))}."
+        )
     key = name.lower().replace("_", "-")
     if key not in POLICIES:
         near = difflib.get_close_matches(key, POLICIES, n=2, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-        raise ValueError(f"There is no policy {name!r}: {hint}The names are {', '.join(map(repr, POLICIES))}.")
+        raise ValueError(
+            f"There is no policy {name!r}: {hint}The names are {', '.join(map(repr, POLICIES))}."
+        )
     cls = POLICIES[key]
     known = [f.name for f in fields(cls)]
     for setting in settings:
         if setting not in known:
             near = difflib.get_close_matches(setting, known, n=2, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-            raise ValueError(f"Policy {key!r} has no field {setting!r}: {hint}Its fields are {', '.join(known)}.")
+            raise ValueError(
+                f"Policy {key!r} has no field {setting!r}: {hint}Its fields are {', '.join(known)}."
+            )
     return cls(**settings)

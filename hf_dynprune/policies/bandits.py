@@ -48,7 +48,13 @@ class FullData(PruningPolicy):
         return n
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         return EpochPlan(torch.arange(len(table)))
 
@@ -82,7 +88,13 @@ class RandomPruning(PruningPolicy):
             raise TypeError(f"replacement={self.replacement!r} must be True or False.")
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         n, k = len(table), keep_count(self.keep_ratio, len(table))
         if self.replacement:
@@ -137,10 +149,20 @@ class EpsilonGreedy(PruningPolicy):
         return table["mean"]
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
-        return EpochPlan(_greedy_and_random(score, keep_count(self.keep_ratio, len(table)), self.epsilon, generator))
+        return EpochPlan(
+            _greedy_and_random(
+                score, keep_count(self.keep_ratio, len(table)), self.epsilon, generator
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -195,7 +217,9 @@ class UCB(PruningPolicy):
         mean, value = rows["mean"], signals[self.signal]
         # A loss above 1e19 has a square beyond float32: without the limit the variance would be infinite, then NaN for good.
         surprise = ((value - mean) ** 2).clamp(max=torch.finfo(value.dtype).max)
-        variance = torch.where(mean.isnan(), 0.0, torch.lerp(rows["variance"], surprise, self.decay))
+        variance = torch.where(
+            mean.isnan(), 0.0, torch.lerp(rows["variance"], surprise, self.decay)
+        )
         return {"mean": moving_mean(mean, value, self.decay), "variance": variance}
 
     def score(self, table: SampleTable) -> Tensor:
@@ -203,7 +227,17 @@ class UCB(PruningPolicy):
         return torch.add(table["mean"], spread, alpha=self.c)
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
-        return EpochPlan(_greedy_and_random(score, keep_count(self.keep_ratio, len(table)), self.epsilon, generator))
+        return EpochPlan(
+            _greedy_and_random(
+                score, keep_count(self.keep_ratio, len(table)), self.epsilon, generator
+            )
+        )

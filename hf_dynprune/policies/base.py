@@ -50,7 +50,9 @@ class EpochPlan:
                     f"float32 of shape {tuple(self.indices.shape)}, one for each index."
                 )
             if not bool(((self.weights > 0) & (self.weights < math.inf)).all()):
-                raise ValueError("The weights of a plan must be finite and positive; leave a sample out to drop it.")
+                raise ValueError(
+                    "The weights of a plan must be finite and positive; leave a sample out to drop it."
+                )
         if not (math.isfinite(self.lr_scale) and self.lr_scale > 0):
             raise ValueError(f"lr_scale={self.lr_scale} of a plan must be finite and positive.")
 
@@ -61,14 +63,20 @@ class EpochPlan:
         """Raises ValueError unless the indices are unique and lie in [0, n). Cost: O(K) and n bytes."""
         low, high = int(self.indices.min()), int(self.indices.max())
         if low < 0 or high >= n:
-            raise ValueError(f"A plan holds the index {low if low < 0 else high}; the training set has {n} samples.")
-        if bool((self.indices[1:] > self.indices[:-1]).all()):  # ascending, as most policies give them
+            raise ValueError(
+                f"A plan holds the index {low if low < 0 else high}; the training set has {n} samples."
+            )
+        if bool(
+            (self.indices[1:] > self.indices[:-1]).all()
+        ):  # ascending, as most policies give them
             return
         if (unique := int(torch.count_nonzero(mask_of(self.indices, n)))) != len(self):
-            raise ValueError(f"A plan of {len(self)} indices holds only {unique} different ones; each may occur once.")
+            raise ValueError(
+                f"A plan of {len(self)} indices holds only {unique} different ones; each may occur once."
+            )
 
 
-# ---- checks of fields -----------------------------------------------------------------------------------------------
+# ---- checks of fields ----------------------------------------------------------------------------
 
 
 def check_number(name: str, value: Any, wanted: str, ok: Callable[[Any], bool]) -> None:
@@ -93,15 +101,19 @@ def check_share(name: str, value: Any) -> None:
 
 
 def check_decay(value: Any) -> None:
-    check_number("decay", value, "the weight of a new observation, in (0, 1]", lambda decay: 0 < decay <= 1)
+    check_number(
+        "decay", value, "the weight of a new observation, in (0, 1]", lambda decay: 0 < decay <= 1
+    )
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown: wanted is one of {', '.join(map(repr, choices))}.")
+        raise ValueError(
+            f"{name}={value!r} is unknown: wanted is one of {', '.join(map(repr, choices))}."
+        )
 
 
-# ---- selection ------------------------------------------------------------------------------------------------------
+# ---- selection -----------------------------------------------------------------------------------
 
 
 def keep_count(keep_ratio: float, n: int) -> int:
@@ -239,10 +251,12 @@ def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 def moving_mean(mean: Tensor, value: Tensor, decay: float) -> Tensor:
     """m <- (1 - a) m + a u, and m = u for the first observation (m is NaN until then)."""
-    return torch.where(mean.isnan(), value, torch.lerp(mean, value, decay))  # exact where u = m, and for a = 1
+    return torch.where(
+        mean.isnan(), value, torch.lerp(mean, value, decay)
+    )  # exact where u = m, and for a = 1
 
 
-# ---- the contract ---------------------------------------------------------------------------------------------------
+# ---- the contract --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -307,17 +321,28 @@ class PruningPolicy(ABC):
         if self.scoring_mode is not None:
             check_choice("scoring_mode", self.scoring_mode, ("eval", "train"))
         if self.scoring != "trained" and not self.signals:
-            raise ValueError(f"scoring={self.scoring!r} scores samples, and {type(self).__name__} has no use for scores.")
+            raise ValueError(
+                f"scoring={self.scoring!r} scores samples, and {type(self).__name__} has no use for scores."
+            )
         if self.max_age is not None:
             check_count("max_age", self.max_age, 1)
-        check_number("exclude_hardest", self.exclude_hardest, "a share in [0, 1)", lambda share: 0 <= share < 1)
+        check_number(
+            "exclude_hardest",
+            self.exclude_hardest,
+            "a share in [0, 1)",
+            lambda share: 0 <= share < 1,
+        )
         if self.max_weight is not None:
-            check_number("max_weight", self.max_weight, "a positive number", lambda weight: weight > 0)
+            check_number(
+                "max_weight", self.max_weight, "a positive number", lambda weight: weight > 0
+            )
         check_count("min_per_class", self.min_per_class, 0)
         has_scores = type(self).score is not PruningPolicy.score
         for guard in ("max_age", "exclude_hardest"):
             if getattr(self, guard) and not has_scores:
-                raise ValueError(f"{guard}={getattr(self, guard)} acts on scores, and {type(self).__name__} has none.")
+                raise ValueError(
+                    f"{guard}={getattr(self, guard)} acts on scores, and {type(self).__name__} has none."
+                )
 
     def check_dataset(self, n: int, fingerprint: str) -> None:  # noqa: B027  # most policies fit any dataset
         """Raises ValueError where the policy does not fit the dataset; called when the pruner is made."""
@@ -358,7 +383,13 @@ class PruningPolicy(ABC):
 
     @abstractmethod
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         """Chooses. Pure, but for what it draws from `generator`.
 
@@ -373,14 +404,22 @@ class PruningPolicy(ABC):
     @property
     def name(self) -> str:
         """The name in `POLICIES`, or the name of the class for a policy that is not listed there."""
-        return next((name for name, cls in POLICIES.items() if cls is type(self)), type(self).__name__)
+        return next(
+            (name for name, cls in POLICIES.items() if cls is type(self)), type(self).__name__
+        )
 
     @property
     def given(self) -> dict[str, Any]:
         """The fields that tell it from others of its class: those that are not the default, and `keep_ratio`."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        told = {f.name for f in fields(self) if values[f.name] != f.default or f.name == "keep_ratio"}
-        return {name: value for name, value in values.items() if name in told and (name, value) != ("keep_ratio", None)}
+        told = {
+            f.name for f in fields(self) if values[f.name] != f.default or f.name == "keep_ratio"
+        }
+        return {
+            name: value
+            for name, value in values.items()
+            if name in told and (name, value) != ("keep_ratio", None)
+        }
 
     def __str__(self) -> str:
         """As one writes it, such as `UCB(keep_ratio=0.3)`."""
@@ -388,7 +427,9 @@ class PruningPolicy(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """`name` and all fields, as JSON has them (a tuple becomes a list)."""
-        return json.loads(json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}))
+        return json.loads(
+            json.dumps({"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}})
+        )
 
     @classmethod
     def paper_like(cls, **settings: Any) -> "PruningPolicy":

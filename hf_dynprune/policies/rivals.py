@@ -35,7 +35,12 @@ _LOSSES = 6  # that instance-dependent early stopping looks back on
 
 def _check_prune_ratio(value: Any) -> None:
     # The released codes of InfoBatch and SeTa take more, and act as for 0.9.
-    check_number("prune_ratio", value, "a share in [0, 0.9], as in the released code", lambda r: 0 <= r <= 0.9)
+    check_number(
+        "prune_ratio",
+        value,
+        "a share in [0, 0.9], as in the released code",
+        lambda r: 0 <= r <= 0.9,
+    )
 
 
 def _usable(score: Tensor) -> Tensor:
@@ -43,7 +48,7 @@ def _usable(score: Tensor) -> Tensor:
     return score > -math.inf
 
 
-# ---- drawn by loss --------------------------------------------------------------------------------------------------
+# ---- drawn by loss -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -95,11 +100,19 @@ class LossProportional(PruningPolicy):
         return table["mean"]
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         double = torch.finfo(torch.float64)
-        uniform = torch.rand(len(score), dtype=torch.float64, generator=generator).clamp_(min=double.tiny)
+        uniform = torch.rand(len(score), dtype=torch.float64, generator=generator).clamp_(
+            min=double.tiny
+        )
         key = self.alpha * score.double().log() - (-uniform.log()).log()
         # After all that can be drawn come the losses of 0, and after them what gave no finite loss.
         key = key.where(score > 0, double.min).where(_usable(score), -math.inf)
@@ -141,16 +154,26 @@ class OrderDP(LastLoss):
         if self.draw_ratio is None:
             object.__setattr__(self, "draw_ratio", max(0.75, self.keep_ratio))
         wanted = f"a share in [keep_ratio, 1] = [{self.keep_ratio}, 1]: the kept samples are taken from those drawn"
-        check_number("draw_ratio", self.draw_ratio, wanted, lambda ratio: self.keep_ratio <= ratio <= 1)
+        check_number(
+            "draw_ratio", self.draw_ratio, wanted, lambda ratio: self.keep_ratio <= ratio <= 1
+        )
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         assert self.draw_ratio is not None
         n, k = len(score), keep_count(self.keep_ratio, len(score))
         pool = indices_of(_usable(score))
-        drawn = pool.index_select(0, permutation(len(pool), generator)[: max(k, floor_share(self.draw_ratio, n))])
+        drawn = pool.index_select(
+            0, permutation(len(pool), generator)[: max(k, floor_share(self.draw_ratio, n))]
+        )
         if len(drawn) < k:
             return EpochPlan(top_k(score, k, generator))
         return EpochPlan(drawn[top_k(score[drawn], k, generator)])
@@ -208,7 +231,12 @@ class InfoBatch(LastLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("max_rescale", self.max_rescale, "a number above 1, the largest weight", lambda weight: weight > 1)
+        check_number(
+            "max_rescale",
+            self.max_rescale,
+            "a number above 1, the largest weight",
+            lambda weight: weight > 1,
+        )
         if self.keep_ratio is None:
             if self.prune_ratio is None:
                 object.__setattr__(self, "prune_ratio", 0.5)
@@ -227,7 +255,13 @@ class InfoBatch(LastLoss):
             )
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         usable = _usable(score)
@@ -244,7 +278,10 @@ class InfoBatch(LastLoss):
             k, w = keep_count(self.keep_ratio, len(score)), self.max_rescale
             if k >= n:
                 return EpochPlan(top_k(score, k, generator))
-            above = _highest(score, max(0, min(int(torch.count_nonzero(above)), math.floor((k * w - n) / (w - 1)))))
+            above = _highest(
+                score,
+                max(0, min(int(torch.count_nonzero(above)), math.floor((k * w - n) / (w - 1)))),
+            )
             pool = usable & ~above
             k -= int(torch.count_nonzero(above))
             weight = int(torch.count_nonzero(pool)) / k
@@ -252,7 +289,9 @@ class InfoBatch(LastLoss):
         indices = indices_of(above | drawn)
         if k == 0 or weight == 1:
             return EpochPlan(indices)
-        return EpochPlan(indices, torch.ones(len(indices)).masked_fill_(drawn.index_select(0, indices), weight))
+        return EpochPlan(
+            indices, torch.ones(len(indices)).masked_fill_(drawn.index_select(0, indices), weight)
+        )
 
 
 def _mean(score: Tensor, known: Tensor) -> Tensor | float:
@@ -261,9 +300,13 @@ def _mean(score: Tensor, known: Tensor) -> Tensor | float:
     count = int(torch.count_nonzero(known))
     if count == 0:
         return math.inf
-    some = score[int(known.numpy().argmax())]  # for the others: it moves no maximum, and is taken off the sum again
+    some = score[
+        int(known.numpy().argmax())
+    ]  # for the others: it moves no maximum, and is taken off the sum again
     filled = score.where(known, some)
-    total = filled.numpy().sum(dtype=np.float64) - (len(score) - count) * some.item()  # six times as fast as torch's
+    total = (
+        filled.numpy().sum(dtype=np.float64) - (len(score) - count) * some.item()
+    )  # six times as fast as torch's
     return torch.minimum(torch.tensor(total / count, dtype=torch.float32), filled.max())
 
 
@@ -320,8 +363,15 @@ class SeTa(LastLoss):
         super().__post_init__()
         _check_prune_ratio(self.prune_ratio)
         check_count("groups", self.groups, 1)
-        check_number("groups", self.groups, f"at most {_CELLS // 2} groups", lambda groups: groups <= _CELLS // 2)
-        check_number("window", self.window, "a share of the groups in (0, 1]", lambda share: 0 < share <= 1)
+        check_number(
+            "groups",
+            self.groups,
+            f"at most {_CELLS // 2} groups",
+            lambda groups: groups <= _CELLS // 2,
+        )
+        check_number(
+            "window", self.window, "a share of the groups in (0, 1]", lambda share: 0 < share <= 1
+        )
         check_share("annealing", self.annealing)
         if round(self.window * self.groups) == 0:
             raise ValueError(
@@ -339,7 +389,13 @@ class SeTa(LastLoss):
         return self._size(n) if self._anneals(progress) else None
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         drawn = permutation(len(score), generator)[: self._size(len(score))].long()
@@ -349,7 +405,9 @@ class SeTa(LastLoss):
         known = score.isfinite()
         group = easy_to_hard(score[known], self.groups)
         width = round(self.window * self.groups)
-        start = ((epoch - self.first) // self.period) % (self.groups - width + 1)  # by choices: no window is left out
+        start = ((epoch - self.first) // self.period) % (
+            self.groups - width + 1
+        )  # by choices: no window is left out
         inside = drawn[known][(group >= start) & (group < start + width)]
         kept = torch.cat([drawn[score == math.inf], inside])
         return EpochPlan(kept if len(kept) else drawn)
@@ -368,20 +426,32 @@ def easy_to_hard(losses: Tensor, k: int) -> Tensor:
     values, counts = torch.unique(losses.double(), return_counts=True)
     if len(values) < k:
         group = torch.empty(len(losses), dtype=torch.int64)
-        group[torch.argsort(losses, stable=True)] = torch.arange(len(losses)) * k // max(1, len(losses))
+        group[torch.argsort(losses, stable=True)] = (
+            torch.arange(len(losses)) * k // max(1, len(losses))
+        )
         return group
     # Sums over values[a:b] of 1, x and x^2 are differences of these; x is centred, so that the squares keep their digits.
     x = values - (values * counts).sum() / counts.sum()
-    count, first, second = (torch.cat([s.new_zeros(1), s.cumsum(0)]) for s in (counts.double(), counts * x, counts * x * x))
+    count, first, second = (
+        torch.cat([s.new_zeros(1), s.cumsum(0)])
+        for s in (counts.double(), counts * x, counts * x * x)
+    )
     edges = torch.arange(len(values) + 1)
-    if len(values) > _CELLS:  # cells of equal number for the many easy samples, of equal width for the few very hard ones
-        width = torch.linspace(float(values[0]), float(values[-1]), _CELLS // 2 + 1, dtype=torch.float64)
+    if (
+        len(values) > _CELLS
+    ):  # cells of equal number for the many easy samples, of equal width for the few very hard ones
+        width = torch.linspace(
+            float(values[0]), float(values[-1]), _CELLS // 2 + 1, dtype=torch.float64
+        )
         number = torch.arange(_CELLS // 2 + 1) * len(values) // (_CELLS // 2)
         edges = torch.cat([number, torch.searchsorted(values, width)]).unique()
     # cost[i, j]: squared distances of the values in the cells i, ..., j - 1 to their mean
     c, s, q = (part[edges][None, :] - part[edges][:, None] for part in (count, first, second))
     cost = (q - s * s / c).where(c > 0, math.inf)
-    best, cuts = cost[0], []  # best[j]: of the cells before j, in as many groups as there are rounds
+    best, cuts = (
+        cost[0],
+        [],
+    )  # best[j]: of the cells before j, in as many groups as there are rounds
     for _ in range(k - 1):
         best, cut = (best[:, None] + cost).min(0)
         cuts.append(cut)
@@ -391,7 +461,7 @@ def easy_to_hard(losses: Tensor, k: int) -> Tensor:
     return torch.bucketize(losses.double(), values[edges[ends[:-1]]], right=True)
 
 
-# ---- hidden while they are easy -------------------------------------------------------------------------------------
+# ---- hidden while they are easy ------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -435,25 +505,39 @@ class KAKURENBO(LastLoss):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("max_hidden", self.max_hidden, "a share in [0, 1)", lambda share: 0 <= share < 1)
+        check_number(
+            "max_hidden", self.max_hidden, "a share in [0, 1)", lambda share: 0 <= share < 1
+        )
         check_share("min_confidence", self.min_confidence)
         if not isinstance(self.scale_lr, bool):
             raise TypeError(f"scale_lr={self.scale_lr!r} must be True or False.")
-        object.__setattr__(self, "schedule", _schedule(self.schedule))  # from JSON it comes as lists
+        object.__setattr__(
+            self, "schedule", _schedule(self.schedule)
+        )  # from JSON it comes as lists
 
     @property
     def signals(self) -> tuple[str, ...]:
         return ("loss", "correct", "confidence")
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         n = len(score)
-        factor = next(factor for start, factor in reversed(self.schedule) if progress >= start - 1e-9)
+        factor = next(
+            factor for start, factor in reversed(self.schedule) if progress >= start - 1e-9
+        )
         candidates = top_k(-score, floor_share(self.max_hidden * factor, n), generator)
         low = score[candidates]
-        mastered = (table["correct"][candidates] > 0.5) & (table["confidence"][candidates] >= self.min_confidence)
+        mastered = (table["correct"][candidates] > 0.5) & (
+            table["confidence"][candidates] >= self.min_confidence
+        )
         kept = torch.ones(n, dtype=torch.bool)
         kept[candidates[(mastered & (low < math.inf)) | ~_usable(low)]] = False
         indices = indices_of(kept)
@@ -462,15 +546,24 @@ class KAKURENBO(LastLoss):
 
 def _schedule(value: Any) -> tuple[tuple[float, float], ...]:
     """Pairs (share of the run, factor) as tuples of floats, checked."""
-    wanted = "pairs (share of the run, factor in [0, 1]), the first at 0, each later than the one before"
-    if not (isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)):
-        raise TypeError(f"schedule={value!r} is no schedule: wanted is {wanted}, such as ((0, 1), (0.6, 0.5)).")
+    wanted = (
+        "pairs (share of the run, factor in [0, 1]), the first at 0, each later than the one before"
+    )
+    if not (
+        isinstance(value, list | tuple)
+        and all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in value)
+    ):
+        raise TypeError(
+            f"schedule={value!r} is no schedule: wanted is {wanted}, such as ((0, 1), (0.6, 0.5))."
+        )
     for start, factor in value:
         check_share("schedule: the share", start)
         check_share("schedule: the factor", factor)
     starts = [start for start, _ in value]
     if not starts or starts[0] != 0 or sorted(set(starts)) != starts:
-        raise ValueError(f"schedule={value!r} is out of range: wanted is {wanted}, such as ((0, 1), (0.6, 0.5)).")
+        raise ValueError(
+            f"schedule={value!r} is out of range: wanted is {wanted}, such as ((0, 1), (0.6, 0.5))."
+        )
     return tuple((float(start), float(factor)) for start, factor in value)
 
 
@@ -507,14 +600,22 @@ class IES(PruningPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_number("threshold", self.threshold, "a number of at least 0, such as 0.001", lambda threshold: threshold >= 0)
+        check_number(
+            "threshold",
+            self.threshold,
+            "a number of at least 0, such as 0.001",
+            lambda threshold: threshold >= 0,
+        )
 
     @property
     def signals(self) -> tuple[str, ...]:
         return ("loss",)
 
     def observe(self, rows: Rows, signals: Rows) -> Mapping[str, Tensor]:
-        return {"loss_0": signals["loss"], **{f"loss_{age + 1}": rows[f"loss_{age}"] for age in range(_LOSSES - 1)}}
+        return {
+            "loss_0": signals["loss"],
+            **{f"loss_{age + 1}": rows[f"loss_{age}"] for age in range(_LOSSES - 1)},
+        }
 
     def score(self, table: SampleTable) -> Tensor:
         loss = torch.stack([table[column.name] for column in self.columns])
@@ -522,7 +623,13 @@ class IES(PruningPolicy):
         return change.where(loss[-1].isfinite(), math.inf).where(loss[0].isfinite(), math.nan)
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         assert score is not None
         kept = indices_of(score >= self.threshold)

@@ -8,16 +8,29 @@ import torch
 from torch import Tensor
 
 from ..scores import SampleTable, Scores
-from .base import EpochPlan, PruningPolicy, check_choice, indices_of, keep_count, mask_of, permutation, top_k
+from .base import (
+    EpochPlan,
+    PruningPolicy,
+    check_choice,
+    indices_of,
+    keep_count,
+    mask_of,
+    permutation,
+    top_k,
+)
 
 
 def _path_of(scores: Any) -> str | None:
     if isinstance(scores, Scores):
         if scores.path is None:
-            raise ValueError("These scores have no file yet: save them first, `scores.save('scores.safetensors')`.")
+            raise ValueError(
+                "These scores have no file yet: save them first, `scores.save('scores.safetensors')`."
+            )
         scores = scores.path
     if scores is not None and not isinstance(scores, str | os.PathLike):
-        raise TypeError(f"scores={type(scores).__name__}: wanted is the path of a file of `Scores.save`, or its `Scores`.")
+        raise TypeError(
+            f"scores={type(scores).__name__}: wanted is the path of a file of `Scores.save`, or its `Scores`."
+        )
     return None if scores is None else str(os.fspath(scores))
 
 
@@ -114,7 +127,11 @@ class StaticPruning(PruningPolicy):
                 "that is pruned."
             )
         only_n = ("", f"{n} samples")
-        if scores.fingerprint != fingerprint and scores.fingerprint not in only_n and fingerprint not in only_n:
+        if (
+            scores.fingerprint != fingerprint
+            and scores.fingerprint not in only_n
+            and fingerprint not in only_n
+        ):
             raise ValueError(
                 f"{self.scores} has the scores of the dataset {scores.fingerprint!r}, the training set is {fingerprint!r}: "
                 "score the training set that is pruned, or prune the one that was scored."
@@ -125,12 +142,32 @@ class StaticPruning(PruningPolicy):
         if self.scores is None:
             return {}
         scores = self._read()
-        noted = ("forward_passes", "backward_passes", "scoring_passes", "passes", "seconds", "runs", "epochs")
+        noted = (
+            "forward_passes",
+            "backward_passes",
+            "scoring_passes",
+            "passes",
+            "seconds",
+            "runs",
+            "epochs",
+        )
         spent = {name: scores.provenance[name] for name in noted if name in scores.provenance}
-        return {"method": scores.method, "scores": self.scores, "digest": scores.digest, "charged": self.charge, **spent}
+        return {
+            "method": scores.method,
+            "scores": self.scores,
+            "digest": scores.digest,
+            "charged": self.charge,
+            **spent,
+        }
 
     def plan(
-        self, table: SampleTable, *, score: Tensor | None, epoch: int, progress: float, generator: torch.Generator
+        self,
+        table: SampleTable,
+        *,
+        score: Tensor | None,
+        epoch: int,
+        progress: float,
+        generator: torch.Generator,
     ) -> EpochPlan:
         n, k = len(table), keep_count(self.keep_ratio, len(table))
         if self.scores is None:

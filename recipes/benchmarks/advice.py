@@ -41,7 +41,11 @@ def quickstart_runs(epochs: int, folder: Path) -> Iterator[Run]:
         ("short", FullData(), 0.3 * epochs),
         ("ucb 0.3", UCB(keep_ratio=0.3), epochs),
     ):
-        yield "quickstart", name, lambda p=policy, e=trained: quickstart.make_trainer(p, e, 0, folder)
+        yield (
+            "quickstart",
+            name,
+            lambda p=policy, e=trained: quickstart.make_trainer(p, e, 0, folder),
+        )
 
 
 def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[Run]:
@@ -58,7 +62,9 @@ def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[
             report_to="none",
             disable_tqdm=True,
         )
-        trainer = cifar.make_trainer(cifar.RecipeArguments(model="resnet8_cifar"), policy, args, images)
+        trainer = cifar.make_trainer(
+            cifar.RecipeArguments(model="resnet8_cifar"), policy, args, images
+        )
         trainer.remove_callback(PrinterCallback)
         return trainer
 
@@ -104,11 +110,17 @@ def compared(recipe: str, run: str, rounds: list[dict[str, Any]]) -> dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; without it the quickstart alone")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", help="Hub id or local path of CIFAR-10; without it the quickstart alone"
+    )
     parser.add_argument("--train_split", default="train[:10000]", help="of it")
     parser.add_argument("--epochs", type=int, default=3, help="of the runs on CIFAR-10")
-    parser.add_argument("--quickstart_epochs", type=int, default=20, help="of the full run of the quickstart")
+    parser.add_argument(
+        "--quickstart_epochs", type=int, default=20, help="of the full run of the quickstart"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are compared")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
@@ -123,7 +135,9 @@ def main() -> None:
                 yield from cifar_runs(options.dataset, options.train_split, options.epochs, folder)
 
         for _ in trange(options.rounds, desc="rounds"):
-            for recipe, run, make in tqdm(runs(), desc="runs", total=6 if options.dataset else 3, leave=False):
+            for recipe, run, make in tqdm(
+                runs(), desc="runs", total=6 if options.dataset else 3, leave=False
+            ):
                 rounds.setdefault((recipe, run), []).append(predict_and_measure(make))
     results = [compared(*names, each) for names, each in rounds.items()]
     worst = max(results, key=lambda result: abs(result["error"]))

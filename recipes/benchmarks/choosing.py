@@ -36,8 +36,12 @@ RIVALS = ("loss-proportional", "orderdp", "seta", "kakurenbo", "ies")
 def policy_of(name: str, keep_ratio: float):
     fields = POLICIES[name].__dataclass_fields__
     # Without forward passes, which need a model; and, where a rule says itself how much it keeps, as it says.
-    settings: dict[str, Any] = {"scoring": "trained"} | ({"last": 0.0} if name == "infobatch" else {})
-    return make_policy(name, **({"keep_ratio": keep_ratio} if "keep_ratio" in fields else {}), **settings)
+    settings: dict[str, Any] = {"scoring": "trained"} | (
+        {"last": 0.0} if name == "infobatch" else {}
+    )
+    return make_policy(
+        name, **({"keep_ratio": keep_ratio} if "keep_ratio" in fields else {}), **settings
+    )
 
 
 def full_epoch(n: int, batch_size: int) -> float:
@@ -66,16 +70,23 @@ def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dic
     marks.append(time.perf_counter())
     pruner.end_epoch()
     names = ("choose", "iterate", "", "apply")
-    seconds = {name: b - a for name, a, b in zip(names, marks, [*marks[1:], time.perf_counter()], strict=True)}
+    seconds = {
+        name: b - a
+        for name, a, b in zip(names, marks, [*marks[1:], time.perf_counter()], strict=True)
+    }
     del seconds[""]
     return {**seconds, "observe": spent}
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
-def run(name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, threads: int) -> dict[str, Any]:
+def run(
+    name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, threads: int
+) -> dict[str, Any]:
     """A few epochs in this process."""
     torch.set_num_threads(threads)
     policy, losses = policy_of(name, keep_ratio), torch.rand(batch_size).exp()
@@ -97,8 +108,12 @@ def run(name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, thre
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[5e4, 1.28e6, 1e7], help="numbers of samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=[5e4, 1.28e6, 1e7], help="numbers of samples"
+    )
     parser.add_argument("--policies", nargs="+", default=[*NEEDED, *RIVALS], help="names of rules")
     parser.add_argument("--keep_ratio", type=float, default=0.3)
     parser.add_argument("--batch_size", type=int, default=256)
@@ -110,7 +125,10 @@ def main() -> None:
     rows = []
     for n in map(int, options.sizes):
         task = (n, options.keep_ratio, options.batch_size, options.epochs, options.threads)
-        turns = {name: lambda name=name, task=task: measure.apart(run, name, *task) for name in options.policies}
+        turns = {
+            name: lambda name=name, task=task: measure.apart(run, name, *task)
+            for name in options.policies
+        }
         for name, runs in measure.in_turns(turns, options.rounds, f"N = {n:,d}").items():
             compared = measure.ratio([one["pruned"] for one in runs], [one["full"] for one in runs])
             peak = statistics.median(one["peak"] for one in runs)
@@ -120,15 +138,31 @@ def main() -> None:
                     "policy": name,
                     "kept": runs[0]["kept"],
                     "seconds": statistics.median(one["pruned"] for one in runs),
-                    **{p: statistics.median(one["phases"][p] for one in runs) for p in runs[0]["phases"]},
+                    **{
+                        p: statistics.median(one["phases"][p] for one in runs)
+                        for p in runs[0]["phases"]
+                    },
                     "full_seconds": statistics.median(one["full"] for one in runs),
                     **compared,
                     "bytes_a_sample": peak / n,
                     "runs": runs,
                 }
             )
-    shown = {"samples": ",d", "policy": "", "kept": ",d", "choose": ".3f", "iterate": ".3f", "observe": ".3f"}
-    shown |= {"apply": ".3f", "seconds": ".3f", "full_seconds": ".3f", "ratio": ".2f", "bytes_a_sample": ".1f"}
+    shown = {
+        "samples": ",d",
+        "policy": "",
+        "kept": ",d",
+        "choose": ".3f",
+        "iterate": ".3f",
+        "observe": ".3f",
+    }
+    shown |= {
+        "apply": ".3f",
+        "seconds": ".3f",
+        "full_seconds": ".3f",
+        "ratio": ".2f",
+        "bytes_a_sample": ".1f",
+    }
     measure.report("Seconds of choosing, an epoch", rows, shown, options)
 
 

@@ -54,7 +54,9 @@ def sent_bytes() -> int:
     return sum(int(line.split(":")[1].split()[8]) for line in lines)
 
 
-def measured(work: Callable[[], Any], prepare: Callable[[], None] = lambda: None) -> Callable[[], tuple[float, int]]:
+def measured(
+    work: Callable[[], Any], prepare: Callable[[], None] = lambda: None
+) -> Callable[[], tuple[float, int]]:
     """A function that does the work on all ranks and returns its seconds and bytes, two barriers' bytes included."""
 
     def once() -> tuple[float, int]:
@@ -91,7 +93,9 @@ def ways(
     samples: int, batch_size: int, rank: int, ranks: int
 ) -> tuple[dict[str, Callable[[], tuple[float, int]]], int, int]:
     """What is measured, the observations of all ranks, the steps."""
-    kept = int(KEEP_RATIO * samples) // ranks * ranks  # shares of one size, for the all-gather in every step
+    kept = (
+        int(KEEP_RATIO * samples) // ranks * ranks
+    )  # shares of one size, for the all-gather in every step
     plan = EpochPlan(torch.randperm(samples, generator=torch.Generator().manual_seed(0))[:kept])
     index = plan.indices[rank::ranks].clone()
     losses = torch.rand(len(index))
@@ -120,7 +124,9 @@ def ways(
     return functions, kept, len(batches)
 
 
-def rows_of(samples: int, options: argparse.Namespace, rank: int, ranks: int) -> list[dict[str, Any]]:
+def rows_of(
+    samples: int, options: argparse.Namespace, rank: int, ranks: int
+) -> list[dict[str, Any]]:
     functions, observations, steps = ways(samples, options.batch_size, rank, ranks)
     functions[ONCE](), functions[CHOICE]()  # connections and buffers are made at the first call
     # One rank's progress bar is enough; errors do not go this way.
@@ -146,7 +152,9 @@ def rows_of(samples: int, options: argparse.Namespace, rank: int, ranks: int) ->
             "us_a_step": 1e6 * statistics.median(seconds[way]) / steps,
             **measure.ratio(seconds[way], seconds[ONCE]),
             "bytes": measure.spread(sent) if moved else None,
-            "bytes_per_observation": statistics.median(sent) / (observations * (ranks - 1)) if moved else None,
+            "bytes_per_observation": statistics.median(sent) / (observations * (ranks - 1))
+            if moved
+            else None,
             "least": least,
             "barriers": barriers,
         }
@@ -157,9 +165,13 @@ def rows_of(samples: int, options: argparse.Namespace, rank: int, ranks: int) ->
 def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> None:
     """What each process does; rank 0 writes the rows."""
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder}/rendezvous{ranks}"  # no port: several runs at a time do not collide
+    rendezvous = (
+        f"file://{folder}/rendezvous{ranks}"  # no port: several runs at a time do not collide
+    )
     timeout = datetime.timedelta(minutes=10)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timeout)
+    dist.init_process_group(
+        "gloo", init_method=rendezvous, rank=rank, world_size=ranks, timeout=timeout
+    )
     if dist.get_world_size() != ranks:
         raise RuntimeError(f"{dist.get_world_size()} ranks found each other, wanted were {ranks}.")
     rows = [row for samples in options.sizes for row in rows_of(int(samples), options, rank, ranks)]
@@ -170,9 +182,17 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="processes, 2 or more")
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1.28e6, 1e7], help="samples, of which 0.3 are kept")
+    parser.add_argument(
+        "--sizes",
+        type=float,
+        nargs="+",
+        default=[1.28e6, 1e7],
+        help="samples, of which 0.3 are kept",
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_size", type=int, default=256, help="of a rank")
     parser.add_argument("--output", type=Path, help="JSON file")
@@ -185,7 +205,14 @@ def main() -> None:
         for ranks in options.ranks:
             torch.multiprocessing.spawn(work, (ranks, options, folder), nprocs=ranks)
             rows += json.loads(Path(folder, f"rows{ranks}.json").read_text())
-    shown = {"way": "", "ranks": "d", "samples": ",d", "observations": ",d", "steps": ",d", "ms_an_epoch": ",.1f"}
+    shown = {
+        "way": "",
+        "ranks": "d",
+        "samples": ",d",
+        "observations": ",d",
+        "steps": ",d",
+        "ms_an_epoch": ",.1f",
+    }
     shown |= {"us_a_step": ",.1f", "ratio": ".2f", "bytes_per_observation": ".2f", "least": "d"}
     title = f"An epoch's exchange, median of {options.rounds} rounds; ratio: of seconds, to those of {ONCE!r}"
     measure.report(title, rows, shown, options)

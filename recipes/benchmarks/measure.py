@@ -17,7 +17,9 @@ from tqdm import trange
 from hf_dynprune.report import describe_environment
 
 
-def in_turns(what: Mapping[str, Callable[[], Any]], rounds: int, description: str = "rounds") -> dict[str, list[Any]]:
+def in_turns(
+    what: Mapping[str, Callable[[], Any]], rounds: int, description: str = "rounds"
+) -> dict[str, list[Any]]:
     """What each function returns, `rounds` times; every other round in reverse order, so that what changes with time
     (heat, caches, other programs) falls on all alike."""
     results: dict[str, list[Any]] = {name: [] for name in what}
@@ -68,9 +70,17 @@ def step_by_step(runs: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dic
 def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
     """Of values measured in pairs: the mean of their ratios and its 95 % confidence interval, by Student's t."""
     ratios = [a / b for a, b in zip(of, to, strict=True)]
-    half = stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
+    half = (
+        stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
+        if len(ratios) > 1
+        else None
+    )
     mean = statistics.mean(ratios)
-    return {"ratio": mean, "ratio_95": None if half is None else [mean - half, mean + half], "ratios": ratios}
+    return {
+        "ratio": mean,
+        "ratio_95": None if half is None else [mean - half, mean + half],
+        "ratios": ratios,
+    }
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -78,7 +88,12 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
-def report(title: str, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, str], options: argparse.Namespace) -> None:
+def report(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    shown: Mapping[str, str],
+    options: argparse.Namespace,
+) -> None:
     """Prints a table of the rows; writes them with options, versions and hardware to `options.output`, if that is given.
 
     Args:
@@ -86,13 +101,22 @@ def report(title: str, rows: Sequence[Mapping[str, Any]], shown: Mapping[str, st
         shown: the columns that are printed, each with its format, such as `{"ratio": ".3f", "N": ",d"}`.
     """
     cells = [
-        {name: "" if row.get(name) is None else format(row[name], form) for name, form in shown.items()} for row in rows
+        {
+            name: "" if row.get(name) is None else format(row[name], form)
+            for name, form in shown.items()
+        }
+        for row in rows
     ]
     print(f"{title}\n{pandas.DataFrame(cells).to_string(index=False)}")
     if options.output:
         given = {name: value for name, value in vars(options).items() if name != "output"}
         # Where data lie on this machine is of no use to others.
         given |= {name: Path(given[name]).name for name in ("dataset", "jpeg") if given.get(name)}
-        content = {"title": title, "options": given, "rows": list(rows), "environment": describe_environment(ranks=1)}
+        content = {
+            "title": title,
+            "options": given,
+            "rows": list(rows),
+            "environment": describe_environment(ranks=1),
+        }
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(json.dumps(content, indent=2) + "\n")

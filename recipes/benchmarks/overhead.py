@@ -53,14 +53,22 @@ import common  # of the recipes
 
 def causal_lm(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
     config = LlamaConfig(
-        vocab_size=32_000, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4
+        vocab_size=32_000,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=4,
     )
     tokens = torch.randint(0, 32_000, (samples, 128)).tolist()
-    return LlamaForCausalLM(config), datasets.Dataset.from_dict({"input_ids": tokens, "labels": tokens})
+    return LlamaForCausalLM(config), datasets.Dataset.from_dict(
+        {"input_ids": tokens, "labels": tokens}
+    )
 
 
 def bert(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
-    config = BertConfig(hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512)
+    config = BertConfig(
+        hidden_size=128, num_hidden_layers=2, num_attention_heads=2, intermediate_size=512
+    )
     data = {
         "input_ids": torch.randint(0, config.vocab_size, (samples, 64)).tolist(),
         "labels": torch.randint(0, 2, (samples,)).tolist(),
@@ -71,8 +79,13 @@ def bert(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
 def resnet8_cifar(samples: int) -> tuple[PreTrainedModel, ImageCache]:
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     model = create_timm_model("resnet8_cifar", num_labels=10, image_size=32, **statistics)
-    pixels, labels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (samples,))
-    return model.to(memory_format=torch.channels_last), ImageCache(pixels, labels, augment=True, **statistics)
+    pixels, labels = (
+        torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8),
+        torch.randint(0, 10, (samples,)),
+    )
+    return model.to(memory_format=torch.channels_last), ImageCache(
+        pixels, labels, augment=True, **statistics
+    )
 
 
 class Model(NamedTuple):
@@ -127,12 +140,18 @@ def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
         **{name: value for name, value in settings.items() if name not in own},
     )
     own |= {"model": model, "args": arguments, "train_dataset": data}
-    run = Trainer(**own) if kind == "stock" else DynamicPruningTrainer(**own, pruning=UCB(keep_ratio=1.0))
+    run = (
+        Trainer(**own)
+        if kind == "stock"
+        else DynamicPruningTrainer(**own, pruning=UCB(keep_ratio=1.0))
+    )
     run.remove_callback(PrinterCallback)
     return run
 
 
-def steps_of(kind: str, name: str, steps: int, folder: str, pass_on: Callable[[], None]) -> list[float]:
+def steps_of(
+    kind: str, name: str, steps: int, folder: str, pass_on: Callable[[], None]
+) -> list[float]:
     """Seconds of each step but the first fifth."""
     run, clock = make_run(kind, name, steps, folder), Steps(pass_on)
     run.add_callback(clock)
@@ -146,8 +165,12 @@ def pair(name: str, steps: int, folder: str) -> dict[str, float]:
     prepare()
     ratios, stock = [], []
     for order in (("stock", "pruned"), ("pruned", "stock")):
-        runs = measure.step_by_step({kind: partial(steps_of, kind, name, steps, folder) for kind in order})
-        ratios.append(statistics.median(a / b for a, b in zip(runs["pruned"], runs["stock"], strict=True)))
+        runs = measure.step_by_step(
+            {kind: partial(steps_of, kind, name, steps, folder) for kind in order}
+        )
+        ratios.append(
+            statistics.median(a / b for a, b in zip(runs["pruned"], runs["stock"], strict=True))
+        )
         stock += runs["stock"]
     return {"ratio": statistics.geometric_mean(ratios), "stock": statistics.median(stock)}
 
@@ -165,7 +188,9 @@ def peak(kind: str, name: str, folder: str) -> int:
     trace = Path(folder) / "trace.json"
     profile.export_chrome_trace(str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
-    allocated = [event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"]
+    allocated = [
+        event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]"
+    ]
     return max(allocated) - allocated[0]
 
 
@@ -187,19 +212,38 @@ def row(name: str, steps: int, pairs: int, folder: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pairs", type=int, default=7, help="at least 2")
-    parser.add_argument("--steps", type=int, help="of a run; the first fifth is not counted; default: by the model")
+    parser.add_argument(
+        "--steps", type=int, help="of a run; the first fifth is not counted; default: by the model"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
     prepare()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [row(name, options.steps or MODELS[name].steps, options.pairs, folder) for name in options.models]
-    shown = {"model": "", "steps": "d", "stock_ms": ".1f", "ratio": ".3f", "low": ".3f", "high": ".3f"}
+        rows = [
+            row(name, options.steps or MODELS[name].steps, options.pairs, folder)
+            for name in options.models
+        ]
+    shown = {
+        "model": "",
+        "steps": "d",
+        "stock_ms": ".1f",
+        "ratio": ".3f",
+        "low": ".3f",
+        "high": ".3f",
+    }
     shown |= {"memory_ratio": ".4f", "memory_MB": ",.0f"}
-    measure.report("Pruned / stock, an optimizer step: seconds (95 %), and peak of memory", rows, shown, options)
+    measure.report(
+        "Pruned / stock, an optimizer step: seconds (95 %), and peak of memory",
+        rows,
+        shown,
+        options,
+    )
 
 
 if __name__ == "__main__":

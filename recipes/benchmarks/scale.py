@@ -43,13 +43,19 @@ class World:
         self.rank, self.ranks, self.kept, self.received = rank, ranks, kept, 0
         self.shares: list[Tensor] = []  # the sample indices that each rank observed
         self.is_available = self.is_initialized = lambda: True
-        self.get_rank, self.get_world_size, self.get_backend = (lambda: rank), (lambda: ranks), (lambda: "gloo")
+        self.get_rank, self.get_world_size, self.get_backend = (
+            (lambda: rank),
+            (lambda: ranks),
+            (lambda: "gloo"),
+        )
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
         if self.rank == source:
             return
         self.received += tensor.nbytes
-        if tensor.dtype == torch.float64:  # the plan's head: size, weights or none, factor on the learning rate
+        if (
+            tensor.dtype == torch.float64
+        ):  # the plan's head: size, weights or none, factor on the learning rate
             tensor.copy_(torch.tensor([self.kept, 0, 1], dtype=torch.float64))
         else:
             torch.arange(len(tensor), out=tensor)
@@ -98,8 +104,12 @@ def play(rank: int, ranks: int, n: int, epochs: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[1e7, 3e7, 1e8], help="numbers of samples")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--sizes", type=float, nargs="+", default=[1e7, 3e7, 1e8], help="numbers of samples"
+    )
     parser.add_argument("--ranks", type=int, default=1024)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--wanted", type=float, default=1e9, help="samples to extrapolate to")
@@ -110,15 +120,30 @@ def main() -> None:
         for n in map(int, options.sizes):
             found = measure.apart(play, rank, options.ranks, n, options.epochs)
             kept = round(KEEP_RATIO * n)
-            row = {"role": role, "samples": n, "bytes_a_sample": found["peak"] / n, "GB": found["peak"] / 1e9}
-            row |= {"received_a_kept_sample": found["received"] / kept, "received_GB": found["received"] / 1e9}
-            rows.append(row | found["seconds"] | {"total": sum(found["seconds"].values()), "measured": True})
+            row = {
+                "role": role,
+                "samples": n,
+                "bytes_a_sample": found["peak"] / n,
+                "GB": found["peak"] / 1e9,
+            }
+            row |= {
+                "received_a_kept_sample": found["received"] / kept,
+                "received_GB": found["received"] / 1e9,
+            }
+            rows.append(
+                row | found["seconds"] | {"total": sum(found["seconds"].values()), "measured": True}
+            )
         times = options.wanted / rows[-1]["samples"]
         scaled = ("GB", "received_GB", "choose and order", "iterate", "exchange and apply", "total")
         rows.append(rows[-1] | {name: rows[-1][name] * times for name in scaled})
         rows[-1] |= {"samples": int(options.wanted), "measured": False}
     shown = {"role": "", "samples": ",d", "measured": "", "bytes_a_sample": ".1f", "GB": ".2f"}
-    shown |= {"received_a_kept_sample": ".2f", "received_GB": ".2f", "choose and order": ".2f", "iterate": ".2f"}
+    shown |= {
+        "received_a_kept_sample": ".2f",
+        "received_GB": ".2f",
+        "choose and order": ".2f",
+        "iterate": ".2f",
+    }
     shown |= {"exchange and apply": ".2f", "total": ".2f"}
     measure.report(f"One of {options.ranks} ranks, an epoch", rows, shown, options)
 

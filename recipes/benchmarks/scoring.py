@@ -39,7 +39,9 @@ import common
 
 
 class Model(NamedTuple):
-    make: Callable | None  # samples -> (model, dataset); None: an architecture of timm, by its name, on images
+    make: (
+        Callable | None
+    )  # samples -> (model, dataset); None: an architecture of timm, by its name, on images
     batch: int  # of training
     large: int  # batch of scoring; for the images the recipe's
     fewer: int = 1  # times fewer samples than --samples: of some models they cost more
@@ -55,9 +57,18 @@ MODELS = {
 
 def load_images(dataset: str | None, samples: int) -> cifar.Images:
     if dataset:
-        return cifar.load_images(cifar.DataArguments(dataset=dataset, train_split=f"train[:{samples}]"), seed=0)
-    pixels, labels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (samples,))
-    options: dict[str, Any] = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_names": list("0123456789")}
+        return cifar.load_images(
+            cifar.DataArguments(dataset=dataset, train_split=f"train[:{samples}]"), seed=0
+        )
+    pixels, labels = (
+        torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8),
+        torch.randint(0, 10, (samples,)),
+    )
+    options: dict[str, Any] = {
+        "mean": CIFAR_MEAN,
+        "std": CIFAR_STD,
+        "label_names": list("0123456789"),
+    }
     plain = ImageCache(pixels, labels, **options)
     return cifar.Images(ImageCache(pixels, labels, augment=True, **options), plain, plain)
 
@@ -89,18 +100,27 @@ def infer(trainer: DynamicPruningTrainer, mode: str) -> float:
     """Seconds a sample of the model alone, over the batches that were scored."""
     args, model = trainer.args, trainer.model
     data = trainer.train_dataset if trainer.scoring_dataset is None else trainer.scoring_dataset
-    loader = DataLoader(data, args.eval_batch_size, collate_fn=trainer.data_collator, pin_memory=args.dataloader_pin_memory)
+    loader = DataLoader(
+        data,
+        args.eval_batch_size,
+        collate_fn=trainer.data_collator,
+        pin_memory=args.dataloader_pin_memory,
+    )
     model.train(mode == "train")
     begun = time.perf_counter()
     with torch.autocast(args.device.type, torch.bfloat16, enabled=args.bf16):
         for batch in loader:
-            model(**{key: values.to(args.device, non_blocking=True) for key, values in batch.items()})
+            model(
+                **{key: values.to(args.device, non_blocking=True) for key, values in batch.items()}
+            )
     if args.device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - begun) / len(data)
 
 
-def run(name: str, batch: int, options: argparse.Namespace, images: cifar.Images, folder: str) -> dict[str, float]:
+def run(
+    name: str, batch: int, options: argparse.Namespace, images: cifar.Images, folder: str
+) -> dict[str, float]:
     """Seconds a sample of scoring, of training and of bare inference."""
     trainer = make_trainer(name, batch, options, images, folder)
     trainer.remove_callback(PrinterCallback)
@@ -113,7 +133,9 @@ def run(name: str, batch: int, options: argparse.Namespace, images: cifar.Images
     }
 
 
-def rows_of(name: str, options: argparse.Namespace, images: cifar.Images, folder: str) -> list[dict[str, Any]]:
+def rows_of(
+    name: str, options: argparse.Namespace, images: cifar.Images, folder: str
+) -> list[dict[str, Any]]:
     """A row for each size of scoring batches."""
     sizes = [MODELS[name].batch, MODELS[name].large]
     turns = {str(size): partial(run, name, size, options, images, folder) for size in sizes}
@@ -128,19 +150,38 @@ def rows_of(name: str, options: argparse.Namespace, images: cifar.Images, folder
             found = measure.ratio(seconds["scoring"], seconds[other])
             row |= {f"of_{other}": found["ratio"], f"of_{other}_95": found["ratio_95"]}
         small = [one["scoring"] for one in rounds[str(sizes[0])]]
-        row["of_small_batch"] = None if size == sizes[0] else measure.ratio(seconds["scoring"], small)["ratio"]
-        rows.append(row | {"seconds": {what: measure.spread(values) for what, values in seconds.items()}, "rounds": runs})
+        row["of_small_batch"] = (
+            None if size == sizes[0] else measure.ratio(seconds["scoring"], small)["ratio"]
+        )
+        rows.append(
+            row
+            | {
+                "seconds": {what: measure.spread(values) for what, values in seconds.items()},
+                "rounds": runs,
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    fewer = ", ".join(f"{model.fewer} times fewer of {name}" for name, model in MODELS.items() if model.fewer > 1)
+    fewer = ", ".join(
+        f"{model.fewer} times fewer of {name}" for name, model in MODELS.items() if model.fewer > 1
+    )
     parser.add_argument("--samples", type=int, default=10_000, help=f"that are scored; {fewer}")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--mode", choices=("eval", "train"), default="eval", help="of the model, in scoring and inference")
-    parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape")
+    parser.add_argument(
+        "--mode",
+        choices=("eval", "train"),
+        default="eval",
+        help="of the model, in scoring and inference",
+    )
+    parser.add_argument(
+        "--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()

@@ -43,7 +43,10 @@ IMPORTS = {  # what is run -> what it needs
 WITH_TRAINER = ("score", "advise")  # the commands that have all arguments of the Trainer
 HELP = {
     "hf-dynprune --help": PYTHON,
-    **{f"hf-dynprune {name} --help": ARGUMENTS if name in WITH_TRAINER else PYTHON for name in COMMANDS},
+    **{
+        f"hf-dynprune {name} --help": ARGUMENTS if name in WITH_TRAINER else PYTHON
+        for name in COMMANDS
+    },
 }
 
 
@@ -85,7 +88,9 @@ class OneStep(TrainerCallback):
         control.should_training_stop = True
 
 
-def build(pruned: bool, data: torch.utils.data.Dataset | datasets.Dataset, folder: str) -> dict[str, float]:
+def build(
+    pruned: bool, data: torch.utils.data.Dataset | datasets.Dataset, folder: str
+) -> dict[str, float]:
     """Seconds of building a trainer, and of its train() until the first step."""
     args = TrainingArguments(
         folder,
@@ -101,7 +106,9 @@ def build(pruned: bool, data: torch.utils.data.Dataset | datasets.Dataset, folde
     settings = {"model": Tiny(), "args": args, "train_dataset": data, "callbacks": [step]}
     marks = [time.perf_counter()]
     if pruned:
-        trainer = DynamicPruningTrainer(**settings, pruning=UCB(keep_ratio=0.3), per_sample_loss_fn="single_label")
+        trainer = DynamicPruningTrainer(
+            **settings, pruning=UCB(keep_ratio=0.3), per_sample_loss_fn="single_label"
+        )
     else:
         trainer = Trainer(**settings)
     trainer.get_train_dataloader()
@@ -112,28 +119,44 @@ def build(pruned: bool, data: torch.utils.data.Dataset | datasets.Dataset, folde
     return {"build": marks[1] - marks[0], "first step": step.reached - marks[2]}
 
 
-def measure_builds(samples: int, rounds: int, folder: str) -> tuple[dict[str, list[float]], dict[str, str | None]]:
+def measure_builds(
+    samples: int, rounds: int, folder: str
+) -> tuple[dict[str, list[float]], dict[str, str | None]]:
     """What was done -> seconds; and what it needs."""
     columns = {"feature": np.zeros(samples, np.float32), "labels": np.zeros(samples, np.int64)}
-    kinds = {"datasets.Dataset": datasets.Dataset.from_dict(columns), "torch's Dataset": Plain(*columns.values())}
+    kinds = {
+        "datasets.Dataset": datasets.Dataset.from_dict(columns),
+        "torch's Dataset": Plain(*columns.values()),
+    }
     turns: dict[str, Callable[[], dict[str, float]]] = {}
     for kind, data in kinds.items():
-        turns |= {f"{name}, {kind}": partial(build, name == "pruned", data, folder) for name in ("stock", "pruned")}
+        turns |= {
+            f"{name}, {kind}": partial(build, name == "pruned", data, folder)
+            for name in ("stock", "pruned")
+        }
     for warm_up in turns.values():
         warm_up()
     seconds, needs = {}, {}
     for name, runs in measure.in_turns(turns, rounds, "rounds, trainers").items():
         for part in runs[0]:
             seconds[f"{part}: {name}"] = [run[part] for run in runs]
-            needs[f"{part}: {name}"] = f"{part}: {name.replace('pruned', 'stock')}" if "pruned" in name else None
+            needs[f"{part}: {name}"] = (
+                f"{part}: {name.replace('pruned', 'stock')}" if "pruned" in name else None
+            )
     return seconds, needs
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--samples", type=int, default=1_280_000, help="that trainers are built on")
-    parser.add_argument("--with_transformers", action="store_true", help="also what imports that: some 5 s a process")
+    parser.add_argument(
+        "--with_transformers",
+        action="store_true",
+        help="also what imports that: some 5 s a process",
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     needs: dict[str, str | None] = {
@@ -141,7 +164,9 @@ def main() -> None:
         for what, of in (IMPORTS | HELP).items()
         if options.with_transformers or not {what, of} & {TRAINER, ARGUMENTS}
     }
-    seconds = measure.in_turns({what: partial(start, what) for what in needs}, options.rounds, "rounds, processes")
+    seconds = measure.in_turns(
+        {what: partial(start, what) for what in needs}, options.rounds, "rounds, processes"
+    )
     with tempfile.TemporaryDirectory() as folder:
         built, needed = measure_builds(options.samples, options.rounds, folder)
     needs |= needed
@@ -149,9 +174,18 @@ def main() -> None:
     for what, values in (seconds | built).items():
         row = {"what": what, **measure.spread(values), "needs": needs[what], "rounds": values}
         if base := needs[what]:
-            row["beyond"] = statistics.median(a - b for a, b in zip(values, (seconds | built)[base], strict=True))
+            row["beyond"] = statistics.median(
+                a - b for a, b in zip(values, (seconds | built)[base], strict=True)
+            )
         rows.append(row)
-    shown = {"what": "", "median": ".3f", "lowest": ".3f", "highest": ".3f", "beyond": "+.3f", "needs": ""}
+    shown = {
+        "what": "",
+        "median": ".3f",
+        "lowest": ".3f",
+        "highest": ".3f",
+        "beyond": "+.3f",
+        "needs": "",
+    }
     title = f"Seconds of start-up; trainers on {options.samples:,d} samples"
     measure.report(title, rows, shown, options)
 

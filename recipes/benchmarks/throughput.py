@@ -38,7 +38,13 @@ import torch
 import torch.nn.functional as F
 from torchvision import transforms
 from tqdm import trange
-from transformers import PrinterCallback, Trainer, TrainerCallback, get_linear_schedule_with_warmup, set_seed
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    get_linear_schedule_with_warmup,
+    set_seed,
+)
 
 from hf_dynprune import UCB, FullData
 from hf_dynprune.data import find_column, load_splits
@@ -60,7 +66,12 @@ class Clock(TrainerCallback):
 
     def __init__(self, samples: int, batch_size: int, pass_on: Callable[[], None]) -> None:
         steps = math.ceil(samples / batch_size)
-        self.batch_size, self.first, self.last, self.pass_on = batch_size, max(2, steps // 5), steps - 1, pass_on
+        self.batch_size, self.first, self.last, self.pass_on = (
+            batch_size,
+            max(2, steps // 5),
+            steps - 1,
+            pass_on,
+        )
         self.step, self.begun, self.seconds = 0, 0.0, 0.0
 
     def tick(self) -> None:
@@ -97,7 +108,9 @@ def decoded(data: datasets.Dataset) -> cifar.Images:
     return cifar.Images(train, plain, plain)
 
 
-def make_arguments(options: argparse.Namespace, folder: str, **more) -> cifar.CifarTrainingArguments:
+def make_arguments(
+    options: argparse.Namespace, folder: str, **more
+) -> cifar.CifarTrainingArguments:
     return cifar.CifarTrainingArguments(
         folder,
         num_train_epochs=1,
@@ -119,7 +132,9 @@ def make_model(
     recipe = cifar.RecipeArguments(model=options.model)
     model = cifar.make_model(recipe, images).to(DEVICE, memory_format=torch.channels_last)
     groups = timm.optim.param_groups_weight_decay(model, args.weight_decay)
-    return model, torch.optim.SGD(groups, lr=args.learning_rate, momentum=recipe.momentum, nesterov=True)
+    return model, torch.optim.SGD(
+        groups, lr=args.learning_rate, momentum=recipe.momentum, nesterov=True
+    )
 
 
 def bare_loop(
@@ -142,7 +157,10 @@ def bare_loop(
     for indices in torch.randperm(len(data)).split(options.batch_size):
         batch = data.__getitems__(indices)
         if DEVICE.type == "cuda":
-            batch = {name: values.pin_memory().to(DEVICE, non_blocking=True) for name, values in batch.items()}
+            batch = {
+                name: values.pin_memory().to(DEVICE, non_blocking=True)
+                for name, values in batch.items()
+            }
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
             loss = F.cross_entropy(model(batch["pixel_values"]), batch["labels"])
         loss.backward()
@@ -163,10 +181,16 @@ def timed(trainer: Trainer, clock: Clock) -> float:
 
 
 def recipe_run(
-    images: cifar.Images, make_policy: Callable, options: argparse.Namespace, folder: str, pass_on: Callable[[], None]
+    images: cifar.Images,
+    make_policy: Callable,
+    options: argparse.Namespace,
+    folder: str,
+    pass_on: Callable[[], None],
 ) -> float:
     args = make_arguments(options, folder)
-    trainer = cifar.make_trainer(cifar.RecipeArguments(model=options.model), make_policy(), args, images)
+    trainer = cifar.make_trainer(
+        cifar.RecipeArguments(model=options.model), make_policy(), args, images
+    )
     return timed(trainer, Clock(len(images.train), options.batch_size, pass_on))
 
 
@@ -189,15 +213,22 @@ def stock_path(
     )
 
     def transformed(rows: dict[str, list]) -> dict[str, list]:
-        return {"pixel_values": [transform(one.convert("RGB")) for one in rows[image]], "labels": rows[label]}
+        return {
+            "pixel_values": [transform(one.convert("RGB")) for one in rows[image]],
+            "labels": rows[label],
+        }
 
     args = make_arguments(options, folder, dataloader_num_workers=workers)
     model, optimizer = make_model(images, args, options)
-    trainer = Trainer(model, args, train_dataset=data.with_transform(transformed), optimizers=(optimizer, None))
+    trainer = Trainer(
+        model, args, train_dataset=data.with_transform(transformed), optimizers=(optimizer, None)
+    )
     return timed(trainer, Clock(len(data), options.batch_size, pass_on))
 
 
-def compare(ways: dict[str, Callable[..., float]], options: argparse.Namespace, folder: str) -> list[dict[str, object]]:
+def compare(
+    ways: dict[str, Callable[..., float]], options: argparse.Namespace, folder: str
+) -> list[dict[str, object]]:
     """A row for each way; the first is what the others are compared with."""
     ways = {name: partial(way, options=options, folder=folder) for name, way in ways.items()}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
@@ -206,7 +237,11 @@ def compare(ways: dict[str, Callable[..., float]], options: argparse.Namespace, 
         # A worker loads while others have their turns, and a GPU is not to wait for each step: such runs are whole.
         alone = [name for name in order if DEVICE.type == "cuda" or "worker" in name]
         found = measure.step_by_step(
-            {name: lambda pass_on, name=name: ways[name](pass_on=pass_on) for name in order if name not in alone}
+            {
+                name: lambda pass_on, name=name: ways[name](pass_on=pass_on)
+                for name in order
+                if name not in alone
+            }
         )
         for name in alone:
             torch.compiler.reset()  # of the many models that one process compiles the later ones would run without
@@ -216,21 +251,37 @@ def compare(ways: dict[str, Callable[..., float]], options: argparse.Namespace, 
     bare, rows = next(iter(ways)), []
     for name, values in speeds.items():
         spread = measure.spread(values)
-        row = {"path": name, "images_per_second": spread.pop("median"), **spread, "rounds": values, "compared_with": bare}
+        row = {
+            "path": name,
+            "images_per_second": spread.pop("median"),
+            **spread,
+            "rounds": values,
+            "compared_with": bare,
+        }
         rows.append(row if name == bare else row | measure.ratio(values, speeds[bare]))
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape"
+    )
     parser.add_argument("--jpeg", help="Hub id or local path of JPEG images of one size")
-    parser.add_argument("--samples", type=int, default=10_000, help="the first of the training split; an epoch")
+    parser.add_argument(
+        "--samples", type=int, default=10_000, help="the first of the training split; an epoch"
+    )
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="resnet8_cifar")
-    parser.add_argument("--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone")
-    parser.add_argument("--default_allocator", action="store_true", help="without common.keep_freed_memory")
+    parser.add_argument(
+        "--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone"
+    )
+    parser.add_argument(
+        "--default_allocator", action="store_true", help="without common.keep_freed_memory"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
@@ -241,12 +292,18 @@ def main() -> None:
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder:
         split = f"train[:{options.samples}]"
-        data = load_splits(options.dataset, train=split)[0] if options.dataset else noise(options.samples)
+        data = (
+            load_splits(options.dataset, train=split)[0]
+            if options.dataset
+            else noise(options.samples)
+        )
         images, args = decoded(data), make_arguments(options, folder)
         ways = {
             "bare loop": partial(bare_loop, images, args),
             "cifar.py, Trainer": partial(recipe_run, images, FullData),
-            "cifar.py, UCB that keeps everything": partial(recipe_run, images, partial(UCB, keep_ratio=1.0)),
+            "cifar.py, UCB that keeps everything": partial(
+                recipe_run, images, partial(UCB, keep_ratio=1.0)
+            ),
             "stock path (PIL)": partial(stock_path, data, images, 0),
             "stock path (PIL), 1 worker": partial(stock_path, data, images, 1),
         }
@@ -260,7 +317,13 @@ def main() -> None:
                 "JPEG: ImageCache, Trainer": partial(recipe_run, images, FullData),
             }
             rows += compare(ways, options, folder)
-    shown = {"path": "", "images_per_second": ",.0f", "lowest": ",.0f", "highest": ",.0f", "ratio": ".3f"}
+    shown = {
+        "path": "",
+        "images_per_second": ",.0f",
+        "lowest": ",.0f",
+        "highest": ",.0f",
+        "ratio": ".3f",
+    }
     measure.report("Images a second of training", rows, shown, options)
 
 
