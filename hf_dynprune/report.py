@@ -1,43 +1,108 @@
-"""PruningReport: the record of a run. Logs, model cards, plots and tables are readers of it."""
+"""The record of a run.
+
+This module alone knows what a pass, a cost and a spent second is. Logs, cards, plots and tables
+read it.
+"""
 
 import json
 import os
 import platform
+import re
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from . import __version__
+from .files import save_json
+from .policies import POLICIES, PruningPolicy
+
 FORMAT_VERSION = 1
-_NO_CHOICE = np.ones(1)
 PHASES = ("training", "choosing", "scoring", "evaluation")
+KEPT = ("always", "sometimes", "never")  # the shares that `selection` holds, as tables show them
+_NO_CHOICE = np.ones(1)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
+_SPEED = re.compile(r".*(runtime|_per_second|_time)")  # metrics of how fast an evaluation was
+_BY_SEED = ("scores", "digest")  # fields of a policy that may differ between seeds
+
+
+def passes(forward: float, backward: float, scoring: float = 0) -> float:
+    """Convert sample counts to passes: (forward + 2 * backward + scoring) / 3.
+
+    One pass is one sample forward and backward. A backward pass costs two forward passes, so a
+    sample that is only scored counts as 1/3.
+
+    Args:
+        forward: samples that went forward in training.
+        backward: samples that went backward.
+        scoring: samples that went forward only to be scored.
+    """
+    return (forward + 2 * backward + scoring) / 3
+
+
+class Stopwatch:
+    """Add wall-clock seconds to the phases of a running epoch.
+
+    ```python
+    watch = Stopwatch()
+    watch.start(record.seconds)
+    watch.lap("choosing")  # record.seconds["choosing"] grows by the time since `start`
+    ```
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._mark: float | None = None  # when the current lap began
+
+    @property
+    def running(self) -> bool:
+        """Whether the watch was started and not stopped since."""
+        return self._mark is not None
+
+    def start(self, seconds: dict[str, float]) -> None:
+        """Begin a lap. `seconds` (phase -> seconds) is the dict that the laps are added to."""
+        self._seconds, self._mark = seconds, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to `phase`. Does nothing if the watch is not running."""
+        if self._mark is not None:
+            now = time.perf_counter()
+            self._seconds[phase] += now - self._mark
+            self._mark = now
+
+    def stop(self) -> None:
+        """Stop. The time since the last lap is not counted."""
+        self._mark = None
 
 
 @dataclass
 class EpochRecord:
-    """What one epoch was and cost, over all ranks.
+    """What one epoch did and cost, summed over all ranks.
 
     Attributes:
         epoch: counted from 0.
-        full_data: whether it trained on everything by `first`, `last` or [`FullData`], not by a choice.
+        full_data: whether the epoch trained on all data without a choice (`first`, `last` or
+            [`FullData`]).
         samples: samples that the plan kept.
-        forward_passes: samples (padding included) that went forward in training.
-        backward_passes: those that went backward.
-        scoring_passes: forward passes made only to score.
-        optimizer_steps: steps made in the epoch.
-        learning_rate: in force when the epoch ended, that is, for the step after its last.
-        scores: mean and quantiles of the finite scores when the plan was made, from 262,144 samples on of evenly spaced ones
-            alone; empty where there are none.
+        forward_passes: samples, padding included, that went forward in training.
+        backward_passes: samples, padding included, that went backward.
+        scoring_passes: samples that went forward only to be scored.
+        optimizer_steps: optimizer steps of the epoch.
+        learning_rate: the rate for the step after the epoch's last one.
+        scores: mean and quantiles of the finite scores when the plan was made; empty if there are
+            no scores. From 262,144 samples on they are computed from evenly spaced samples.
         nonfinite: observations that were NaN or infinite.
-        seconds: wall-clock by phase; `training` is the epoch less the others, so it holds logging and checkpoints.
-        metrics: of the last evaluation in the epoch.
+        seconds: wall-clock by phase. `training` is the epoch minus the other phases, so it includes
+            logging and checkpoints.
+        metrics: metrics of the last evaluation in the epoch.
     """
 
     epoch: int
@@ -55,8 +120,13 @@ class EpochRecord:
 
     @property
     def passes(self) -> float:
-        """A sample once through forward and backward is 1, forward alone (scoring) 1/3."""
-        return (self.forward_passes + 2 * self.backward_passes + self.scoring_passes) / 3
+        """The cost of the epoch in passes, see [`passes`]."""
+        return passes(self.forward_passes, self.backward_passes, self.scoring_passes)
+
+    @property
+    def spent_seconds(self) -> float:
+        """Seconds of all phases except evaluation."""
+        return sum(seconds for phase, seconds in self.seconds.items() if phase != "evaluation")
 
 
 @dataclass
@@ -64,18 +134,21 @@ class PruningReport:
     """The record of a run. `save` writes it as JSON; the README documents the fields.
 
     Attributes:
-        policy: name and fields.
-        num_samples: N.
-        num_epochs: epochs that were trained, with the part of the last one.
-        seed: of choices; `data_seed`: of the order.
-        epochs: a record for each epoch.
+        policy: the policy's name and fields.
+        num_samples: N, the samples of the training set.
+        num_epochs: trained epochs; the last one may count in part.
+        seed: seed of the choices.
+        data_seed: seed of the order.
+        epochs: one record per epoch.
         selection: how often samples were kept, see [`selection_of`].
-        nonfinite_samples: the samples (of lowest index, 100 at the most) that had a NaN or infinite loss.
-        resumed: where the run was resumed: epoch and optimizer step; `stock_checkpoint` where it went on from a checkpoint
-            without scores, before which all data are taken to have been trained on.
+        nonfinite_samples: indices of samples with a NaN or infinite loss: the 100 lowest.
+        resumed: epoch and optimizer step of each resumption. `stock_checkpoint` marks a checkpoint
+            without
+            pruning state: earlier epochs then count as full-data epochs.
         environment: versions and hardware.
-        preparation: what was spent before the run, for the scores of [`StaticPruning`]: method, file, passes, seconds, and
-            whether they are `charged`, that is, counted in `passes`; empty for all other policies.
+        preparation: what the scores of [`StaticPruning`] cost before the run: method, file, passes,
+            seconds, and whether they are `charged` (counted in `passes` and `spent_seconds`). Empty
+            for other policies.
     """
 
     policy: dict[str, Any]
@@ -92,7 +165,7 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over the epochs: passes, optimizer steps, seconds by phase."""
+        """Sums over the epochs: passes by kind, steps, non-finite losses, seconds by phase."""
         counts = (
             "forward_passes",
             "backward_passes",
@@ -100,40 +173,151 @@ class PruningReport:
             "optimizer_steps",
             "nonfinite",
         )
+        seconds = {phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES}
         return {
             **{name: sum(getattr(record, name) for record in self.epochs) for name in counts},
-            "seconds": {
-                phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES
-            },
+            "seconds": seconds,
         }
+
+    def _charged(self, kind: Literal["passes", "seconds"]) -> float:
+        """What the preparation adds to the cost. Scores of a user may lack their seconds."""
+        return self.preparation.get(kind, 0.0) if self.preparation.get("charged") else 0.0
 
     @property
     def passes(self) -> float:
-        """Of all epochs, see [`EpochRecord.passes`], and of the preparation, where that is charged."""
-        before = self.preparation["passes"] if self.preparation.get("charged") else 0.0
-        return before + sum(record.passes for record in self.epochs)
+        """The cost of the run in passes: all epochs, and the preparation if it is charged."""
+        return self._charged("passes") + sum(record.passes for record in self.epochs)
 
     @property
-    def cost_ratio(self) -> float:
-        """passes / (num_samples * num_epochs): what was spent, over what the full run of the same epochs spends."""
-        full = self.num_samples * self.num_epochs
+    def spent_seconds(self) -> float:
+        """Seconds of all phases except evaluation, and of the preparation if it is charged."""
+        return self._charged("seconds") + sum(record.spent_seconds for record in self.epochs)
+
+    def spent(self, against: Literal["passes", "seconds"]) -> list[float]:
+        """The cost of the run up to the end of each epoch, with charged preparation.
+
+        Args:
+            against: `"passes"` for passes / N, `"seconds"` for seconds without evaluation.
+        """
+        before = self._charged(against)
+        if against == "passes":
+            before /= self.num_samples
+            costs = [record.passes / self.num_samples for record in self.epochs]
+        else:
+            costs = [record.spent_seconds for record in self.epochs]
+        return list(accumulate(costs, initial=before))[1:]
+
+    def cost_against(self, epochs: float) -> float:
+        """passes / (N * epochs): the cost as a share of a full run of `epochs` epochs."""
+        full = self.num_samples * epochs
         return self.passes / full if full else 0.0
 
     @property
+    def cost_ratio(self) -> float:
+        """passes / (N * num_epochs): the cost as a share of the full run with as many epochs."""
+        return self.cost_against(self.num_epochs)
+
+    @property
     def metrics(self) -> dict[str, float]:
-        """Of the last evaluation: the last epoch's, never the best one's."""
+        """Metrics of the last evaluation. They describe the last model, never the best one."""
         return next((record.metrics for record in reversed(self.epochs) if record.metrics), {})
 
+    @property
+    def results(self) -> dict[str, float]:
+        """Metrics of the last evaluation without the prefix `eval_` and without those of speed."""
+        return {
+            name.removeprefix("eval_"): value
+            for name, value in self.metrics.items()
+            if not _SPEED.fullmatch(name)
+        }
+
+    def summary(self, metric: str | None = None) -> dict[str, str]:
+        """The run in words, label -> text, as `hf-dynprune report` prints it.
+
+        Args:
+            metric: the one metric to show, *optional*, defaults to all metrics except those of
+                speed.
+        """
+        totals = self.totals
+        counts = ", ".join(
+            f"{totals[f'{kind}_passes']:,} {kind}" for kind in ("forward", "backward", "scoring")
+        )
+        shown = [
+            f"{name} {shown_metric(name, value)}"
+            for name, value in self.metrics.items()
+            if (name == metric if metric else not _SPEED.fullmatch(name))
+        ]
+        seconds = (f"{phase} {value:,.1f}" for phase, value in totals["seconds"].items())
+        order = "" if self.data_seed == self.seed else f"; order: {self.data_seed}"
+        cost = f"{self.cost_ratio:.4f} of the full run of {self.num_epochs:g} epochs"
+        per_sample = f"{self.passes / self.num_samples:.2f} over {self.num_samples:,} samples"
+        return {
+            "policy": shown_policy(self.policy),
+            "seed": f"{self.seed}{order}",
+            "cost": cost,
+            "passes": f"{self.passes:,.0f}, {per_sample} ({counts})",
+            "optimizer steps": f"{totals['optimizer_steps']:,}",
+            "seconds": ", ".join(seconds),
+            "last metrics": ", ".join(shown) or "none",
+            **self._selection_in_words(),
+            **self._events_in_words(),
+            "hardware": self.hardware,
+            "versions": ", ".join(f"{name} {text}" for name, text in self.versions.items()),
+        }
+
+    @property
+    def hardware(self) -> str:
+        """Number of ranks and name of the device, such as "2 × NVIDIA H100"."""
+        ranks = self.environment.get("ranks", 1)
+        return f"{ranks} × {self.environment.get('device', 'unknown')}"
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Versions of hf_dynprune, Python and the packages."""
+        own = self.environment.get("hf_dynprune", "unknown")
+        return {"hf_dynprune": own, **self.environment.get("versions", {})}
+
+    def _selection_in_words(self) -> dict[str, str]:
+        if not self.selection.get("choices"):
+            return {}
+
+        def shares(values: Mapping[str, float]) -> str:
+            return ", ".join(f"{kind} {100 * values[kind]:.2f} %" for kind in KEPT)
+
+        return {
+            "kept": f"{shares(self.selection)} (choices: {self.selection['choices']})",
+            "kept by chance": shares(self.selection["chance_shares"]),
+        }
+
+    def _events_in_words(self) -> dict[str, str]:
+        """What only some runs have: preparation, non-finite losses, resumptions."""
+        lines = {}
+        if self.preparation:
+            charged = "charged above" if self.preparation.get("charged") else "not charged"
+            spent = (
+                f"{self.preparation.get('passes', 0):,.0f} passes, "
+                f"{self.preparation.get('seconds', 0):,.1f} seconds"
+            )
+            lines["preparation"] = f"{self.preparation.get('method', 'scores')}: {spent}, {charged}"
+        if nonfinite := self.totals["nonfinite"]:
+            samples = ", ".join(map(str, self.nonfinite_samples[:10]))
+            more = " ..." if len(self.nonfinite_samples) > 10 else ""
+            lines["non-finite"] = f"{nonfinite:,} NaN or infinite losses; samples: {samples}{more}"
+        if self.resumed:
+            lines["resumed"] = "; ".join(
+                f"in epoch {entry['epoch']} at step {entry['step']:,}"
+                + (", without scores" if entry.get("stock_checkpoint") else "")
+                for entry in self.resumed
+            )
+        return lines
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON values: all attributes, and `format_version`, `cost_ratio`, `passes`, `totals`, `metrics`."""
+        """All attributes and the derived numbers (`passes`, `totals`, ...) as JSON values."""
         own = asdict(self)
-        head = {
+        return {
             "format_version": FORMAT_VERSION,
             "policy": own.pop("policy"),
             "cost_ratio": self.cost_ratio,
-        }
-        return {
-            **head,
             "passes": self.passes,
             "totals": self.totals,
             "metrics": self.metrics,
@@ -142,101 +326,138 @@ class PruningReport:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
-        """The inverse of `to_dict`; ValueError for another format."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: If `format_version` is not the one that this version reads.
+        """
         if values.get("format_version") != FORMAT_VERSION:
             raise ValueError(
-                f"The report has format_version {values.get('format_version')!r}; this hf_dynprune reads {FORMAT_VERSION}."
+                f"The report has format_version {values.get('format_version')!r}; expected "
+                f"{FORMAT_VERSION}. Read it with the version of hf_dynprune that wrote it."
             )
-        values = {"preparation": {}, **values}  # which reports of version 0.1.0 do not have
+        values = {"preparation": {}, **values}  # reports of version 0.1.0 may lack it
         own = {name: values[name] for name in cls.__dataclass_fields__}
         return cls(**{**own, "epochs": [EpochRecord(**record) for record in own["epochs"]]})
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as JSON, making the folder if need be."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")  # so that no reader meets a part
-        temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
-        os.replace(temporary, path)
+        """Write the report as JSON, whole or not at all. Makes the folder if it is missing."""
+        save_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "PruningReport":
-        """Reads what `save` wrote; ValueError, which names the file, for another format, another file or a damaged one."""
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is damaged, is not a report, or has another format. The message
+                names it.
+        """
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(
-                f"{path} is no report of hf_dynprune, or is damaged ({reason})."
+                f"{path} is not a report of hf_dynprune, or it is damaged ({reason})."
             ) from error
 
 
 def in_percent(metric: str, values: Iterable[float]) -> bool:
-    """Whether a person is shown these values of a metric in per cent: an accuracy in [0, 1] is."""
+    """Whether to show the values of a metric in per cent: an accuracy in [0, 1] is shown so."""
     return metric.endswith("accuracy") and all(0 <= value <= 1 for value in values)
 
 
+def shown_metric(name: str, value: float) -> str:
+    """One value of a metric as text."""
+    return f"{100 * value:.2f} %" if in_percent(name, [value]) else f"{value:.4g}"
+
+
+def shown_policy(values: Mapping[str, Any]) -> str:
+    """A policy's name and fields, such as "ucb(keep_ratio=0.3)".
+
+    Fields at their defaults are left out, except `keep_ratio`. Policies of other packages show all
+    fields.
+    """
+    known = POLICIES.get(values["name"], PruningPolicy)
+    defaults = {entry.name: json.dumps(entry.default, default=str) for entry in fields(known)}
+    shown = [
+        f"{name}={value!r}"
+        for name, value in values.items()
+        if name not in ("name", "digest")
+        and (json.dumps(value) != defaults.get(name, "null") or (name == "keep_ratio" and value))
+    ]
+    return f"{values['name']}({', '.join(shown)})" if shown else values["name"]
+
+
 def differences(reports: Sequence[PruningReport]) -> str:
-    """In what runs differ that are to differ in their seed alone: "keep_ratio: 0.3 and 0.5"; "" where in nothing. Static
-    scores may be other ones for each seed."""
+    """Describe the settings, other than the seed, in which runs differ.
+
+    Files of static scores may differ, since each seed may have its own.
+
+    Returns:
+        Text such as "keep_ratio: 0.3 and 0.5"; empty if the settings are the same.
+    """
 
     def settings(report: PruningReport) -> dict[str, Any]:
-        policy = {
-            name: value for name, value in report.policy.items() if name not in ("scores", "digest")
-        }
-        counts = {
+        own = {name: report.policy[name] for name in report.policy if name not in _BY_SEED}
+        return {
+            **own,
+            "samples": report.num_samples,
             "num_epochs": report.num_epochs,
             "epochs": len(report.epochs),
             "choices": report.selection.get("choices"),
         }
-        return {**policy, "samples": report.num_samples, **counts}
 
-    all_of = [settings(report) for report in reports]
-    names = dict.fromkeys(name for of in all_of for name in of)
-    return "; ".join(
-        f"{name}: {all_of[0].get(name)} and {of.get(name)}"
-        for name in names
-        for of in all_of[1:]
-        if of.get(name) != all_of[0].get(name)
-    )
+    every = [settings(report) for report in reports]
+    found = []
+    for name in dict.fromkeys(name for one in every for name in one):
+        first = every[0].get(name)
+        others = [one.get(name) for one in every[1:]]
+        found += [f"{name}: {first} and {other}" for other in others if other != first]
+    return "; ".join(found)
 
 
 def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:
-    """Probabilities (C + 1,) that a sample is kept 0, ..., C times, if each of C choices draws its samples uniformly and
-    independently: the binomial; the Poisson-binomial where choices differ in size. `before` are those of earlier choices,
-    so that one more choice costs O(C)."""
+    """Probabilities that chance alone keeps a sample 0, ..., C times.
+
+    Each of the C choices draws its samples uniformly and independently of the others. The
+    distribution is the binomial; the Poisson-binomial if the choices differ in size.
+
+    Args:
+        kept_shares: the share of the samples that each choice keeps.
+        before: the result for earlier choices, *optional*; one more choice then costs O(C).
+
+    Returns:
+        (C + 1,) float64.
+    """
     for share in kept_shares:
         before = np.convolve(before, [1 - share, share])
     return before
 
 
 def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
-    """How often samples were kept, beside what chance alone would give.
+    """How often samples were kept, and what chance alone would give.
 
     Args:
         times_kept: (N,) number of choices that kept the sample.
-        chance: (C + 1,) what [`chance_of`] gives for the C choices.
+        chance: (C + 1,) result of [`chance_of`] for the C choices.
 
     Returns:
-        `choices`: their number C; `histogram`: (C + 1,) how many samples were kept 0, ..., C times; `chance`: the number
-        expected by chance; `always`, `sometimes`, `never`: shares of the samples, and the same under `chance_shares`.
+        JSON values: `choices` (C); `histogram` (C + 1,), samples that were kept 0, ..., C times;
+            `chance`
+        (C + 1,), the same expected by chance; `always`, `sometimes`, `never`, shares of the
+        samples; `chance_shares`, the same expected by chance.
 
     Cost: O(N + C).
     """
     n, choices = len(times_kept), len(chance) - 1
-    histogram = torch.bincount(
-        torch.as_tensor(times_kept), minlength=choices + 1
-    ).numpy()  # NumPy's copies int32 first
+    # torch counts int32 as it is; NumPy's bincount would copy it to int64 first.
+    histogram = torch.bincount(torch.as_tensor(times_kept), minlength=choices + 1).numpy()
 
     def shares(counts: np.ndarray) -> dict[str, float]:
         never, always = (counts[0], counts[-1]) if choices else (0.0, counts[0])
         total = counts.sum()
-        shares = {
-            "always": always / total,
-            "sometimes": (total - always - never) / total,
-            "never": never / total,
-        }
-        return {name: max(0.0, float(share)) for name, share in shares.items()}
+        values = (always / total, (total - always - never) / total, never / total)
+        return {name: max(0.0, float(value)) for name, value in zip(KEPT, values, strict=True)}
 
     return {
         "choices": choices,
@@ -248,23 +469,21 @@ def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
 
 
 def describe_environment(**more: Any) -> dict[str, Any]:
-    """Versions and hardware of this process."""
-    from . import __version__
-
+    """Versions and hardware of this process, and what the caller adds."""
     cuda = torch.cuda.is_available()
     return {
         "hf_dynprune": __version__,
         "versions": dict(_versions()),
-        "platform": f"{platform.system()} {platform.machine()}",  # the rest of it can name the host
+        "platform": f"{platform.system()} {platform.machine()}",  # more of it can name the host
         "device": torch.cuda.get_device_name() if cuda else _cpu_name(),
         "cpu_threads": torch.get_num_threads(),
         **more,
     }
 
 
-@cache
+@cache  # the look-up on the disk takes longer than making a pruner
 def _versions() -> dict[str, str]:
-    """Of Python and of the packages that are installed; to look them up on the disk takes longer than to make a pruner."""
+    """Versions of Python and of the installed packages."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):

@@ -1,8 +1,9 @@
-"""PruningReport: cost and chance by hand, and a file that comes back."""
+"""PruningReport: cost and chance checked by hand, and a round trip through a file."""
 
 import itertools
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +15,18 @@ from hf_dynprune.report import (
     PHASES,
     EpochRecord,
     PruningReport,
+    Stopwatch,
     chance_of,
     describe_environment,
     differences,
+    in_percent,
+    passes,
     selection_of,
+    shown_metric,
+    shown_policy,
 )
+
+RESULTS = Path(__file__).parents[1] / "recipes" / "results"
 
 
 def report(**values) -> PruningReport:
@@ -76,7 +84,7 @@ def full() -> PruningReport:
 
 
 @pytest.mark.parametrize(
-    ("passes", "expected"),
+    ("counts", "expected"),
     [
         ((0, 0, 0), 0.0),
         ((100, 100, 0), 100.0),  # forward and backward: a whole pass
@@ -85,13 +93,15 @@ def full() -> PruningReport:
         ((90, 60, 30), 90 / 3 + 2 * 60 / 3 + 30 / 3),  # 80
     ],
 )
-def test_passes(passes, expected):
-    forward, backward, scoring = passes
+def test_passes(counts, expected):
+    forward, backward, scoring = counts
     made = report(
         num_epochs=2.0, epochs=[record(0, forward=forward, backward=backward, scoring=scoring)]
     )
-    assert made.passes == pytest.approx(expected)
+    assert passes(*counts) == made.passes == pytest.approx(expected)
     assert made.cost_ratio == pytest.approx(expected / (100 * 2))
+    assert made.cost_against(8) == pytest.approx(expected / (100 * 8))
+    assert made.cost_against(0) == 0
 
 
 def test_full_run_costs_1():
@@ -120,9 +130,33 @@ def test_preparation_is_charged_or_not(charged, expected):
     assert PruningReport.from_dict(made.to_dict()).passes == expected
 
 
+@pytest.mark.parametrize(
+    ("preparation", "before"),
+    [
+        ({}, (0, 0)),
+        ({"passes": 80.0, "seconds": 9.0, "charged": True}, (0.8, 9)),
+        ({"passes": 80.0, "seconds": 9.0, "charged": False}, (0, 0)),
+        ({"passes": 80.0, "charged": True}, (0.8, 0)),  # a user's scores may lack their seconds
+    ],
+)
+def test_what_was_spent_until_the_end_of_each_epoch(preparation, before):
+    epochs = [
+        record(0, seconds=(3.0, 1.0, 0.5, 7.0)),
+        record(1, scoring=30, seconds=(2.0, 0, 0, 7)),
+    ]
+    made = report(num_epochs=2.0, epochs=epochs, preparation=preparation)
+    assert made.spent("passes") == pytest.approx([before[0] + 0.5, before[0] + 1.1])
+    assert made.spent("seconds") == pytest.approx([before[1] + 4.5, before[1] + 6.5])
+    assert made.spent("passes")[-1] == pytest.approx(made.passes / made.num_samples)
+    assert made.spent("seconds")[-1] == made.spent_seconds
+
+
 def test_nothing_trained_yet():
     made = report()
-    assert made.passes == made.cost_ratio == 0
+    assert made.passes == made.cost_ratio == made.spent_seconds == 0
+    assert made.spent("passes") == made.spent("seconds") == []
+    assert made.results == {}
+    assert made.summary()["passes"].startswith("0, 0.00 over 100 samples")
     assert made.metrics == {}
     assert made.totals["seconds"] == dict.fromkeys(PHASES, 0.0)
 
@@ -146,6 +180,87 @@ def test_metrics_are_those_of_the_last_evaluation():
     )
     assert report(epochs=[first, second, third]).metrics == {"eval_loss": 0.7}
     assert report(epochs=[first, third]).metrics == {"eval_loss": 0.1}
+
+
+def test_results_have_no_prefix_and_no_speed():
+    metrics = {
+        "eval_loss": 0.1,
+        "eval_accuracy": 0.5,
+        "eval_runtime": 3.0,
+        "eval_samples_per_second": 9.0,
+        "eval_model_preparation_time": 0.1,
+        "test_f1": 0.2,
+    }
+    made = report(epochs=[record(0, metrics=metrics)])
+    assert made.results == {"loss": 0.1, "accuracy": 0.5, "test_f1": 0.2}
+
+
+# ---- the stopwatch -------------------------------------------------------------------------------
+
+
+def test_laps_are_added_to_their_phases(monkeypatch):
+    clock = iter([10.0, 13.0, 14.0, 20.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    seconds, watch = dict.fromkeys(PHASES, 1.0), Stopwatch()
+    watch.lap("training")  # not running: nothing is added
+    assert not watch.running
+    watch.start(seconds)
+    watch.lap("choosing")
+    watch.lap("training")
+    watch.lap("choosing")
+    assert watch.running
+    watch.stop()
+    watch.lap("training")
+    assert not watch.running
+    assert seconds == {"training": 2.0, "choosing": 10.0, "scoring": 1.0, "evaluation": 1.0}
+
+
+# ---- in words ------------------------------------------------------------------------------------
+
+
+def test_summary_has_the_numbers():
+    made = full()
+    lines = made.summary()
+    assert lines["policy"] == "ucb(keep_ratio=0.5)"
+    assert (lines["seed"][0], lines["seed"][-1]) == ("0", "1")  # of choices and of the order
+    assert lines["cost"].split()[0] == f"{made.cost_ratio:.4f}"
+    assert lines["passes"].startswith("110, 1.10 over 100 samples")
+    assert lines["optimizer steps"] == "9"
+    assert lines["seconds"] == "training 2.5, choosing 0.8, scoring 0.2, evaluation 3.0"
+    assert lines["last metrics"] == "eval_loss 0.5"
+    assert "50.00 %" in lines["kept"]  # of the samples always
+    assert f"{100 * made.selection['chance_shares']['always']:.2f} %" in lines["kept by chance"]
+    assert lines["preparation"].startswith("el2n: 30 passes, 0.0 seconds")
+    assert "3, 7" in lines["non-finite"]
+    assert "step 5" in lines["resumed"]
+    assert lines["hardware"] == made.hardware == "1 × cpu"
+    assert lines["versions"] == "hf_dynprune unknown, torch x"
+
+
+def test_summary_leaves_out_what_the_run_does_not_have():
+    lines = report(epochs=[record(0, metrics={"eval_loss": 0.5, "eval_f1": 0.25})]).summary()
+    assert not {"kept", "preparation", "non-finite", "resumed"} & set(lines)
+    assert report(epochs=[record(0)]).summary()["last metrics"] == "none"
+    made = report(epochs=[record(0, metrics={"eval_loss": 0.5, "eval_f1": 0.25})])
+    assert made.summary("eval_f1")["last metrics"] == "eval_f1 0.25"
+
+
+def test_summary_of_many_nonfinite_samples_is_short():
+    made = report(epochs=[record(0, nonfinite=50)], nonfinite_samples=list(range(50)))
+    assert len(made.summary()["non-finite"]) < 100
+
+
+def test_policy_and_metric_as_text():
+    values = {"name": "ucb", "keep_ratio": 0.5, "decay": 0.8, "digest": "x", "first": 2}
+    assert shown_policy(values) == "ucb(keep_ratio=0.5, first=2)"  # 0.5 and 0.8 are the defaults
+    assert shown_policy({"name": "full"}) == "full"
+    assert shown_policy({"name": "theirs", "a": 1, "b": None}) == "theirs(a=1)"
+    assert shown_metric("eval_accuracy", 0.5) == "50.00 %"
+    assert shown_metric("eval_accuracy", 50.0) == "50"
+    assert shown_metric("eval_loss", 0.123456) == "0.1235"
+    assert in_percent("accuracy", [0, 0.5, 1])
+    assert not in_percent("accuracy", [0.5, 1.1])
+    assert not in_percent("f1", [0.5])
 
 
 # ---- how often samples were kept -----------------------------------------------------------------
@@ -272,7 +387,7 @@ def test_dict_is_a_copy():
 
 @pytest.mark.parametrize("version", [0, 2, "1", None])
 def test_other_formats_are_refused(version):
-    with pytest.raises(ValueError, match=f"format_version {version!r}; this hf_dynprune reads 1"):
+    with pytest.raises(ValueError, match=f"format_version {version!r}; expected 1"):
         PruningReport.from_dict({**full().to_dict(), "format_version": version})
 
 
@@ -280,6 +395,14 @@ def test_file_without_a_format_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="format_version None"):
         PruningReport.load(tmp_path / "x.json")
+
+
+def test_committed_reports_are_read_and_written_as_they_are():
+    files = sorted(RESULTS.rglob("report.json"))
+    assert len(files) > 100
+    for file in files[::10]:
+        written = {"preparation": {}, **json.loads(file.read_text())}
+        assert PruningReport.load(file).to_dict() == written, file
 
 
 def test_records_do_not_share_their_values():
