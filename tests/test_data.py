@@ -1,4 +1,4 @@
-"""Where the data are: splits by path or Hub id, and the columns in them."""
+"""Splits are found by path or Hub id; columns are found by type and name."""
 
 import shutil
 import subprocess
@@ -17,7 +17,7 @@ from hf_dynprune.data import class_names, find_column, load_splits
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Datasets in the forms in which they lie on a disk."""
+    """Datasets in the formats in which they are stored on a disk."""
     root = tmp_path_factory.mktemp("data")
     for split, n in (("train", 10), ("validation", 3), ("test", 2)):
         rows = datasets.Dataset.from_dict(
@@ -73,24 +73,20 @@ def test_a_share_of_the_training_split_is_held_out(folder):
     train, held_out = load_splits(str(folder / "csv"), validation_share=0.3)
     assert (len(train), len(held_out)) == (7, 3)
     assert sorted(train["text"][:] + held_out["text"][:]) == [f"train {i}" for i in range(10)]
-    assert train["text"][:] == sorted(train["text"])  # in their order
+    assert train["text"][:] == sorted(train["text"])  # order is kept
     assert held_out["text"][:] != [f"train {i}" for i in range(7, 10)]  # at random
-    assert (
-        load_splits(str(folder / "csv"), validation_share=0.3)[1]["text"][:] == held_out["text"][:]
-    )
+    _, again = load_splits(str(folder / "csv"), validation_share=0.3)
+    assert again["text"][:] == held_out["text"][:]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"validation_share": 1.0}, "validation_share=1.0 is out of range"),
-        (
-            {"validation_share": 0.01},
-            "validation_share=0.01 of 10 rows leaves nothing to train or to evaluate on",
-        ),
+        ({"validation_share": 1.0}, r"validation_share=1\.0"),
+        ({"validation_share": 0.01}, r"validation_share=0\.01 of 10 rows"),
         (
             {"validation_share": 0.3, "evaluation": "test"},
-            "'test' and on validation_share=0.3 .* leave one of the two out",
+            r"evaluation='test' and validation_share=0\.3",
         ),
     ],
 )
@@ -113,57 +109,29 @@ def test_a_path_may_start_at_home(folder, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "options", "error", "message"),
     [
-        (
-            "nothing",
-            {},
-            FileNotFoundError,
-            "nothing' is no folder here, and no Hub id .*: mend the path",
-        ),
-        ("empty", {}, FileNotFoundError, "empty' was not found, .* doesn't contain any data files"),
-        (
-            "csv/train.csv",
-            {},
-            NotADirectoryError,
-            "train.csv' is a file: give the folder that it lies in, '.*csv'",
-        ),
-        ("broken", {}, ValueError, "The files of the dataset '.*broken' cannot be read: Parquet "),
-        (
-            "csv",
-            {"train": "trian"},
-            ValueError,
-            "has no split 'trian'; it has train, validation, test",
-        ),
-        (
-            "csv",
-            {"evaluation": "dev[:2]"},
-            ValueError,
-            "has no split 'dev'; it has train, validation, test",
-        ),
+        ("nothing", {}, FileNotFoundError, r"/nothing'"),
+        ("empty", {}, FileNotFoundError, r"/empty' .* doesn't contain any data files"),
+        ("csv/train.csv", {}, NotADirectoryError, r"/csv/train\.csv'.*/csv'"),
+        ("broken", {}, ValueError, r"/broken' .* Parquet "),
+        ("csv", {"train": "trian"}, ValueError, "'trian'.* train, validation, test"),
+        ("csv", {"evaluation": "dev[:2]"}, ValueError, "'dev'.* train, validation, test"),
         ("csv", {"train": "train[:x]"}, ValueError, r"train\[:x\]"),
-        (
-            "configs",
-            {},
-            ValueError,
-            r"(?s)Config name is missing.*'first', 'second'.* Name it: --dataset_config",
-        ),
+        ("configs", {}, ValueError, r"(?s)'first', 'second'.* --dataset_config"),
         (
             "configs",
             {"config": "third"},
             ValueError,
-            "'third' not found.*'first', 'second'.* Name it: --dataset_config",
+            r"'third' not found.*'first', 'second'.* --dataset_config",
         ),
     ],
 )
-def test_what_is_not_there_is_told(name, options, error, message, folder):
+def test_missing_data_are_an_error(name, options, error, message, folder):
     with pytest.raises(error, match=message):
         load_splits(str(folder / name), **options)
 
 
 def test_a_hub_id_without_network():
-    with pytest.raises(
-        FileNotFoundError,
-        match=r"Hub could not be reached for the dataset 'owner/name' .* local path",
-    ):
+    with pytest.raises(FileNotFoundError, match=r"Hub .* 'owner/name'"):
         load_splits("owner/name")
 
 
@@ -188,9 +156,8 @@ def test_splits_of_a_hub_id(folder, tmp_path):
     assert done.returncode == 0, done.stderr
     found, refused = done.stdout.splitlines()
     assert found == "5 3 {'text': 'train 1', 'label': 1}"
-    assert (
-        refused == "The dataset 'owner/texts' has no split 'trian'; it has train, validation, test."
-    )
+    for part in ("'owner/texts'", "'trian'", "train, validation, test"):
+        assert part in refused
 
 
 # ---- columns -------------------------------------------------------------------------------------
@@ -216,8 +183,8 @@ NUMBER, TEXT, CLASSES, PICTURE = (
             "label",
             {"label": NUMBER, "intent": CLASSES},
             None,
-            "intent",
-        ),  # what is declared, before what is only named so
+            "intent",  # a declared label comes before a column with the usual name
+        ),
         ("label", {"label": CLASSES, "stars": NUMBER}, "stars", "stars"),
         ("text", {"idx": NUMBER, "query": TEXT}, None, "query"),
         ("text", {"title": TEXT, "text": TEXT}, None, "text"),
@@ -236,39 +203,24 @@ def test_the_column_of_a_kind(kind, columns, name, found):
             "image",
             {"left": PICTURE, "right": PICTURE},
             None,
-            r"Found 2 image columns among left \(Image\), right \(Image\)",
+            r"2 image columns among left \(Image\), right \(Image\).* image_column=",
         ),
-        (
-            "text",
-            {"title": TEXT, "body": TEXT},
-            None,
-            r"Found 2 text .* text_column= \(--text_column on a command line\)",
-        ),
-        ("text", {"idx": NUMBER}, None, r"Found 0 text columns among idx \(int64\)"),
+        ("text", {"title": TEXT, "body": TEXT}, None, r"2 text columns .* text_column="),
+        ("text", {"idx": NUMBER}, None, r"0 text columns among idx \(int64\)"),
         (
             "label",
             {"text": TEXT, "label": TEXT},
             None,
-            r"Found 0 label columns among text \(string\), label \(string\)",
+            r"0 label columns among text \(string\), label \(string\)",
         ),
         (
             "label",
             {"a": CLASSES, "b": CLASSES},
             None,
-            r"Found 2 label columns among a \(ClassLabel\), b \(ClassLabel\)",
+            r"2 label columns among a \(ClassLabel\), b \(ClassLabel\)",
         ),
-        (
-            "label",
-            {"text": TEXT, "intent": CLASSES},
-            "intents",
-            "no column 'intents'.*did you mean 'intent'",
-        ),
-        (
-            "text",
-            {"text": TEXT, "idx": NUMBER},
-            "idx",
-            "The column 'idx' among .* holds no texts: name another text_column=",
-        ),
+        ("label", {"text": TEXT, "intent": CLASSES}, "intents", "'intents'.* mean 'intent'"),
+        ("text", {"text": TEXT, "idx": NUMBER}, "idx", "'idx' .* text_column="),
     ],
 )
 def test_a_column_that_is_missing_ambiguous_or_misnamed(kind, columns, name, message):
@@ -306,9 +258,6 @@ def test_names_of_the_classes():
         ([], NUMBER),
     ],
 )
-def test_labels_that_are_no_classes(labels, feature):
-    with pytest.raises(
-        ValueError,
-        match=r"wanted are classes 0, 1, ...; dataset.class_encode_column\('label'\) makes them",
-    ):
+def test_labels_that_are_not_classes(labels, feature):
+    with pytest.raises(ValueError, match=r"'label' are \[.*class_encode_column\('label'\)"):
         class_names(labelled(labels, feature), "label")
