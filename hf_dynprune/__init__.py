@@ -1,4 +1,7 @@
-"""Dynamic data pruning for the Hugging Face ecosystem: train on a part of the data that changes as training goes on."""
+"""Dynamic data pruning for the Hugging Face Trainer.
+
+Train each epoch on a changing subset of the data, at a half to a third of the full cost.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -11,6 +14,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
         IES,
         KAKURENBO,
         UCB,
+        Choice,
         EpochPlan,
         EpsilonGreedy,
         FullData,
@@ -19,6 +23,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
         OrderDP,
         PruningPolicy,
         RandomPruning,
+        ScoredPolicy,
         SeTa,
         StaticPruning,
         make_policy,
@@ -27,16 +32,20 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from .pruner import DynamicPruner
     from .report import PruningReport
     from .sampler import PruningSampler
-    from .scores import Column, SampleTable, Scores
-    from .static import score_dataset
+    from .schedule import RunShape
+    from .scores import Scores
+    from .scoring_runs import score_dataset
+    from .table import Column, SampleTable
     from .trainer import DynamicPruningMixin, DynamicPruningTrainer
 
 __version__ = "0.1.0"
 
-# The table of contents. Nothing is imported until it is used (PEP 562), so `import hf_dynprune` costs nothing.
+# The table of contents. Nothing is imported until it is used (PEP 562), so that
+# `import hf_dynprune` costs nothing.
 _MODULE_OF = {
     "Advice": "advice",
-    "Column": "scores",
+    "Choice": "policies",
+    "Column": "table",
     "DynamicPruner": "pruner",
     "DynamicPruningMixin": "trainer",
     "DynamicPruningTrainer": "trainer",
@@ -53,7 +62,9 @@ _MODULE_OF = {
     "PruningReport": "report",
     "PruningSampler": "sampler",
     "RandomPruning": "policies",
-    "SampleTable": "scores",
+    "RunShape": "schedule",
+    "SampleTable": "table",
+    "ScoredPolicy": "policies",
     "Scores": "scores",
     "SeTa": "policies",
     "StaticPruning": "policies",
@@ -64,7 +75,7 @@ _MODULE_OF = {
     "make_policy": "policies",
     "push_scores_to_hub": "hub",
     "push_timm_to_hub": "hub",
-    "score_dataset": "static",
+    "score_dataset": "scoring_runs",
     "top_k": "policies",
 }
 

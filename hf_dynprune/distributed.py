@@ -1,7 +1,7 @@
-"""The only file that talks to other ranks. On one rank every function returns what it was given.
+"""The only file that talks to other ranks. On one rank every function returns its input.
 
-Collectives run on the device of the backend (NCCL takes no CPU tensors); what comes back lies on the CPU. Indices stay
-int64, apart from scores: in float32 an index above 2^24 names another sample.
+Collectives run on the device of the backend (NCCL takes no CPU tensors). What comes back lies on
+the CPU. Indices stay int64, apart from scores: in float32 an index above 2^24 names another sample.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .policies import EpochPlan
-from .scores import Rows
+from .table import Rows
 
 T = TypeVar("T")
 
@@ -31,8 +31,11 @@ def _device() -> torch.device:
 
 
 def plan_on_rank_0(make: Callable[[], EpochPlan]) -> EpochPlan:
-    """Rank 0 makes the plan, and all ranks get it: reductions of floats differ between unlike machines, and one sample
-    more on one rank is a hang. An error of rank 0 is raised on all ranks. Cost: 8 to 12 bytes a kept sample."""
+    """Make the plan on rank 0 and broadcast it. An error of rank 0 is raised on all ranks.
+
+    Only one rank chooses, because float reductions differ between unlike machines, and one sample
+    more on one rank is a hang. Cost: 8 to 12 bytes per kept sample.
+    """
     rank, ranks = world()
     if ranks == 1:
         return make()
@@ -69,7 +72,10 @@ def plan_on_rank_0(make: Callable[[], EpochPlan]) -> EpochPlan:
 
 
 def from_rank_0(make: Callable[[], T]) -> T:
-    """What `make` returns on rank 0, on all ranks; its error is raised on all. For small things: they are pickled."""
+    """Call `make` on rank 0 and return its result on all ranks, or raise its error on all.
+
+    For small values: they are pickled.
+    """
     rank, ranks = world()
     if ranks == 1:
         return make()
@@ -87,7 +93,10 @@ def from_rank_0(make: Callable[[], T]) -> T:
 
 
 def check_same(values: Mapping[str, object]) -> None:
-    """Raises ValueError on all ranks if one of the values is not the same on all: they would wait for each other."""
+    """Raise ValueError on all ranks if a value differs between ranks.
+
+    Ranks that disagree would wait for each other forever.
+    """
     _, ranks = world()
     if ranks == 1:
         return
@@ -96,20 +105,21 @@ def check_same(values: Mapping[str, object]) -> None:
     for name in values:
         seen = [theirs[name] for theirs in everywhere]
         if any(value != seen[0] for value in seen):
+            each = ", ".join(f"rank {i} has {value!r}" for i, value in enumerate(seen))
             raise ValueError(
-                f"The ranks differ in {name!r}: {', '.join(f'rank {i} has {value!r}' for i, value in enumerate(seen))}. "
-                "Give all ranks the same arguments and the whole dataset: each rank trains its share of every batch."
+                f"The ranks differ in {name!r}: {each}. Give all ranks the same arguments and the "
+                "whole dataset: each rank trains its share of every batch."
             )
 
 
 def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
-    """What all ranks observed, rank 0's first, in the order in which each saw it.
+    """What all ranks observed: rank 0's observations first, each rank's in its order.
 
     Args:
-        index: (M,) int64 on the CPU; M may differ between ranks.
-        signals: for each signal (M,) float32 on the CPU.
+        index: (M,) int64 on the CPU. M may differ between ranks.
+        signals: For each signal (M,) float32 on the CPU.
 
-    Cost: 12 bytes an observation with one signal, times the number of ranks.
+    Cost: 12 bytes per observation with one signal, times the number of ranks.
     """
     if world()[1] == 1:
         return index, signals
@@ -130,7 +140,7 @@ def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """The sum of a scalar tensor over all ranks, on its own device."""
+    """The sum of a scalar tensor over all ranks, on its device."""
     if world()[1] == 1:
         return value
     total = value.detach().clone()

@@ -1,10 +1,17 @@
 """In which order samples are trained, and the wrappers by which a batch knows its samples.
 
-    PruningSampler ──index──▶ IndexedDataset ──(data, index)──▶ IndexedCollator ──▶ batch + sample_index
+    PruningSampler ──index──▶ IndexedDataset ──(data, index)──▶ IndexedCollator ──▶ batch
+                                                                              + sample_index
 
-The index travels with the data, through any worker, prefetching or rank: nothing is inferred from what a sampler yielded.
-A negative index i is padding: a copy of sample ~i that fills a global batch and counts for nothing; it reaches the batch
-with `sample_index` -1.
+The index travels with the data, through any worker, prefetching or rank. Nothing is inferred from
+what a sampler yielded.
+
+A negative index i is padding: a copy of sample ~i that fills a global batch and counts for nothing.
+It reaches the batch with `sample_index` -1. With 10 kept samples, batches of 4 and 2 ranks:
+
+    order of the sampler     3 1 4 0 5 9 2 6 | 8 7 ~3 ~1 ~4 ~0 ~5 ~9
+    batches of rank 0        3 1 4 0         | 8 7 -1 -1
+    batches of rank 1                5 9 2 6 |           -1 -1 -1 -1
 """
 
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
@@ -14,24 +21,24 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .policies import indices_of, mask_of, permutation
+from .selection import index_dtype, indices_of, mask_of, permutation
 
 SAMPLE_INDEX = "sample_index"
 
 
 def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
-    """The kept samples in the order of the stock Trainer's permutation of all n samples in this epoch.
+    """The kept samples in the order of the stock Trainer's permutation of all n samples.
 
-    A pure function: a mask changes which samples are shown, not the sequence of the rest.
+    Pure. A mask changes which samples are shown, not the sequence of the rest.
 
     Args:
-        n: number of samples.
+        n: Number of samples.
         kept: (K,) int64, or None for all.
-        seed: the run's data seed; the permutation is drawn with seed + epoch, as accelerate draws it.
-        epoch: counted from 0.
+        seed: The run's data seed. The permutation is drawn with seed + epoch, as accelerate does.
+        epoch: Counted from 0.
 
     Returns:
-        (K,) int32, int64 from 2^31 samples on. Cost: O(n).
+        (K,) int32, or int64 from 2^31 samples on. Cost: O(n).
     """
     order = permutation(n, torch.Generator().manual_seed(seed + epoch))
     if kept is not None and len(kept) < n:
@@ -40,10 +47,11 @@ def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
 
 
 def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: bool) -> Tensor:
-    """Makes the order fill whole global batches where that is needed, so that all ranks have the same number of steps.
+    """Make the order fill whole global batches if needed, so that all ranks have as many steps.
 
-    `drop_last`: the tail that does not fill a global batch is left out. Otherwise, on one rank the last batch is short; on
-    several, padding (~i, a copy of sample i that counts for nothing) fills it.
+    With `drop_last`, the tail that does not fill a global batch is left out. Otherwise the last
+    batch is short on one rank; on several ranks it is filled with padding (~i, a copy of sample i
+    that counts for nothing).
     """
     tail = len(order) % global_batch
     if tail == 0:
@@ -53,36 +61,39 @@ def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: b
     if ranks == 1:
         return order
     missing = global_batch - tail
-    return torch.cat([order, ~order.repeat(-(-missing // len(order)))[:missing]])
+    copies = -(-missing // len(order))  # a plan may hold fewer samples than are missing
+    return torch.cat([order, ~order.repeat(copies)[:missing]])
 
 
 class PruningSampler(Sampler[int]):
-    """Yields the indices of an epoch, the same on all ranks; `set_epoch_order` gives it the next epoch's.
+    """Yields the indices of an epoch, the same on all ranks. `set_epoch_order` sets the next epoch.
 
-    Deliberately no subclass of torch's RandomSampler (accelerate replaces those by its own over all data), and without
-    `set_epoch` (accelerate calls it at the wrong times after a resume).
+    It is deliberately not a subclass of torch's RandomSampler, which accelerate replaces by a
+    sampler over all data. It has no `set_epoch`, which accelerate calls at the wrong times after a
+    resume.
 
     Args:
-        n: number of samples; until an order is set the sampler goes through all of them, in sequence.
-        global_batch: samples in a batch of all ranks together.
-        ranks: number of ranks.
-        drop_last: whether the tail that does not fill a global batch is left out.
+        n: Number of samples. Until an order is set the sampler yields all of them, in sequence.
+        global_batch: Samples in a batch of all ranks together.
+        ranks: Number of ranks.
+        drop_last: Whether the tail that does not fill a global batch is left out.
     """
 
     def __init__(
         self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False
     ) -> None:
         self.global_batch, self.ranks, self.drop_last = global_batch, ranks, drop_last
-        self.set_epoch_order(torch.arange(n, dtype=torch.int32 if n < 1 << 31 else torch.int64))
+        self.set_epoch_order(torch.arange(n, dtype=index_dtype(n)))
 
     def set_epoch_order(self, order: Tensor) -> None:
-        """Sets what the next epoch yields: (K,) integers."""
+        """Set what the next epoch yields: (K,) integers."""
         self._real = len(order)
         self._order = fit_to_batches(
             order, self.global_batch, ranks=self.ranks, drop_last=self.drop_last
         )
 
     def __iter__(self) -> Iterator[int]:
+        # In blocks: as one list, the indices of a large dataset take five times their bytes.
         for block in self._order.split(1 << 16):
             yield from block.tolist()
 
@@ -90,9 +101,10 @@ class PruningSampler(Sampler[int]):
         return len(self._order)
 
     def samples_in(self, batch: int, batches: int) -> int:
-        """How many real samples, padding apart, the global batches `batch`, ..., `batch + batches - 1` hold."""
+        """The number of real samples, without padding, in `batches` global batches from `batch`."""
         end = min(self._real, len(self._order))
-        return max(0, min(end, (batch + batches) * self.global_batch) - batch * self.global_batch)
+        begin = batch * self.global_batch
+        return max(0, min(end, begin + batches * self.global_batch) - begin)
 
 
 class _Indexed(NamedTuple):
@@ -103,20 +115,19 @@ class _Indexed(NamedTuple):
 class IndexedDataset(Dataset):
     """A map-style dataset whose batches know the indices they were asked for. Nothing is copied.
 
-    `__getitems__` of the dataset is used where it exists, and may return whatever its collator understands.
+    `__getitems__` of the dataset is used if it exists. It may return anything that its collator
+    understands.
 
     Raises:
-        TypeError: at construction, for a dataset without `__len__` and `__getitem__`.
+        TypeError: At construction, if the dataset lacks `__len__` or `__getitem__`.
     """
 
     def __init__(self, dataset: Any) -> None:
         is_map = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
-        if not is_map or isinstance(
-            dataset, IterableDataset
-        ):  # which inherits a `__getitem__` that raises
+        if not is_map or isinstance(dataset, IterableDataset):  # it inherits a `__getitem__`
             raise TypeError(
-                f"A {type(dataset).__name__} has no length and no index, so nothing in it can be pruned. Use a map-style "
-                "dataset, such as `datasets.load_dataset(..., streaming=False)`."
+                f"A {type(dataset).__name__} has no length or no index, so it cannot be pruned. "
+                "Use a map-style dataset, such as `datasets.load_dataset(..., streaming=False)`."
             )
         self.dataset = dataset
 
@@ -127,17 +138,18 @@ class IndexedDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> _Indexed:
-        wanted = [i if i >= 0 else ~i for i in indices]
+        rows = [i if i >= 0 else ~i for i in indices]
         batched = getattr(self.dataset, "__getitems__", None)
-        data = batched(wanted) if batched is not None else [self.dataset[i] for i in wanted]
+        data = batched(rows) if batched is not None else [self.dataset[i] for i in rows]
         return _Indexed(data, [i if i >= 0 else -1 for i in indices])
 
 
 class IndexedCollator:
-    """Calls the user's collator on the samples, and adds `sample_index` (B,) int64 to the batch it makes.
+    """Calls the user's collator on the samples, and adds `sample_index` (B,) int64 to its batch.
 
     Raises:
-        TypeError: at the first batch, if the collator does not return a dict, or made a batch that has the key already.
+        TypeError: At the first batch, if the collator does not return a dict, or if its batch has
+            an entry of that name already.
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
@@ -147,12 +159,13 @@ class IndexedCollator:
         batch = self.collator(indexed.data)
         if not isinstance(batch, MutableMapping):
             raise TypeError(
-                f"The data collator returned a {type(batch).__name__}. Wanted is a dict (of tensors), so that the batch "
-                f"can carry its {SAMPLE_INDEX!r}."
+                f"The data collator returned a {type(batch).__name__}: expected a dict (of "
+                f"tensors), so that the batch can carry its {SAMPLE_INDEX!r}."
             )
         if SAMPLE_INDEX in batch:
             raise TypeError(
-                f"The batch has an entry {SAMPLE_INDEX!r} of its own: rename or remove that column of the dataset."
+                f"The batch already has an entry {SAMPLE_INDEX!r}: rename or remove that column of "
+                "the dataset."
             )
         batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)
         return batch

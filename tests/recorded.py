@@ -3,9 +3,10 @@
     python tests/recorded.py            compare with recorded.json
     python tests/recorded.py --write    record anew, where a change of the choices is intended
 
-The digests were recorded at commit ebb47b8, before the cuts of the house. They hold the kept samples in their order, their
-weights, the virtual step of each optimizer step and the factor on the learning rate. Columns of the table are noted by
-their sums: floats may differ in the last bit between processors.
+The digests were recorded at commit ebb47b8, before the cuts of the house. They hold the kept
+samples in their order, their weights, the virtual step of each optimizer step and the factor on the
+learning rate. Columns of the table are noted by their sums: floats may differ in the last bit
+between processors.
 """
 
 import hashlib
@@ -18,6 +19,7 @@ import torch
 
 from hf_dynprune.policies import make_policy
 from hf_dynprune.pruner import DynamicPruner
+from hf_dynprune.schedule import RunShape
 
 FILE = Path(__file__).with_suffix(".json")
 SEEDS = (0, 1)
@@ -99,7 +101,9 @@ def digest(*parts):
 
 def run_of(policy, seed, arguments):
     """The digest of each epoch of a run, its planned length, and the sums of the columns at its end."""
-    pruner = DynamicPruner(policy, SAMPLES, batch_size=8, seed=seed, **arguments)
+    data_seed = arguments.get("data_seed")
+    shape = RunShape(SAMPLES, 8, **{k: v for k, v in arguments.items() if k != "data_seed"})
+    pruner = DynamicPruner(policy, shape, seed=seed, data_seed=data_seed)
     epochs, planned = [], [pruner.num_epochs, pruner.clock.total, pruner.clock.mean]
     for epoch in range(pruner.num_epochs):
         record = pruner.begin_epoch(
@@ -107,7 +111,7 @@ def run_of(policy, seed, arguments):
         )
         order = torch.tensor(list(pruner.sampler))
         weights = pruner.weights(order)
-        for batch in order.split(pruner.batch_size):
+        for batch in order.split(shape.batch_size):
             pruner.observe(batch, signals_of(batch, epoch, seed))
         start = pruner.clock.start
         steps = [pruner.clock.virtual(start + k) for k in range(pruner.clock.length + 1)]
@@ -118,7 +122,7 @@ def run_of(policy, seed, arguments):
                 weights,
                 rounded,
                 pruner.lr_scale,
-                pruner.total_steps(),
+                pruner.clock.total_steps(),
                 record.scoring_passes,
             )
         )

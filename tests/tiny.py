@@ -15,7 +15,8 @@ import torch
 import transformers
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 
-from hf_dynprune import Column, DynamicPruningTrainer, EpochPlan, PruningPolicy
+from hf_dynprune import DynamicPruningTrainer, EpochPlan, ScoredPolicy
+from hf_dynprune.table import MovingMean
 
 
 def images(n=40, classes=4, seed=0, size=8):
@@ -309,22 +310,19 @@ def every_checkpoint(make, folder):
 
 
 @dataclass(frozen=True)
-class Shares(PruningPolicy):
-    """Keeps a different share in each epoch; sizes known beforehand or not."""
+class Shares(ScoredPolicy):
+    """Keeps a different share in each epoch; the sizes are known beforehand or not."""
 
     shares: tuple = (1.0, 0.5, 0.3, 0.8)
     known: bool = True
     weight: float = 1.0
     lr_scale: float = 1.0
 
-    signals = ("loss",)
-    columns = (Column("last"),)
-
-    def observe(self, rows, signals):
-        return {"last": signals["loss"]}
+    memory = MovingMean("loss", 1.0)
+    weighs = True
 
     def score(self, table):
-        return table["last"]
+        return table["mean"]
 
     def size(self, n, epoch):
         return round(n * self.shares[epoch % len(self.shares)])
@@ -332,7 +330,8 @@ class Shares(PruningPolicy):
     def planned_size(self, n, epoch, progress):
         return self.size(n, epoch) if self.known else None
 
-    def plan(self, table, *, score, epoch, progress, generator):
-        indices = torch.randperm(len(table), generator=generator)[: self.size(len(table), epoch)]
+    def plan(self, choice):
+        order = torch.randperm(choice.n, generator=choice.generator)
+        indices = order[: self.size(choice.n, choice.epoch)]
         weights = None if self.weight == 1 else torch.full((len(indices),), self.weight)
         return EpochPlan(indices, weights, self.lr_scale)

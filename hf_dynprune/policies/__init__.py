@@ -1,103 +1,94 @@
 """The pruning rules, by their published names, and the contract they keep.
 
-A policy is a small frozen dataclass of pure functions. It says which `signals` it wants of each trained sample and which
-`columns` it keeps of them, how an observation changes the columns (`observe`), how a sample scores (`score`) and which
-samples the next epochs train on (`plan`). Everything else (when to choose, full-data epochs, samples never seen, guards,
-several ranks, checkpoints) is done once, for all policies, by [`DynamicPruner`].
+A policy is a small frozen dataclass of pure functions: a `memory` (what is remembered of a sample),
+a `score` (for a `ScoredPolicy`) and a `plan` (which samples the next epochs train on). Everything
+else (when to choose, full-data epochs, samples never seen, guards, several ranks, checkpoints) is
+done once, for all policies, by [`DynamicPruner`].
 
-`base` has the contract, `bandits` the rules of the central paper and the baselines, `rivals` those that later papers
-compare with, `static` the one that chooses once, by scores made before the run. To add a rule: one class there, one line in
-`POLICIES`, one line in the conformance table of the tests, one row in the README.
+`base` has the contract and `guards` what the pruner applies around it. `random` has the baselines,
+`by_loss` the rules of the central paper and the draws by loss, `reweighted` InfoBatch, `windows`
+SeTa, `hidden` KAKURENBO and IES, `static` the choice made once.
+
+To add a rule, write one class with its `name`, list it below, and add one line to the conformance
+table of the tests and one row to the docs.
 """
 
-import difflib
 from dataclasses import fields
 from typing import Any
 
-from .bandits import UCB, EpsilonGreedy, FullData, RandomPruning
-from .base import (
-    POLICIES,
-    EpochPlan,
-    PruningPolicy,
-    check_count,
-    check_number,
-    indices_of,
-    keep_count,
-    mask_of,
-    permutation,
-    top_k,
-    with_class_floor,
-)
-from .rivals import IES, KAKURENBO, InfoBatch, LossProportional, OrderDP, SeTa
+from ..checks import did_you_mean
+from ..selection import top_k
+from .base import Choice, EpochPlan, KeepsShare, PruningPolicy, ScoredPolicy
+from .by_loss import UCB, EpsilonGreedy, LossProportional, OrderDP
+from .hidden import IES, KAKURENBO
+from .random import FullData, RandomPruning
+from .reweighted import InfoBatch
 from .static import StaticPruning
+from .windows import SeTa
 
 __all__ = [
     "IES",
     "KAKURENBO",
     "POLICIES",
     "UCB",
+    "Choice",
     "EpochPlan",
     "EpsilonGreedy",
     "FullData",
     "InfoBatch",
+    "KeepsShare",
     "LossProportional",
     "OrderDP",
     "PruningPolicy",
     "RandomPruning",
+    "ScoredPolicy",
     "SeTa",
     "StaticPruning",
-    "check_count",
-    "check_number",
-    "indices_of",
-    "keep_count",
     "make_policy",
-    "mask_of",
-    "permutation",
     "top_k",
-    "with_class_floor",
 ]
 
-POLICIES.update(
-    {
-        "full": FullData,
-        "random": RandomPruning,
-        "epsilon-greedy": EpsilonGreedy,
-        "ucb": UCB,
-        "loss-proportional": LossProportional,
-        "infobatch": InfoBatch,
-        "seta": SeTa,
-        "orderdp": OrderDP,
-        "kakurenbo": KAKURENBO,
-        "ies": IES,
-        "static": StaticPruning,
-    }
-)
+# The rules by their published names.
+POLICIES: dict[str, type[PruningPolicy]] = {
+    policy.name: policy
+    for policy in (
+        FullData,
+        RandomPruning,
+        EpsilonGreedy,
+        UCB,
+        LossProportional,
+        InfoBatch,
+        SeTa,
+        OrderDP,
+        KAKURENBO,
+        IES,
+        StaticPruning,
+    )
+}
 
 
 def make_policy(name: str, **settings: Any) -> PruningPolicy:
-    """The policy of that name in `POLICIES` (case, `-` and `_` do not matter) with these fields.
+    """The policy of that name in `POLICIES`, with these fields. Case, `-` and `_` do not matter.
 
     Raises:
-        ValueError: for an unknown name or field, naming the near ones, and for values out of range.
+        TypeError: If the name is not a str.
+        ValueError: If the name or a field is unknown (the message suggests close ones), or a value
+            is out of range.
     """
+    known = ", ".join(map(repr, POLICIES))
     if not isinstance(name, str):
-        raise TypeError(
-            f"{name!r} is no name of a policy; the names are {', '.join(map(repr, POLICIES))}."
-        )
+        raise TypeError(f"{name!r} is not the name of a policy; the names are {known}.")
     key = name.lower().replace("_", "-")
     if key not in POLICIES:
-        near = difflib.get_close_matches(key, POLICIES, n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         raise ValueError(
-            f"There is no policy {name!r}: {hint}The names are {', '.join(map(repr, POLICIES))}."
+            f"There is no policy {name!r}: {did_you_mean(key, POLICIES)}The names are {known}."
         )
     cls = POLICIES[key]
-    known = [f.name for f in fields(cls)]
+    names = [entry.name for entry in fields(cls)]
     for setting in settings:
-        if setting not in known:
-            near = difflib.get_close_matches(setting, known, n=2, cutoff=0.4)
-            hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+        if setting not in names:
             raise ValueError(
-                f"Policy {key!r} has no field {setting!r}: {hint}Its fields are {', '.join(known)}."
+                f"Policy {key!r} has no field {setting!r}: {did_you_mean(setting, names)}"
+                f"Its fields are {', '.join(names)}."
             )
     return cls(**settings)

@@ -1,71 +1,65 @@
-"""Static pruning: one choice for the whole run, by scores that were made before it, or by chance."""
+"""Static pruning: one choice for the whole run, by scores made before it, or by chance."""
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
-from ..scores import SampleTable, Scores
-from .base import (
-    EpochPlan,
-    PruningPolicy,
-    check_choice,
-    indices_of,
-    keep_count,
-    mask_of,
-    permutation,
-    top_k,
+from ..checks import check_choice, check_flag
+from ..scores import Scores, fingerprints_fit
+from ..selection import indices_of, keep_count, mask_of, permutation, top_k
+from .base import Choice, EpochPlan, PruningPolicy, check_keep_ratio
+
+# What the report notes of the scores' provenance.
+_SPENT = (
+    "forward_passes",
+    "backward_passes",
+    "scoring_passes",
+    "passes",
+    "seconds",
+    "runs",
+    "epochs",
 )
-
-
-def _path_of(scores: Any) -> str | None:
-    if isinstance(scores, Scores):
-        if scores.path is None:
-            raise ValueError(
-                "These scores have no file yet: save them first, `scores.save('scores.safetensors')`."
-            )
-        scores = scores.path
-    if scores is not None and not isinstance(scores, str | os.PathLike):
-        raise TypeError(
-            f"scores={type(scores).__name__}: wanted is the path of a file of `Scores.save`, or its `Scores`."
-        )
-    return None if scores is None else str(os.fspath(scores))
 
 
 @dataclass(frozen=True)
 class StaticPruning(PruningPolicy):
-    """Static pruning: K = round(keep_ratio * N) samples, chosen once, by scores s that were made before the run.
+    """Static pruning: K = round(keep_ratio * N) samples, chosen once, by scores s made before.
 
         hardest     S = the K highest s_i
         easiest     S = the K lowest s_i
         middle      S = the K samples around the median, ranks (N - K) // 2 to (N - K) // 2 + K - 1
         random      S = K uniform without replacement, from the seed of the run: no scores
 
-    Ties are broken at random. The one choice is made after the `first` full-data epochs and holds until the `last` ones;
-    `period` changes nothing.
+    Ties are broken at random. The one choice is made after the `first` full-data epochs and holds
+    until the `last` ones; `period` changes nothing.
 
-    The papers train the kept part for as many optimizer steps as the full run takes, so that pruning saves them nothing;
-    here an epoch is as short as its samples. Raise `num_train_epochs` to N / K times as many to train as they did.
+    The papers train the kept part for as many optimizer steps as the full run takes, so that
+    pruning saves them nothing. Here an epoch is as short as its samples. Multiply
+    `num_train_epochs` by N / K to train as they did.
 
     Cost: keep_ratio, and what the scores cost: a run, or ten. O(N log N) for the choice.
 
     Args:
-        scores: the file of `Scores.save`, or the `Scores` that were saved or loaded; None with `keep="random"`.
-        keep_ratio: share of the samples that is kept, in (0, 1].
-        keep: which.
-        charge: whether the report counts what the scores cost (`provenance["passes"]`) as passes of this run; else it is
-            shown beside them. Charge it once where several runs share the scores, and say so.
-        digest: of the content of the file, read from it; a file whose content is another one is refused.
+        scores: The path of a file of `Scores.save`, or the `Scores` that were saved or loaded; None
+            with `keep="random"`. The file is read once, here.
+        keep_ratio: Share of the samples that is kept, in (0, 1].
+        keep: Which samples are kept.
+        charge: Whether the report counts what the scores cost (`provenance["passes"]`) as passes of
+            this run; otherwise it is shown beside them. If several runs share the scores, charge
+            them once, and say so.
+        digest: Of the content of the file, read from it. A file with another content is refused.
 
     Raises:
-        TypeError, ValueError, FileNotFoundError: at construction, for a file that is not there, not whole or another one,
-            and for scores to be charged that do not say what they cost. When the pruner or the trainer is made, for scores
-            of another number of samples or of another dataset.
+        TypeError, ValueError, FileNotFoundError: At construction, if the file is missing, damaged
+            or another one, or if scores to be charged do not say what they cost. When the pruner or
+            the trainer is made, if the scores are of another number of samples or of another
+            dataset.
 
-    Papers: EL2N, GraNd: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (`hardest`; above half of the data dropped,
-    a window away from the hardest). Forgetting events: Toneva et al., ICLR 2019, arXiv 1812.05159 (`hardest`).
+    Papers: EL2N, GraNd: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (`hardest`; above
+    half of the data dropped, a window away from the hardest). Forgetting events: Toneva et al.,
+    ICLR 2019, arXiv 1812.05159 (`hardest`).
     """
 
     scores: str | os.PathLike[str] | Scores | None = None
@@ -74,105 +68,111 @@ class StaticPruning(PruningPolicy):
     charge: bool = True
     digest: str | None = None
 
-    static = True
+    name = "static"
+    static: ClassVar[bool] = True
+    always_shown: ClassVar[tuple[str, ...]] = ("keep_ratio",)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scores", _path_of(self.scores))
+        if not (self.scores is None or isinstance(self.scores, Scores | str | os.PathLike)):
+            raise TypeError(
+                f"scores={type(self.scores).__name__}: expected the path of a file of "
+                "`Scores.save`, or its `Scores`."
+            )
         super().__post_init__()
+        check_keep_ratio(self.keep_ratio)
         check_choice("keep", self.keep, ("hardest", "easiest", "middle", "random"))
-        if not isinstance(self.charge, bool):
-            raise TypeError(f"charge={self.charge!r} must be True or False.")
+        check_flag("charge", self.charge)
         if (self.scores is None) != (self.keep == "random"):
             raise ValueError(
-                f"scores={self.scores!r} with keep={self.keep!r}: keep='random' takes no scores, and the others need them "
-                "(`score_dataset` makes them)."
+                f"scores={self.scores!r} with keep={self.keep!r}: keep='random' takes no scores, "
+                "and the others need them (`score_dataset` makes them)."
             )
         if self.min_per_class and not self.first:
             raise ValueError(
-                f"min_per_class={self.min_per_class} with first=0: labels are known from the first observation on, and the "
-                "only choice would be made before it. Set first=1."
+                f"min_per_class={self.min_per_class} with first=0: labels are known from the first "
+                "observation on, and the only choice would be made before it. Set first=1."
             )
-        if self.scores is None:
-            return
-        try:
-            scores = self._read()
-        except FileNotFoundError:
-            if self.digest is None:  # one that is read back, say by a model card, is not to be used
-                raise
-            return
-        object.__setattr__(self, "digest", scores.digest)
-        if self.charge and "passes" not in scores.provenance:
-            raise ValueError(
-                f"{self.scores} does not say what its scores cost, so that cannot be charged: note it, `Scores(..., "
-                "provenance={'passes': ...})`, 0 for free ones, or set charge=False."
-            )
+        if self.scores is not None:
+            self._hold(self.scores)
 
-    def _read(self) -> Scores:
-        scores = Scores.load(str(self.scores))
+    def _hold(self, scores: str | os.PathLike[str] | Scores) -> None:
+        """Load the scores and check them."""
+        if not isinstance(scores, Scores):
+            try:
+                scores = Scores.load(scores)
+            except FileNotFoundError:
+                # A policy that is read back, say by a model card, has a digest and is not used.
+                if self.digest is None:
+                    raise
+                object.__setattr__(self, "scores", str(os.fspath(scores)))
+                return
+        if scores.path is None:
+            raise ValueError(
+                "These scores have no file yet: save them first, "
+                "`scores.save('scores.safetensors')`."
+            )
         if self.digest is not None and self.digest != scores.digest:
             raise ValueError(
-                f"{self.scores} has the digest {scores.digest}, wanted is {self.digest}: the scores were made anew since. "
-                "Use the file of then, or leave `digest` out and start a new run."
+                f"{scores.path} has the digest {scores.digest}, expected {self.digest}: the scores "
+                "were made again since. Use the earlier file, or leave `digest` out and start a "
+                "new run."
             )
-        return scores
+        if self.charge and "passes" not in scores.provenance:
+            raise ValueError(
+                f"{scores.path} does not say what its scores cost, so that cannot be charged: note "
+                "it, `Scores(..., provenance={'passes': ...})`, 0 for free ones, or set "
+                "charge=False."
+            )
+        object.__setattr__(self, "scores", scores)
+        object.__setattr__(self, "digest", scores.digest)
+
+    def _held(self) -> Scores:
+        if not isinstance(self.scores, Scores):
+            raise FileNotFoundError(
+                f"{self.scores} does not exist: make the scores with `score_dataset`, or correct "
+                "the path."
+            )
+        return self.scores
+
+    def settings(self) -> dict[str, Any]:
+        """The fields, with the path of the scores in their place."""
+        scores = self.scores.path if isinstance(self.scores, Scores) else self.scores
+        return {**super().settings(), "scores": scores}
+
+    def planned_size(self, n: int, epoch: int, progress: float) -> int:
+        return keep_count(self.keep_ratio, n)
 
     def check_dataset(self, n: int, fingerprint: str) -> None:
-        """Raises ValueError unless the scores are of these n samples."""
+        """Raise ValueError unless the scores are of these n samples."""
         if self.scores is None:
             return
-        scores = self._read()
+        scores = self._held()
         if len(scores) != n:
             raise ValueError(
-                f"{self.scores} has the scores of {len(scores)} samples, the training set has {n}: score the training set "
-                "that is pruned."
+                f"{scores.path} has the scores of {len(scores)} samples, the training set has {n}: "
+                "score the training set that is pruned."
             )
-        only_n = ("", f"{n} samples")
-        if (
-            scores.fingerprint != fingerprint
-            and scores.fingerprint not in only_n
-            and fingerprint not in only_n
-        ):
+        if not fingerprints_fit(scores.fingerprint, fingerprint, n):
             raise ValueError(
-                f"{self.scores} has the scores of the dataset {scores.fingerprint!r}, the training set is {fingerprint!r}: "
-                "score the training set that is pruned, or prune the one that was scored."
+                f"{scores.path} has the scores of the dataset {scores.fingerprint!r}, the training "
+                f"set is {fingerprint!r}: score the training set that is pruned, or prune the one "
+                "that was scored."
             )
 
     def preparation(self) -> dict[str, Any]:
-        """What was spent before the run, for the report; empty where there are no scores."""
+        """What was spent before the run, for the report; empty without scores."""
         if self.scores is None:
             return {}
-        scores = self._read()
-        noted = (
-            "forward_passes",
-            "backward_passes",
-            "scoring_passes",
-            "passes",
-            "seconds",
-            "runs",
-            "epochs",
-        )
-        spent = {name: scores.provenance[name] for name in noted if name in scores.provenance}
-        return {
-            "method": scores.method,
-            "scores": self.scores,
-            "digest": scores.digest,
-            "charged": self.charge,
-            **spent,
-        }
+        scores = self._held()
+        spent = {name: scores.provenance[name] for name in _SPENT if name in scores.provenance}
+        about = {"method": scores.method, "scores": scores.path, "digest": scores.digest}
+        return {**about, "charged": self.charge, **spent}
 
-    def plan(
-        self,
-        table: SampleTable,
-        *,
-        score: Tensor | None,
-        epoch: int,
-        progress: float,
-        generator: torch.Generator,
-    ) -> EpochPlan:
-        n, k = len(table), keep_count(self.keep_ratio, len(table))
+    def plan(self, choice: Choice) -> EpochPlan:
+        n, k, generator = choice.n, choice.size, choice.generator
         if self.scores is None:
             return EpochPlan(indices_of(mask_of(permutation(n, generator)[:k], n)))
-        values = self._read().values
+        values = self._held().values
         if self.keep == "middle":
             order = torch.randperm(n, generator=generator)
             order = order[torch.argsort(values[order], stable=True)]
