@@ -1,6 +1,8 @@
-# Needs make and Python 3.11 or newer. Whatever target is called first makes the environment; later calls find it ready.
+# Needs make and Python 3.11 or newer. The first target that is called makes the environment; later
+# calls find it ready.
 
-# What .venv is made with (make test PYTHON=python3.12), and what is passed on (make test ARGS="-x tests/test_policies.py").
+# PYTHON is what .venv is made with (make test PYTHON=python3.12). ARGS is passed on
+# (make test ARGS="-x tests/test_policies_base.py").
 PYTHON ?= python3
 ARGS   ?=
 
@@ -11,7 +13,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test torture reliability quality format clean
+.PHONY: help quickstart check test versions torture reliability quality format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,21 +21,49 @@ help:  ## list the targets
 quickstart: $(READY)  ## train a small model with and without pruning, on this machine
 	@$(BIN)/python recipes/quickstart.py $(ARGS)
 
-# A file of tests goes to one worker: what it starts or trains for all its tests is made once. The files come in their order,
-# not the one with the fewest tests last: that one starts programs, for minutes in which the other worker has no work.
+# One file of tests goes to one worker, which makes once what its tests share. The files come in
+# their order: the default, most tests first, would leave the slow file that starts programs last.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(READY)  ## run the tests (ARGS="..." goes to pytest)
+# The first tier: style, the core, the policies, and the trainer's most telling runs.
+CORE := checks files selection schedule table scores sampler observations pruner report conformance \
+        layering recorded losses
+CHECK := $(CORE:%=tests/test_%.py) $(wildcard tests/test_policies*.py) tests/test_trainer.py
+
+check: $(READY)  ## run style and the core's tests: two minutes, after each edit
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(PYTEST) $(CHECK) $(ARGS)
+
+test: $(READY)  ## run all tests (ARGS="..." goes to pytest)
 	$(PYTEST) $(ARGS)
 
-# What is tried is noted also where it fails, and shown in the README's table.
+# The trainer's tests once more, on the lowest transformers that pyproject.toml allows and on the
+# newest 5.x that pip offers. They are installed beside .venv, without what they depend on.
+VERSIONS := $(VENV)/versions
+LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+SEAMS := trainer data_side loss_side upstream
+
+$(VERSIONS)/lowest $(VERSIONS)/newest: $(READY)
+	@rm -rf $@
+	@$(PIP) install -qq --no-deps --target $@ \
+	    'transformers$(if $(filter %lowest,$@),==$(LOWEST).*,>=$(LOWEST),<6)'
+
+versions: $(VERSIONS)/lowest $(VERSIONS)/newest  ## run the trainer's tests on other transformers
+	@for folder in $^; do \
+	    PYTHONPATH=$$folder $(BIN)/python -c \
+	        'import transformers; print("transformers", transformers.__version__)' && \
+	    PYTHONPATH=$$folder $(PYTEST) $(SEAMS:%=tests/test_%.py) $(ARGS) || exit 1; \
+	done
+
+# What was tried is noted even if it failed, and shown in the table of the docs.
 RECORD := recipes/results/reliability.json
 
 torture: $(READY)  ## kill a training run 30 times at random moments, resume it, compare (ARGS="--kills 300")
 	$(BIN)/python tests/torture.py --kills 30 --kills_in_checkpoint 10 --write $(RECORD) $(ARGS); status=$$?; \
 	    $(BIN)/python tests/reliability.py && exit $$status
 
-reliability: $(READY)  ## run the tests and note in the README what they tried how often
+reliability: $(READY)  ## run the tests and note how often they tried each promise
 	RELIABILITY=$(RECORD) $(PYTEST) $(ARGS); status=$$?; \
 	    $(BIN)/python tests/reliability.py && exit $$status
 
@@ -57,7 +87,7 @@ $(BIN)/python:
 	@echo "Making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-# torch comes first and alone: packages that follow then find it there, and none of them fetches another.
+# torch comes first and alone, so that no later package fetches another one.
 $(READY): pyproject.toml constraints.txt .ci/repair_torchvision.py | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, nothing the next time ..."
 	@$(PIP) install -qq -c constraints.txt torch
