@@ -218,6 +218,16 @@ class PruningReport:
         return self.cost_against(self.num_epochs)
 
     @property
+    def evaluated_epoch(self) -> int | None:
+        """The last epoch with an evaluation, counted from 1; None if there is none."""
+        return max((record.epoch + 1 for record in self.epochs if record.metrics), default=None)
+
+    @property
+    def full_data_epochs(self) -> int:
+        """How many epochs trained on all data without a choice."""
+        return sum(record.full_data for record in self.epochs)
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation. They describe the last model, never the best one."""
         return next((record.metrics for record in reversed(self.epochs) if record.metrics), {})

@@ -1,6 +1,7 @@
-"""The pictures show the numbers of reports and tables, and are drawn without a window or global state."""
+"""The pictures show the numbers of reports and tables. No window opens, no global state changes."""
 
 import io
+import re
 import subprocess
 import sys
 
@@ -12,14 +13,10 @@ from PIL import Image
 from hf_dynprune import UCB, FullData, PruningReport, RandomPruning
 from hf_dynprune.plots import (
     plot_classes,
-    plot_costs,
-    plot_methods,
     plot_runs,
     plot_samples,
     plot_scores,
     plot_selection,
-    plot_targets,
-    spent,
 )
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
@@ -29,8 +26,10 @@ N = 100
 
 
 def a_run(policy, kept, accuracies, metric="eval_accuracy", seed=0):
-    """A run of as many epochs as accuracies (None: no evaluation), `kept` samples each; an epoch takes 2 s, 0.5 s of them
-    for choosing, and evaluation 100 s more."""
+    """A run with one epoch per accuracy (None: no evaluation) and `kept` samples in each.
+
+    An epoch takes 2 s, 0.5 s of them for choosing. Evaluation takes 100 s more.
+    """
     seconds = {"training": 1.5, "choosing": 0.5, "scoring": 0.0, "evaluation": 100.0}
     epochs = [
         EpochRecord(
@@ -94,15 +93,15 @@ def test_metric_stands_against_passes_and_seconds(runs):
         assert len({(line.get_color(), line.get_marker()) for line in ax.lines}) == 3
     np.testing.assert_allclose(lines_of(passes)["full run"].get_xdata(), [1, 2, 3, 4])
     assert passes.get_ylabel() == "eval accuracy (%)"
-    assert passes.get_xlabel() == "passes over the data (passes / N)"
-    assert "not of evaluation" in seconds.get_xlabel()
+    assert passes.get_xlabel().startswith("passes")
+    assert seconds.get_xlabel().startswith("seconds")
 
 
 def test_one_axis(runs):
     figure = plot_runs(runs, against="seconds")
     assert [ax.get_xlabel()[:7] for ax in figure.axes] == ["seconds"]
     for wrong in ("steps", [], ["passes", "steps"]):
-        with pytest.raises(ValueError, match="'passes' and 'seconds'"):
+        with pytest.raises(ValueError, match=f"against={re.escape(repr(wrong))}"):
             plot_runs(runs, against=wrong)
 
 
@@ -117,14 +116,9 @@ def test_scoring_passes_are_a_third(runs):
 def test_preparation_counts_where_it_is_charged(runs, charged):
     run = runs["UCB"]
     run.preparation = {"passes": 150.0, "seconds": 7.0, "charged": charged}
-    assert spent(run, "passes") == pytest.approx([1.5 * charged + 0.6 * e for e in range(1, 6)])
-    assert spent(run, "seconds") == pytest.approx([7 * charged + 2 * e for e in range(1, 6)])
-    assert spent(run, "passes")[-1] == pytest.approx(run.passes / N)
-    np.testing.assert_allclose(
-        plot_runs({"UCB": run}).axes[0].lines[0].get_xdata()[0], 1.5 * charged + 0.6
-    )
-    del run.preparation["seconds"]  # scores of one's own
-    assert spent(run, "seconds")[-1] == pytest.approx(10)
+    passes, seconds = plot_runs({"UCB": run}).axes
+    np.testing.assert_allclose(passes.lines[0].get_xdata()[0], 1.5 * charged + 0.6)
+    np.testing.assert_allclose(seconds.lines[0].get_xdata()[0], 7 * charged + 2)
 
 
 def test_the_legend_has_the_last_values_in_their_order(runs):
@@ -155,7 +149,9 @@ def test_seeds_are_a_mean_and_a_band():
         corners = {(round(a, 6), round(b, 6)) for a, b in band.get_paths()[0].vertices.tolist()}
         assert corners == {(x[0], 20.0), (x[0], 40.0), (x[1], 50.0), (x[1], 90.0)}
     assert entries(figure) == ["UCB: 70.00 % (50.00 to 90.00)"]
-    assert "lowest to highest" in figure.legends[0].get_title().get_text()
+    alone = plot_runs({"UCB": seeds[0]})
+    titles = [made.legends[0].get_title().get_text() for made in (figure, alone)]
+    assert titles[0] != titles[1]  # with seeds it says what the three numbers are
 
 
 def test_only_seeds_share_a_name(runs):
@@ -165,11 +161,9 @@ def test_only_seeds_share_a_name(runs):
         a_run(RandomPruning(keep_ratio=0.6), 60, [0.5] * 5),
     ):
         for plot in (plot_runs, plot_selection):
-            with pytest.raises(
-                ValueError, match=r"'UCB' differ in more than the seed.*names of their own"
-            ):
+            with pytest.raises(ValueError, match="'UCB'"):
                 plot({"UCB": [runs["UCB"], other]})
-    with pytest.raises(ValueError, match="no report of the run 'none'"):
+    with pytest.raises(ValueError, match="'none'"):
         plot_runs({"none": []})
 
 
@@ -184,10 +178,10 @@ def test_other_metrics_are_drawn_as_they_are(values):
     assert bottom <= values[-1] < top
 
 
-def test_errors_say_what_is_wanted(runs, monkeypatch):
+def test_errors_have_the_wrong_value(runs, monkeypatch):
     with pytest.raises(ValueError, match=r"'eval_f1'.*eval_accuracy"):
         plot_runs(runs, "eval_f1")
-    with pytest.raises(ValueError, match="empty"):
+    with pytest.raises(ValueError, match="reports is empty"):
         plot_runs({})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install hf-dynprune\[recipes\]"):
@@ -201,7 +195,8 @@ import hf_dynprune.plots
 assert "matplotlib" not in sys.modules
 from hf_dynprune import FullData, PruningReport
 from hf_dynprune.report import EpochRecord
-report = PruningReport(FullData().to_dict(), 1, 0, 0, 1, [EpochRecord(0, False, 1, 1, 1, metrics={"eval_accuracy": 0.5})])
+record = EpochRecord(0, False, 1, 1, 1, metrics={"eval_accuracy": 0.5})
+report = PruningReport(FullData().to_dict(), 1, 0, 0, 1, [record])
 hf_dynprune.plots.plot_runs({"run": report})
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 """
@@ -248,8 +243,8 @@ def test_scores_over_epochs(runs):
     np.testing.assert_allclose(lines["mean"].get_ydata(), [6, 8])
     wide, narrow = (band.get_paths()[0].get_extents() for band in ax.collections)
     assert (wide.y0, wide.y1, narrow.y0, narrow.y1) == (1, 7, 2, 6)
-    assert ax.get_ylabel() == "score by ucb"
-    with pytest.raises(ValueError, match="'full' holds no scores"):
+    assert ax.get_ylabel().endswith("ucb")
+    with pytest.raises(ValueError, match="'full'"):
         plot_scores(runs["full run"])
 
 
@@ -293,13 +288,13 @@ def test_of_many_classes_the_ends_are_named(classes):
 @pytest.mark.parametrize(
     ("times", "choices", "labels", "names", "message"),
     [
-        ([1, 2], 2, [0], None, "2 samples, and there are 1 labels"),
-        ([1, 3], 2, [0, 1], None, "from 1 to 3, with 2 choices"),
+        ([1, 2], 2, [0], None, r"\b2 samples.*\b1 labels"),
+        ([1, 3], 2, [0, 1], None, "1 to 3, with 2 choices"),
         ([0, 0], 0, [0, 1], None, "with 0 choices"),
         ([0.5, 1], 1, [0, 1], None, "float64"),
-        ([0, 1], 1, [0, -1], None, "such as .0, -1.*classes 0, 1"),
+        ([0, 1], 1, [0, -1], None, "such as .0, -1"),
         ([0, 1], 1, [0, None], None, "such as .0, None"),
-        ([0, 1], 1, [0, 2], ["a", "b"], "2 names, and a label 2"),
+        ([0, 1], 1, [0, 2], ["a", "b"], "2 names.*label 2"),
     ],
 )
 def test_what_is_no_share_of_a_class(times, choices, labels, names, message):
@@ -384,125 +379,11 @@ def test_a_transform_of_the_dataset_is_ignored_and_large_images_are_scaled_down(
 
 def test_what_is_no_data_for_a_contact_sheet():
     times = np.array([0, 1, 1])
-    with pytest.raises(ValueError, match="3 samples, and there are 4 in the dataset"):
+    with pytest.raises(ValueError, match=r"\b3 samples.*\b4 in the dataset"):
         plot_samples(times, 1, pictures(4))
-    with pytest.raises(ValueError, match="Found 0 image columns"):
+    with pytest.raises(ValueError, match="0 image columns"):
         plot_samples(times, 1, pictures(3).remove_columns("img"))
-    with pytest.raises(ValueError, match="no column 'class'"):
+    with pytest.raises(ValueError, match="'class'"):
         plot_samples(times, 1, pictures(3), label_column="class")
-    with pytest.raises(TypeError, match=r"a list: wanted is a datasets\.Dataset"):
+    with pytest.raises(TypeError, match="list"):
         plot_samples(times, 1, [0, 1, 2])
-
-
-# ---- costs ---------------------------------------------------------------------------------------
-
-
-def test_methods_against_what_they_cost():
-    runs = {"short run": [(0.5, [0.7, 0.8]), (0.3, [0.5, 0.6])], "UCB": [(0.3, [0.9])]}
-    figure = drawn(plot_costs(runs, full=[0.9, 1.0]))
-    (ax,) = figure.axes
-    assert ax.get_ylabel() == "eval accuracy (%)"
-    assert entries(figure) == ["full run", "UCB", "short run"]  # the best first
-    ucb, short, full = ax.lines
-    assert short.get_color() == "black"  # the one to beat
-    assert short.get_xdata().tolist() == pytest.approx([0.3, 0.5], abs=0.01)
-    assert short.get_ydata().tolist() == pytest.approx([55, 75])
-    assert ucb.get_ydata().tolist() == [90]
-    assert ucb.get_xdata()[0] < short.get_xdata()[0]  # side by side
-    assert full.get_ydata() == pytest.approx([95, 95])
-    bars = [segment.tolist() for segment in ax.collections[1].get_segments()]
-    at = short.get_xdata()
-    assert bars == [
-        pytest.approx(np.array(bar))
-        for bar in ([[at[0], 50], [at[0], 60]], [[at[1], 70], [at[1], 80]])
-    ]
-
-
-def test_costs_of_other_metrics_are_not_in_per_cent():
-    runs = {"short run": [(0.3, [0.5])], "UCB": [(0.3, [0.6])]}
-    figure = drawn(plot_costs(runs, "eval_perplexity", lower_is_better=True))
-    assert figure.axes[0].lines[0].get_ydata().tolist() == [0.5]
-    assert figure.axes[0].get_ylabel() == "eval perplexity"
-    assert entries(figure) == ["short run", "UCB"]
-
-
-def test_methods_at_one_cost():
-    figure = drawn(
-        plot_methods({"UCB": [0.7, 0.9], "short run": [0.5], "random": [0.6]}, full=[0.95])
-    )
-    (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "short run",
-        "random",
-        "UCB",
-    ]  # the best above
-    assert ax.get_xlabel() == "eval accuracy (%): each seed, and the mean"
-    seeds = ax.lines[2]
-    assert seeds.get_xdata().tolist() == pytest.approx([70, 90])
-    assert seeds.get_ydata().tolist() == [2, 2]
-    means = [collection.get_segments()[0][0].tolist() for collection in ax.collections]
-    assert means == [pytest.approx([mean, row - 0.3]) for row, mean in enumerate((50, 60, 80))]
-    baseline, full = ax.lines[3:]
-    assert baseline.get_xdata() == pytest.approx([50, 50])
-    assert full.get_xdata() == pytest.approx([95, 95])
-    assert entries(figure) == ["full run"]
-    # What lies far behind is told at the border.
-    values = {"UCB": [0.8], "short run": [0.75], "EL2N": [0.5, 0.6], "random": [0.66]}
-    (ax,) = drawn(plot_methods(values, full=[0.8])).axes
-    assert [text.get_text() for text in ax.texts] == ["← 55"]
-    assert ax.get_xlim()[0] > 60
-    assert ax.get_ylim() == (-0.6, 3.6)
-    (ax,) = drawn(
-        plot_methods(
-            {"short run": [2.0], "EL2N": [9.0]}, "eval_loss", full=[1.0], lower_is_better=True
-        )
-    ).axes
-    assert [text.get_text() for text in ax.texts] == ["9 →"]
-    assert ax.get_xlim()[1] < 3
-    loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
-    assert [label.get_text() for label in loss.axes[0].get_yticklabels()] == ["UCB", "random"]
-
-
-def test_the_cost_at_which_values_are_reached():
-    costs = {
-        0.8: {"short run": (0.4, False), "UCB": (0.3, True), "random": (0.6, False)},
-        0.9: {"short run": (0.7, False), "UCB": None},
-    }
-    figure = drawn(plot_targets(costs))
-    (ax,) = figure.axes
-    assert [label.get_text() for label in ax.get_yticklabels()] == [
-        "random",
-        "short run",
-        "UCB",
-    ]  # the cheapest above
-    assert entries(figure) == ["80.0 %", "90.0 %"]
-    assert figure.legends[0].get_title().get_text() == "eval accuracy"
-    points = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
-    shown = {
-        (line.get_xdata()[0], line.get_ydata()[0], line.get_marker() == "<") for line in points
-    }
-    assert shown == {(0.3, 2, True), (0.4, 1, False), (0.7, 1, False), (0.6, 0, False)}
-    lines = [line.get_xdata()[0] for line in ax.lines if line.get_linestyle() == "--"]
-    assert lines == [0.4, 0.7]  # what the others are to be left of
-    assert entries(drawn(plot_targets({3.5: {"UCB": (0.3, False)}}, "eval_loss"))) == ["3.5"]
-    for nothing in ({}, {0.8: {}}, {0.8: {"UCB": None}}):
-        with pytest.raises(ValueError, match="nothing to plot"):
-            plot_targets(nothing)
-    for wrong in ({float("nan"): {"UCB": (0.3, True)}}, {0.8: {"UCB": (float("inf"), False)}}):
-        with pytest.raises(ValueError, match=r"(nan|inf) among values and costs"):
-            plot_targets(wrong)
-
-
-@pytest.mark.parametrize(
-    "runs", [{}, {"UCB": []}, {"UCB": [(0.3, [])]}, {"UCB": [(0.3, [float("nan")])]}]
-)
-def test_no_costs_to_plot(runs):
-    with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
-        plot_costs(runs)
-    with pytest.raises(ValueError, match=r"nothing to plot|not finite"):
-        plot_methods(
-            {
-                name: [value for _, values in points for value in values]
-                for name, points in runs.items()
-            }
-        )
