@@ -1,4 +1,4 @@
-"""PruningArguments: the choice of a policy from a command line or a YAML file, through HfArgumentParser."""
+"""PruningArguments: a policy from a command line or a YAML file, through HfArgumentParser."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from typing import Any
 
 from .policies import POLICIES, PruningPolicy, make_policy
 
-# Of the TrainingArguments, those that decide what a step trains, whatever the batch, the seed and the number of ranks.
+# The TrainingArguments that decide what a step trains, apart from the batch, the seed and the
+# ranks.
 TRAINING_SETTINGS = (
     "num_train_epochs",
     "gradient_accumulation_steps",
@@ -31,12 +32,9 @@ TRAINING_SETTINGS = (
 
 @dataclass
 class PruningArguments:
-    """What to prune, for `HfArgumentParser((PruningArguments, TrainingArguments))`.
+    """What to prune, for `HfArgumentParser((PruningArguments, TrainingArguments))`."""
 
-    `policy()` makes the policy, or None for `pruning="none"`, and raises ValueError for what does not fit together.
-    """
-
-    _argument_group_name = "pruning"  # under which HfArgumentParser lists them
+    _argument_group_name = "pruning"  # HfArgumentParser lists them under this name
 
     pruning: str | None = field(
         default="none",
@@ -44,7 +42,7 @@ class PruningArguments:
     )
     keep_ratio: float | None = field(
         default=None,
-        metadata={"help": "Share of the training data that is trained on in an epoch, in (0, 1]."},
+        metadata={"help": "Share of the training data trained in an epoch, in (0, 1]."},
     )
     pruning_kwargs: dict[str, Any] | str | None = field(
         default=None,
@@ -63,22 +61,29 @@ class PruningArguments:
                 ) from error
         if self.pruning_kwargs is not None and not isinstance(self.pruning_kwargs, dict):
             raise ValueError(
-                f'pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as {{"period": 10}}.'
+                f"pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as "
+                '{"period": 10}.'
             )
 
     def policy(self) -> PruningPolicy | None:
-        """The policy, or None for `pruning="none"`."""
+        """The policy, or None for `pruning="none"`.
+
+        Raises:
+            ValueError: If the arguments do not fit together.
+        """
         settings = dict(self.pruning_kwargs or {})  # type: ignore[arg-type]  # a mapping since __post_init__
         if self.keep_ratio is not None:
             if "keep_ratio" in settings:
                 raise ValueError(
-                    f"keep_ratio is given twice: {self.keep_ratio} by itself, {settings['keep_ratio']} in pruning_kwargs."
+                    f"keep_ratio is given twice: {self.keep_ratio} by itself, "
+                    f"{settings['keep_ratio']} in pruning_kwargs."
                 )
             settings["keep_ratio"] = self.keep_ratio
         if self.pruning is None or self.pruning.lower() == "none":
             if settings:
                 raise ValueError(
-                    f"{settings} has no effect with pruning='none': choose a policy ({', '.join(POLICIES)}) or leave it out."
+                    f"{settings} has no effect with pruning='none': choose a policy "
+                    f"({', '.join(POLICIES)}) or leave it out."
                 )
             return None
         return make_policy(self.pruning, **settings)

@@ -1,8 +1,12 @@
-"""Outputs and labels -> one number for each sample: the loss to train on, and the signals that policies observe.
+"""Outputs and labels -> one number for each sample: the loss to train on, and the signals of
+policies.
 
-The loss of a sample is the sum of its terms; a classification has one term a sample, a token task one a valid token.
-An optimizer step minimises  sum_i w_i L_i / D,  L_i the sum of sample i's terms and D the number of terms of all its
-samples, so that gradient accumulation and several ranks give the gradient of one big batch.
+The loss of a sample is the sum of its terms. A classification has one term for each sample, a token
+task has one for each valid token. An optimizer step minimises
+
+    sum_i w_i L_i / D,    L_i the sum of sample i's terms, D the number of terms of all its samples,
+
+so that gradient accumulation and several ranks give the gradient of one big batch.
 """
 
 from collections.abc import Callable, Mapping
@@ -13,41 +17,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checks import did_you_mean
+
 IGNORED = -100  # the label that transformers leaves out of a loss
 
 
 class SampleLosses(NamedTuple):
-    """What a batch of B samples gave: all float32 of shape (B,)."""
+    """What a batch of B samples gave, each float32 of shape (B,)."""
 
     train: Tensor  # sum of the terms of each sample, with label smoothing, with gradient
     plain: Tensor  # the same without smoothing, without gradient
-    terms: Tensor  # how many terms each sample has
+    terms: Tensor  # number of terms of each sample
 
 
 @dataclass(frozen=True)
 class LossRule:
     """How the loss of one sample follows from the outputs of a model.
 
+    `RULES` holds ours. Write your own for a loss with several terms for each sample, such as one
+    over a part of the tokens, and pass it as `per_sample_loss_fn`.
+
     Args:
-        name: `"single_label"`, `"classification"`, `"tokens"`, `"shifted_tokens"`, `"question_answering"`, `"batch_mean"` or
-            `"custom"`.
+        name: A name in `RULES`, `"custom"`, or your own. The signals of classes (`"el2n"`, ...) are
+            known for `"single_label"` and `"classification"`.
         losses: (outputs, inputs, label smoothing, config of the model or None) -> SampleLosses.
-        terms: inputs -> (B,) int64, the number of terms of each sample, known before the forward pass; None where each
-            sample has one.
-        from_own_loss: whether `losses` may use the loss that the model gives.
+        terms: inputs -> (B,) int64, the number of terms of each sample, known before the forward
+            pass. None if each sample has one.
+        from_own_loss: Whether `losses` may use the loss that the model gives.
+        matches_model: Whether the mean over the terms is the model's own loss. It is compared on
+            the first batch. False for a loss that differs on purpose.
     """
 
     name: str
     losses: Callable[[Any, Mapping[str, Any], float, Any], SampleLosses]
     terms: Callable[[Mapping[str, Any]], Tensor] | None = None
     from_own_loss: bool = False
+    matches_model: bool = True
+
+
+def unwrapped(model: Any) -> Any:
+    """The model below PEFT's wrapper, if it has one. Its class says which head it has."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logits_of(outputs: Any) -> Tensor:
-    """The logits of a ModelOutput, a dict, or a tuple that has the loss first.
+    """The logits of a ModelOutput, of a dict, or of a tuple that starts with the loss.
 
     Raises:
-        ValueError: if there are none, as with fused losses.
+        ValueError: If there are none, as with fused losses.
     """
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits")
@@ -57,8 +74,9 @@ def logits_of(outputs: Any) -> Tensor:
         logits = getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
-            "The model's output has no logits, so no loss of one sample can be derived. With Liger kernels set "
-            '`liger_kernel_config={"fused_linear_cross_entropy": False}`; otherwise pass `per_sample_loss_fn=`.'
+            "The model's output has no logits, so the loss of one sample cannot be derived. With "
+            'Liger kernels set `liger_kernel_config={"fused_linear_cross_entropy": False}`. '
+            "Otherwise pass `per_sample_loss_fn=`."
         )
     return logits
 
@@ -75,9 +93,16 @@ def _labels(inputs: Mapping[str, Any]) -> Tensor:
 def _cross_entropy(
     logits: Tensor, labels: Tensor, smoothing: float, ignored: int = IGNORED
 ) -> tuple[Tensor, Tensor]:
-    """(smoothed with gradient, plain without) cross-entropy of each label: logits (..., C), labels (...).
+    """The cross-entropy of each label: (smoothed, with gradient), (plain, without).
 
-    Memory: with a large C the logits are the largest tensor of a run; beside them only their log-softmax is kept.
+    Args:
+        logits: (..., C).
+        labels: (...) int64.
+        smoothing: Label smoothing, in [0, 1).
+        ignored: The label that has no loss.
+
+    Memory: with a large C the logits are the largest tensor of a run. Only their log-softmax is
+    kept beside them.
     """
     shape, flat = labels.shape, logits.float().reshape(-1, logits.shape[-1])
     target = labels.reshape(-1)
@@ -92,15 +117,18 @@ def _cross_entropy(
 
 
 _MIXED = (
-    "The batch has {} as mixup and cutmix make them: a mixture of samples has no loss of one sample. Leave the mixing out, "
-    "or pruning; for other soft labels pass `per_sample_loss_fn=`."
+    "The batch has {} as mixup and cutmix make them. A mixture has no loss of one sample: switch "
+    "off the mixing or the pruning. For other soft labels pass `per_sample_loss_fn=`."
 )
 
 
 def _single_label(
     outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
 ) -> SampleLosses:
-    """Cross-entropy. A label -100 has no loss, as in the models, but is counted as a sample of the optimizer step."""
+    """Cross-entropy. A label -100 has no loss, as in the models.
+
+    Its sample still counts as one of the optimizer step.
+    """
     logits, labels = logits_of(outputs), _labels(inputs)
     if labels.is_floating_point():
         raise ValueError(_MIXED.format(f"{labels.dtype} labels of shape {tuple(labels.shape)},"))
@@ -112,18 +140,19 @@ def _single_label(
 def _classification(
     outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
 ) -> SampleLosses:
-    """What transformers' sequence and image classification heads do: the kind of problem is declared, or inferred."""
+    """The loss of transformers' sequence and image classification heads.
+
+    The config declares the kind of problem. Otherwise it follows from the labels, as in the heads.
+    """
     logits, labels = logits_of(outputs), _labels(inputs)
     problem = getattr(config, "problem_type", None)
     if problem is None:
         if logits.shape[-1] == 1:
             problem = "regression"
+        elif labels.is_floating_point():
+            problem = "multi_label_classification"
         else:
-            problem = (
-                "multi_label_classification"
-                if labels.is_floating_point()
-                else "single_label_classification"
-            )
+            problem = "single_label_classification"
     if problem == "single_label_classification":
         return _single_label(outputs, inputs, smoothing, config)
     rows, targets = logits.float().reshape(len(labels), -1), labels.float().reshape(len(labels), -1)
@@ -135,10 +164,10 @@ def _classification(
 
 
 def _token_rule(name: str, shift: int) -> LossRule:
-    """A loss a token: logits (B, T, C); with shift 1 the logits at t predict the label at t + 1."""
+    """A loss for each token: logits (B, T, C). With shift 1 the logits at t predict label t + 1."""
 
     def targets(inputs: Mapping[str, Any]) -> Tensor:
-        # The labels are shifted, not the logits: a part of these would be copied.
+        # The labels are shifted and not the logits, because a part of the logits would be a copy.
         return F.pad(_labels(inputs)[:, shift:], (0, shift), value=IGNORED)
 
     def losses(
@@ -155,7 +184,10 @@ def _token_rule(name: str, shift: int) -> LossRule:
 def _question_answering(
     outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
 ) -> SampleLosses:
-    """Mean of the cross-entropies of start and end; a position behind the sequence has none, as in transformers."""
+    """Mean of the cross-entropies of start and end.
+
+    A position behind the sequence has no loss, as in transformers.
+    """
     if isinstance(outputs, tuple | list):
         start, end = outputs[1], outputs[2]
     else:
@@ -171,9 +203,13 @@ def _question_answering(
 def _batch_mean(
     outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
 ) -> SampleLosses:
-    """The fallback of Batch Loss Score (Zhou et al., CVPR 2026, arXiv 2604.04681) where a model has no loss of one sample:
-    each sample gets the loss of its batch. A moving mean over epochs, in which a sample meets ever other samples, tells hard
-    ones from easy ones in time; a weight acts on the whole batch by its mean."""
+    """The loss of its batch for each sample, for models without a loss of one sample.
+
+    Because batches change every epoch, a moving average of batch losses separates hard from easy
+    samples over time. A weight acts on the whole batch by its mean.
+
+    Paper: Batch Loss Score (Zhou et al., CVPR 2026, arXiv 2604.04681).
+    """
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     size = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
     each = loss.float().mean().expand(size)
@@ -200,7 +236,7 @@ RULES: dict[str, LossRule] = {
     "batch_mean": LossRule("batch_mean", _batch_mean, from_own_loss=True),
 }
 
-# transformers' names for heads say what their loss is; on the first batch the trainer compares with the model's own.
+# transformers' names of heads say what their loss is. The trainer compares on the first batch.
 _RULE_OF_HEAD = {
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",
@@ -217,37 +253,50 @@ _RULE_OF_HEAD = {
 
 
 def derive_rule(
-    model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | str | None = None
+    model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | str | LossRule | None = None
 ) -> LossRule:
     """How the loss of one sample of this model is computed.
 
     Args:
-        model: the model, without wrappers; a class of transformers, or derived from one, is known by its head.
-        per_sample_loss_fn: for all others, the name of a rule in `RULES`, or a function (outputs, inputs) -> (B,) losses.
+        model: The model, without wrappers. A class of transformers, or one derived from it, is
+            known by its head.
+        per_sample_loss_fn: For all others the name of a rule in `RULES`, a function (outputs,
+            inputs) -> (B,) losses, or a LossRule.
 
     Raises:
-        ValueError: if no rule is known for the model.
+        ValueError: If no rule is known for the model.
     """
+    if isinstance(per_sample_loss_fn, LossRule):
+        return per_sample_loss_fn
     if isinstance(per_sample_loss_fn, str):
         if per_sample_loss_fn not in RULES:
             raise ValueError(
-                f"per_sample_loss_fn={per_sample_loss_fn!r} is no known rule; the rules are {', '.join(RULES)}."
+                f"per_sample_loss_fn={per_sample_loss_fn!r} is not a known rule: "
+                f"{did_you_mean(per_sample_loss_fn, RULES)}The rules are {', '.join(RULES)}."
             )
         return RULES[per_sample_loss_fn]
     if per_sample_loss_fn is not None:
         return _custom_rule(per_sample_loss_fn)
+    rule = _rule_of_head(model)
+    if rule is None:
+        raise ValueError(
+            f"No loss of one sample is known for a {type(model).__name__}: pass "
+            f"`per_sample_loss_fn=`, the name of a rule ({', '.join(map(repr, RULES))}) or a "
+            "function (outputs, inputs) -> losses of shape (batch size,)."
+        )
+    return rule
+
+
+def _rule_of_head(model: nn.Module) -> LossRule | None:
     for cls in type(model).__mro__:
-        for head, rule in _RULE_OF_HEAD.items():
-            if cls.__name__.endswith(head):
-                if head == "ForConditionalGeneration" and not getattr(
-                    model.config, "is_encoder_decoder", False
-                ):
-                    rule = "shifted_tokens"
-                return RULES[rule]
-    raise ValueError(
-        f"No loss of one sample is known for a {type(model).__name__}: pass `per_sample_loss_fn=`, the name of a rule "
-        f"({', '.join(map(repr, RULES))}) or a function (outputs, inputs) -> losses of shape (batch size,)."
-    )
+        for head, name in _RULE_OF_HEAD.items():
+            if not cls.__name__.endswith(head):
+                continue
+            encodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+            if head == "ForConditionalGeneration" and not encodes:
+                name = "shifted_tokens"
+            return RULES[name]
+    return None
 
 
 def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
@@ -256,13 +305,11 @@ def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
     ) -> SampleLosses:
         loss = function(outputs, inputs)
         if not isinstance(loss, Tensor) or loss.ndim != 1:
-            got = (
-                f"a tensor of shape {tuple(loss.shape)}"
-                if isinstance(loss, Tensor)
-                else f"a {type(loss).__name__}"
-            )
+            got = f"a {type(loss).__name__}"
+            if isinstance(loss, Tensor):
+                got = f"a tensor of shape {tuple(loss.shape)}"
             raise ValueError(
-                f"per_sample_loss_fn returned {got}; wanted is a tensor of shape (batch size,)."
+                f"per_sample_loss_fn returned {got}: expected a tensor of shape (batch size,)."
             )
         loss = loss.float()
         return SampleLosses(loss, loss.detach(), torch.ones_like(loss))
@@ -271,20 +318,19 @@ def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
 
 
 def check_unmixed(rule: LossRule, inputs: Mapping[str, Any], config: Any) -> None:
-    """Raises ValueError for labels that mixup or cutmix made: transformers trains them as if they were multi-label, so that
-    no loss would tell. Looks at the values of a batch: for the first one."""
+    """Raise ValueError for labels that mixup or cutmix made.
+
+    transformers trains them as multi-label, so the loss alone would not tell. This looks at the
+    values of a batch, so it is called for the first one only.
+    """
     labels = inputs.get("labels")
     if rule.name != "classification" or getattr(config, "problem_type", None) == "regression":
         return
-    if (
-        isinstance(labels, Tensor)
-        and labels.is_floating_point()
-        and labels.ndim == 2
-        and labels.shape[1] > 1
-    ):
-        if bool(((labels == 0) | (labels == 1)).all()):
-            return
-        raise ValueError(_MIXED.format(f"labels between 0 and 1, of shape {tuple(labels.shape)},"))
+    if not isinstance(labels, Tensor) or not labels.is_floating_point():
+        return
+    if labels.ndim != 2 or labels.shape[1] <= 1 or bool(((labels == 0) | (labels == 1)).all()):
+        return
+    raise ValueError(_MIXED.format(f"labels between 0 and 1, of shape {tuple(labels.shape)},"))
 
 
 # ---- signals -------------------------------------------------------------------------------------
@@ -296,12 +342,12 @@ def _el2n(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """1.0 where the highest logit is the label's, else 0.0."""
+    """1.0 if the highest logit is the label's, else 0.0."""
     return logits.argmax(-1).eq(labels).float()
 
 
 def _margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """Highest probability of another class less that of the label's, in [-1, 1]: high is hard."""
+    """Highest probability of another class minus that of the label's, in [-1, 1]; high is hard."""
     p = logits.softmax(-1)
     own = p.gather(-1, labels[:, None])
     return (p.scatter(-1, labels[:, None], -1.0).max(-1).values - own.squeeze(-1)).clamp(-1, 1)
@@ -313,7 +359,7 @@ def _confidence(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _label(logits: Tensor, labels: Tensor) -> Tensor:
-    """The label itself; exact up to 2^24 classes."""
+    """The label itself. Exact up to 2^24 classes."""
     return labels.float()
 
 
@@ -322,8 +368,9 @@ def _entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
 
 
-# `"loss"` is the plain loss of a sample, the mean over its terms; it is known for every rule. The others are functions of
-# (logits (B, C) float32, labels (B,)) and so of single-label classification alone.
+# `"loss"` is the plain loss of a sample, the mean over its terms. It is known for every rule. The
+# others are functions of (logits (B, C) float32, labels (B,)), so only single-label classification
+# has them.
 SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
     "loss": None,
     "el2n": _el2n,
@@ -335,17 +382,22 @@ SIGNALS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
 }
 
 
+# The rules whose task has the signals of classes.
+CLASS_RULES = ("single_label", "classification")
+
+
 def check_signals(names: tuple[str, ...], rule: LossRule) -> None:
-    """Raises ValueError for an unknown signal, and for one that the task does not have."""
+    """Raise ValueError for an unknown signal, and for one that the task does not have."""
     for name in names:
         if name not in SIGNALS:
             raise ValueError(
-                f"There is no signal {name!r}; the signals are {', '.join(map(repr, SIGNALS))}."
+                f"There is no signal {name!r}: {did_you_mean(name, SIGNALS)}The signals are "
+                f"{', '.join(map(repr, SIGNALS))}."
             )
-        if SIGNALS[name] is not None and rule.name not in ("single_label", "classification"):
+        if SIGNALS[name] is not None and rule.name not in CLASS_RULES:
             raise ValueError(
-                f"The signal {name!r} is defined for single-label classification, and this task is {rule.name!r}: use "
-                "the signal 'loss'."
+                f"The signal {name!r} is defined for single-label classification, and this task is "
+                f"{rule.name!r}: use the signal 'loss'."
             )
 
 
@@ -353,7 +405,7 @@ def check_signals(names: tuple[str, ...], rule: LossRule) -> None:
 def observe_signals(
     names: tuple[str, ...], outputs: Any, inputs: Mapping[str, Any], losses: SampleLosses
 ) -> dict[str, Tensor]:
-    """For each name (B,) float32, without gradient."""
+    """The signals of a batch: for each name (B,) float32, without gradient."""
     values = {}
     for name in names:
         function = SIGNALS[name]
@@ -363,7 +415,7 @@ def observe_signals(
             labels = _labels(inputs).reshape(-1)
             if labels.is_floating_point() or len(labels) != len(losses.plain):
                 raise ValueError(
-                    f"The signal {name!r} is defined for single-label classification; here use 'loss'."
+                    f"The signal {name!r} is defined for single-label classification: use 'loss'."
                 )
             values[name] = function(
                 logits_of(outputs).detach().float().reshape(len(labels), -1), labels

@@ -1,7 +1,7 @@
-"""Forward passes that only score: what the model, as it stands, makes of samples that it does not train on.
+"""Forward passes that only score: the signals of samples under the model as it stands.
 
-A pass changes nothing: the mode of each module, its buffers (the statistics of BatchNorm) and all random states are
-afterwards what they were. It is a pure function of weights, samples and a seed.
+A pass changes nothing. The mode of each module, its buffers (the statistics of BatchNorm) and all
+random states are restored. It is a pure function of weights, samples and a seed.
 """
 
 import inspect
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from . import distributed
-from .losses import LossRule, logits_of, observe_signals
+from .losses import CLASS_RULES, LossRule, logits_of, observe_signals
 from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset, PruningSampler
 
 
@@ -43,18 +43,21 @@ def score_samples(
     """The signals of some samples, each from one forward pass without gradient.
 
     Args:
-        model: whose mode, buffers and random states are kept.
-        dataset: map-style; asked for the samples of `index` alone.
+        model: The model. Its mode, buffers and random states are restored.
+        dataset: Map-style. Only the samples of `index` are read.
         index: (M,) int64.
-        signals: names in [`hf_dynprune.losses.SIGNALS`].
-        rule: how the loss of a sample follows from the outputs.
-        collator: samples -> batch, a dict.
-        batch_size: samples in a forward pass.
-        forward: batch, without the sample index -> outputs of the model; moves the batch to the device it needs.
-        mode: of the model: `"eval"`, or `"train"` (dropout draws from `seed`, BatchNorm takes the statistics of the batch).
-        seed: of all that is drawn at random.
-        progress: whether to show a bar, on rank 0.
-        loader: more options for the DataLoader.
+        signals: Names in [`hf_dynprune.losses.SIGNALS`].
+        rule: How the loss of a sample follows from the outputs.
+        collator: Samples -> batch, a dict.
+        batch_size: Samples in a forward pass.
+        forward: Batch without the sample index -> outputs of the model. It moves the batch to the
+            device that it needs.
+        mode: Mode of the model: `"eval"`, or `"train"` (dropout draws from `seed`, BatchNorm takes
+            the statistics of the batch).
+        seed: Seeds all random numbers of the pass.
+        description: The label of the bar.
+        progress: Whether to show a bar, on rank 0.
+        loader: More options for the DataLoader.
 
     Returns:
         For each signal (M,) float32 on the CPU, in the order of `index`.
@@ -67,18 +70,17 @@ def score_samples(
     with scoring_state(model, mode, seed), torch.no_grad():
         for batch in _bar(batches, description, progress):
             batch.pop(SAMPLE_INDEX)
-            batch = _on(device, batch)  # once: `forward`, and the losses below, find it there
+            # Moved once: `forward` and the losses below find it there.
+            batch = _on(device, batch)
             inputs = dict(batch)
             outputs = forward(batch)
-            inputs = _on(
-                _device_of(outputs), inputs
-            )  # elsewhere only where a model lies on several devices
+            # The outputs are on another device only if the model lies on several.
+            inputs = _on(_device_of(outputs), inputs)
             losses = rule.losses(outputs, inputs, 0.0, getattr(model, "config", None))
             parts.append(observe_signals(signals, outputs, inputs, losses))
-    return {
-        name: torch.cat([part[name] for part in parts] or [torch.empty(0)]).float().cpu()
-        for name in signals
-    }
+    if not parts:
+        return {name: torch.empty(0) for name in signals}
+    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in signals}
 
 
 def _batches(
@@ -89,19 +91,18 @@ def _batches(
     seed: int,
     options: dict[str, Any],
 ) -> DataLoader:
-    """The samples of `index` in their order; each batch knows them."""
-    sampler = PruningSampler(
-        0
-    )  # yields blocks: as one list the indices of a large dataset take five times their bytes
+    """The samples of `index`, in their order. Each batch carries its sample indices."""
+    # The sampler yields blocks. As one list the indices of a large dataset take five times the
+    # bytes.
+    sampler = PruningSampler(0)
     sampler.set_epoch_order(index)
     return DataLoader(
         IndexedDataset(dataset),
         batch_size=batch_size,
         sampler=sampler,
         collate_fn=IndexedCollator(collator),  # type: ignore[arg-type]
-        generator=torch.Generator().manual_seed(
-            seed
-        ),  # else the workers' seed is drawn from the global state
+        # Otherwise the seed of the workers would be drawn from the global state.
+        generator=torch.Generator().manual_seed(seed),
         **options,
     )
 
@@ -109,15 +110,16 @@ def _batches(
 def _bar(batches: DataLoader, description: str, progress: bool) -> Any:
     from tqdm.auto import tqdm
 
-    return tqdm(
-        batches, desc=description, leave=False, disable=not progress or distributed.world()[0] != 0
-    )
+    hidden = not progress or distributed.world()[0] != 0
+    return tqdm(batches, desc=description, leave=False, disable=hidden)
 
 
 def _on(device: torch.device, batch: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()
-    }
+    moved = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            moved[name] = value.to(device, non_blocking=True)
+    return moved
 
 
 def _device_of(outputs: Any) -> torch.device:
@@ -127,15 +129,13 @@ def _device_of(outputs: Any) -> torch.device:
 
 @contextmanager
 def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -> Iterator[None]:
-    """Within, the model is in that mode and random numbers follow from the seed; afterwards all is as before."""
+    """Put the model in a mode and seed all random numbers; restore everything at the end."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = (
-        {name: buffer.clone() for name, buffer in model.named_buffers()} if mode == "train" else {}
-    )
+    buffers: dict[str, Tensor] = {}
+    if mode == "train":  # only then does a pass change buffers
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     python, numpy = random.getstate(), np.random.get_state()
-    devices = {
-        parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"
-    }
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=list(devices)):
         torch.manual_seed(seed)
         random.seed(seed)
@@ -156,7 +156,7 @@ def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -
 
 # ---- the norm of each sample's gradient ----------------------------------------------------------
 
-# Gradients of so many bytes are held at a time.
+# At most this many bytes of gradients are held at a time.
 _GRADIENT_BYTES = 1 << 28
 
 
@@ -175,35 +175,42 @@ def gradient_norms(
     progress: bool = True,
     **loader: Any,
 ) -> Tensor:
-    """GraNd: the norm of the gradient of each sample's loss, the model in eval mode and in its own precision.
+    """GraNd: the norm of the gradient of each sample's loss, in eval mode and the model's
+    precision.
 
-        g_i = || grad_theta L_i ||_2,    theta all trainable parameters, L_i the mean over the terms of sample i
+        g_i = || grad_theta L_i ||_2,    theta all trainable parameters,
+                                         L_i the mean over the terms of sample i
 
-    Vectorised over samples (`torch.func`), as many at once as 256 MiB of gradients allow. A model that cannot be vectorised
-    (one whose forward pass looks into its data, as attention masks are looked into) goes backward once for each sample: the
-    same numbers, slower, and a warning says so.
+    The norms are vectorised over samples (`torch.func`), as many at once as 256 MiB of gradients
+    allow. Some models cannot be vectorised, because their forward pass looks into its data, such as
+    an attention mask. They go backward once for each sample: the same numbers, but slower, and a
+    warning says so.
 
     Args:
-        model: without wrappers for several ranks; its mode, buffers, gradients and random states are kept.
-        prepare: batch, without the sample index -> the model's arguments, on its device.
-        last_layer: an approximation, from a forward pass alone: the gradient of the last linear layer, whose outputs are the
-            logits, || dL_i/dlogits ||_2 * || (features, 1) ||_2. With one label the first factor is || p - onehot ||.
-        dataset, index, rule, collator, batch_size, seed, description, progress, loader: as in [`score_samples`].
+        model: Without wrappers for several ranks. Its mode, buffers, gradients and random states
+            are restored.
+        prepare: Batch without the sample index -> the model's arguments, on its device.
+        last_layer: Whether to approximate, from a forward pass alone: the gradient of the last
+            linear layer, whose outputs are the logits, || dL_i/dlogits ||_2 * || (features, 1)
+            ||_2. With one label the first factor is || p - onehot ||.
+        dataset, index, rule, collator, batch_size, seed, description, progress, loader: As in
+            [`score_samples`].
 
     Returns:
         (M,) float32 on the CPU, in the order of `index`.
 
     Raises:
-        ValueError: with `last_layer`, where the task is not a classification, or the logits are not as they leave a linear
-            layer.
+        ValueError: With `last_layer`, if the task is not a classification, or if the logits are not
+            the output of a linear layer.
 
     Cost: M forward and backward passes; with `last_layer` M forward passes.
 
     Paper: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075.
     """
-    if last_layer and rule.name not in ("single_label", "classification"):
+    if last_layer and rule.name not in CLASS_RULES:
         raise ValueError(
-            f"The last-layer form of GraNd is for classification, and this task is {rule.name!r}: use method='grand'."
+            f"The last-layer form of GraNd is for classification, and this task is {rule.name!r}: "
+            "use method='grand'."
         )
     batches = _batches(dataset, index, batch_size, collator, seed, loader)
     norms_of = _LastLayer(model, rule) if last_layer else _WholeGradient(model, rule)
@@ -216,7 +223,7 @@ def gradient_norms(
 
 
 class _WholeGradient:
-    """The norms of a batch, vectorised while the model allows that."""
+    """The norms of a batch, vectorised unless the model does not allow that."""
 
     def __init__(self, model: nn.Module, rule: LossRule) -> None:
         self.model, self.rule, self.vectorised = model, rule, True
@@ -228,39 +235,42 @@ class _WholeGradient:
         held = sum(p.numel() * p.element_size() for p in self.trained.values())
         if held == 0:
             raise ValueError(
-                f"{type(model).__name__} has no trainable parameters, so its gradients have no norm."
+                f"{type(model).__name__} has no trainable parameters, so its gradients have no "
+                "norm."
             )
         self.at_once = max(1, _GRADIENT_BYTES // held)
 
     def loss(
         self, trained: Mapping[str, Tensor], each: Mapping[str, Tensor], same: Mapping[str, Any]
     ) -> Tensor:
-        """Of one sample, which makes a batch of its own."""
+        """The loss of one sample, as a batch of one."""
         inputs = {**same, **{name: value.unsqueeze(0) for name, value in each.items()}}
         outputs = functional_call(self.model, ({**trained}, self.fixed), (), inputs)
         losses = self.rule.losses(outputs, inputs, 0.0, getattr(self.model, "config", None))
         return losses.train.sum() / losses.terms.sum().clamp(min=1)
 
     def __call__(self, inputs: Mapping[str, Any], size: int) -> Tensor:
-        each = {
-            name: v
-            for name, v in inputs.items()
-            if isinstance(v, Tensor) and v.ndim and len(v) == size
-        }
-        same = {name: v for name, v in inputs.items() if name not in each}
+        each: dict[str, Tensor] = {}
+        same: dict[str, Any] = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.ndim and len(value) == size:
+                each[name] = value
+            else:
+                same[name] = value
         if self.vectorised:
             chunks = [slice(begin, begin + self.at_once) for begin in range(0, size, self.at_once)]
             try:
-                # The fused attentions have no rule for vmap; this one is made of products that have.
+                # Fused attentions have no rule for vmap. This one is made of products, which have.
                 with sdpa_kernel(SDPBackend.MATH):
                     return torch.cat(
                         [self._together({n: v[c] for n, v in each.items()}, same) for c in chunks]
                     )
-            except Exception as error:  # whatever is wrong beside vmap, the loop below meets again
+            except Exception as error:  # any other error occurs again in the loop below
                 self.vectorised = False
                 warnings.warn(
-                    f"{type(self.model).__name__} cannot be vectorised over samples: its gradients are computed one by one, "
-                    f"with the same result and as many passes, but more slowly. What stood in the way: {error!r:.200}",
+                    f"{type(self.model).__name__} cannot be vectorised over samples, because of "
+                    f"{error!r:.200}: its gradients are computed one by one, with the same result "
+                    "and as many passes, but more slowly.",
                     stacklevel=3,
                 )
         return torch.stack(
@@ -283,7 +293,7 @@ class _WholeGradient:
 
 
 class _LastLayer:
-    """The norms of a batch, of the gradient of the last linear layer alone."""
+    """The norms of a batch, for the gradient of the last linear layer alone."""
 
     def __init__(self, model: nn.Module, rule: LossRule) -> None:
         self.model, self.rule = model, rule
@@ -292,11 +302,10 @@ class _LastLayer:
         ran: list[tuple[nn.Linear, Tensor, Tensor]] = []
 
         def note(layer: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-            ran[:] = [(cast(nn.Linear, layer), given[0], output)]  # the last that ran
+            ran[:] = [(cast(nn.Linear, layer), given[0], output)]  # only the last one that ran
 
-        hooks = [
-            m.register_forward_hook(note) for m in self.model.modules() if isinstance(m, nn.Linear)
-        ]
+        linear = [module for module in self.model.modules() if isinstance(module, nn.Linear)]
+        hooks = [layer.register_forward_hook(note) for layer in linear]
         try:
             with torch.no_grad():
                 logits = logits_of(self.model(**inputs))
@@ -305,21 +314,19 @@ class _LastLayer:
                 hook.remove()
         if not ran or ran[0][2] is not logits or logits.ndim != 2:
             raise ValueError(
-                f"The logits of {type(self.model).__name__}, of shape {tuple(logits.shape)}, are not what its last linear "
-                "layer gives for each sample, so GraNd has no last-layer form here: use method='grand'."
+                f"The logits of {type(self.model).__name__}, of shape {tuple(logits.shape)}, are "
+                "not the output of its last linear layer for each sample, so GraNd has no "
+                "last-layer form here: use method='grand'."
             )
         layer, features, _ = ran[0]
         logits = logits.detach().float().requires_grad_()
+        config = getattr(self.model, "config", None)
         with torch.enable_grad():
-            losses = self.rule.losses(
-                {"logits": logits}, inputs, 0.0, getattr(self.model, "config", None)
-            )
-            (slope,) = torch.autograd.grad(
-                losses.train.sum(), logits
-            )  # row i depends on sample i alone
-        return (
-            slope.norm(dim=1) * (features.float().square().sum(1) + (layer.bias is not None)).sqrt()
-        )
+            losses = self.rule.losses({"logits": logits}, inputs, 0.0, config)
+            # Row i of the gradient depends on sample i alone.
+            (slope,) = torch.autograd.grad(losses.train.sum(), logits)
+        squares = features.float().square().sum(1) + (layer.bias is not None)
+        return slope.norm(dim=1) * squares.sqrt()
 
 
 # ---- the model's own loss ------------------------------------------------------------------------
@@ -327,8 +334,11 @@ class _LastLayer:
 
 @contextmanager
 def loss_left_out(model: PreTrainedModel | None) -> Iterator[bool]:
-    """Within, the model's own loss is 0, and what it adds to that. Yields whether it is: not for None, and not for the
-    models that compute their loss without `loss_function`, the property of PreTrainedModel that is there to be set."""
+    """Replace the model's own loss by 0, so that only what the model adds to it is left.
+
+    Yields whether that is so. It is not for None, nor for models that compute their loss without
+    `loss_function`, the property of PreTrainedModel that may be set.
+    """
     if model is None or "loss_function" not in _names_in_forward(type(model)):
         yield False
         return
@@ -345,5 +355,5 @@ def _no_loss(logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _names_in_forward(cls: type[nn.Module]) -> tuple[str, ...]:
-    """The names that the forward method of a class uses, below its decorators."""
+    """The names that the forward method of a class uses, without its decorators."""
     return inspect.unwrap(cls.forward).__code__.co_names

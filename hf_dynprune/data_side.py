@@ -1,0 +1,638 @@
+"""PrunedDataMixin: the Trainer trains on the samples that a policy chooses. It needs no loss.
+
+    super().get_train_dataloader() ──dataset, collator, workers──▶ our loader, our sampler ──▶ batch
+                                                                                                 │
+    pruner ◀── observe(index) ── get_batch_samples, or compute_loss of the loss side ◀───────────┘
+
+It sees to the loader, the lengths of epochs, the learning rate, checkpoints, the report and the
+card. [`SampleLossMixin`] adds the losses of single samples.
+"""
+
+import hashlib
+import inspect
+import json
+import os
+import shlex
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from transformers import Trainer, TrainingArguments
+from transformers.utils import logging
+
+from . import checkpoints, distributed
+from .policies import PruningPolicy
+from .pruner import DynamicPruner
+from .report import PruningReport
+from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
+from .schedule import RunShape
+from .table import Memory
+from .upstream import UpstreamMends, owner_behind, start_workers
+
+logger = logging.get_logger(f"transformers.{__name__}")
+
+# The names that this file leans on and that are private, or public but not documented.
+SEAMS = {
+    "Trainer.set_initial_training_values": "the numbers of epochs and steps are the pruned run's",
+    "Trainer._init_training_state": "the earliest place that knows the checkpoint and the state in "
+    "it; it says where the run continues",
+    "Trainer._run_epoch": "the length of each epoch is an argument of it; otherwise it is that of "
+    "the first epoch",
+    "Trainer._save_rng_state": "runs on every rank, after the weights and before "
+    "trainer_state.json, the upload and the rotation; on_save comes after all three",
+    "Trainer._get_train_sampler": "a class with its own one chooses the data and is refused",
+    "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
+    "Trainer.is_deepspeed_enabled": "tells of what was not verified",
+    "Trainer.is_fsdp_enabled": "tells of what was not verified",
+    "Trainer.hub_model_id": "the repository that an upload went to",
+    "LambdaLR._last_lr": "the logged learning rate of the first step of an epoch whose plan scales "
+    "it",
+    "ProgressCallback.training_bar": "the bar's total is the true number of steps",
+    "NotebookProgressCallback.training_tracker": "the same in a notebook",
+}
+
+# What our loader takes over from the Trainer's.
+_INHERITED = (
+    "num_workers",
+    "pin_memory",
+    "timeout",
+    "persistent_workers",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "in_order",
+    "worker_init_fn",
+)
+
+
+def run_shape(
+    args: TrainingArguments,
+    samples: int,
+    *,
+    batch_size: int | None = None,
+    drop_last: bool | None = None,
+) -> RunShape:
+    """The shape of a run with these arguments.
+
+    Args:
+        args: The Trainer's.
+        samples: N, the number of training samples.
+        batch_size, drop_last: *Optional*, by default those of `args`.
+    """
+    max_steps = args.max_steps if args.max_steps > 0 else None
+    return RunShape(
+        samples,
+        args.train_batch_size if batch_size is None else batch_size,
+        num_epochs=None if max_steps else args.num_train_epochs,
+        max_steps=max_steps,
+        accumulation=args.gradient_accumulation_steps,
+        drop_last=args.dataloader_drop_last if drop_last is None else drop_last,
+        ranks=args.world_size,
+    )
+
+
+class PrunedDataMixin(UpstreamMends):
+    """Adds `pruning=` to a Trainer, whatever its loss is.
+
+    Alone it serves policies that observe nothing, such as [`RandomPruning`], and subclasses that
+    observe signals of their own. Such a subclass names them in `observed_signals`, takes
+    `sample_index` out of each batch, and calls `self.pruner.observe(index, signals)` once a batch:
+
+    ```python
+    class PrunedRewardTrainer(PrunedDataMixin, RewardTrainer):
+        def observed_signals(self):
+            return (*super().observed_signals(), "reward_std")
+    ```
+
+    Args:
+        pruning: The policy; None is the stock Trainer.
+
+    All other arguments are the Trainer's.
+
+    Attributes:
+        pruner: The [`DynamicPruner`] of the current run, or of the last one.
+        memory: What is remembered of each sample beside what the policy remembers. *Optional*, set
+            it before `__init__`.
+
+    Raises:
+        TypeError, ValueError: At construction, if something cannot be pruned.
+    """
+
+    memory: Memory | None = None
+    # Batches of the epoch that the loop has fetched.
+    _fetched = 0
+    # The scheduler that follows the budget; None if a user's scheduler is in force.
+    _following: LambdaLR | None = None
+
+    def __init__(self, *args: Any, pruning: PruningPolicy | None = None, **kwargs: Any) -> None:
+        self.pruning = pruning
+        self.pruner: DynamicPruner | None = None
+        # The last loader of get_train_dataloader, with its pruner. The loop takes them over.
+        self._made: tuple[DataLoader, DynamicPruner] | None = None
+        if pruning is not None:
+            # transformers' own message about streams asks for max_steps, which would not help.
+            _check_stream(kwargs.get("train_dataset"))
+        super().__init__(*args, **kwargs)
+        if pruning is None:
+            return
+        if not isinstance(pruning, PruningPolicy):
+            raise TypeError(
+                f"pruning={pruning!r} is not a policy: expected one such as UCB(keep_ratio=0.3) or "
+                "make_policy('ucb', keep_ratio=0.3), or None."
+            )
+        _check_settings(self)
+        _check_dataset(self.train_dataset, self.args)
+        # Each run makes its own. This one finds out now what does not fit together.
+        self.pruner = self._make_pruner(run_shape(self.args, len(cast(Any, self.train_dataset))))
+        self._prepare_observation(self.pruner)
+        if pruning.looks_once(self.pruner.shape, self.pruner.num_epochs):
+            logger.warning(
+                "%s chooses by scores, and %d epochs are too few for them: never observed samples "
+                "come first, so nearly all samples are trained once before any is trained twice. "
+                "The choice is then as random as RandomPruning's. To let scores decide, score "
+                "before each choice (scoring='all'), begin with full-data epochs (first=1), keep "
+                "more, or train longer.",
+                pruning,
+                self.pruner.num_epochs,
+            )
+
+    # ---- signals ----
+
+    def observed_signals(self) -> tuple[str, ...]:
+        """The signals that this class observes of each sample; a policy may ask for these."""
+        return ()
+
+    def _prepare_observation(self, pruner: DynamicPruner) -> None:
+        """Raise ValueError at construction if the policy asks for a signal that nobody observes."""
+        observed = self.observed_signals()
+        if pruner.policy.scoring != "trained":
+            observed = self._scored_signals()
+        for name in pruner.scored_signals:
+            if name not in observed:
+                raise ValueError(
+                    f"{pruner.policy} asks for the signal {name!r}, which {type(self).__name__} "
+                    f"does not observe (it observes {', '.join(map(repr, observed)) or 'none'}): "
+                    "use another signal, or name it in `observed_signals` of a subclass that "
+                    "observes it."
+                )
+
+    def _scored_signals(self) -> tuple[str, ...]:
+        """The signals that forward passes observe, for policies with a `scoring`."""
+        return ()
+
+    def _takes_index(self) -> bool:
+        """Whether the class takes `sample_index` out of the batches and observes them itself."""
+        assert self.pruner is not None
+        return bool(self.pruner.signals)
+
+    # ---- data ----
+
+    def _make_pruner(self, shape: RunShape) -> DynamicPruner:
+        return DynamicPruner(
+            cast(PruningPolicy, self.pruning),
+            shape,
+            seed=self.args.seed,
+            data_seed=self.args.data_seed,
+            fingerprint=dataset_fingerprint(self.train_dataset),
+            memory=self.memory,
+        )
+
+    @property
+    def pruning_report(self) -> PruningReport | None:
+        """The record of the current run, or of the last one; None with `pruning=None`."""
+        return None if self.pruner is None else self.pruner.report
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own loader, over the samples that the pruner chooses."""
+        stock = super().get_train_dataloader()
+        if self.pruning is None:
+            return stock
+        samples = len(cast(Any, self.train_dataset))
+        _check_loader(stock, samples)
+        batches: Any = stock.batch_sampler
+        shape = run_shape(
+            self.args, samples, batch_size=batches.batch_size, drop_last=batches.drop_last
+        )
+        pruner = self._make_pruner(shape)
+        loader = self.accelerator.prepare(
+            DataLoader(
+                IndexedDataset(stock.dataset),
+                batch_size=shape.batch_size,
+                sampler=pruner.sampler,
+                collate_fn=cast(Any, IndexedCollator(cast(Any, stock.collate_fn))),
+                drop_last=shape.drop_last,
+                **{name: getattr(stock, name) for name in _INHERITED},
+            )
+        )
+        self._made = (loader, pruner)
+        return loader
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Any]:
+        """The batches of an optimizer step, counted here unless the class observes them itself."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.pruner is not None and not self._takes_index():
+            for batch in batches:
+                if SAMPLE_INDEX in batch:  # no model expects it
+                    self.pruner.observe(batch.pop(SAMPLE_INDEX))
+        return batches, items
+
+    # ---- length and learning rate ----
+
+    def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple:
+        """The Trainer's numbers, with the epochs and steps of the pruned run."""
+        values = super().set_initial_training_values(args, dataloader)
+        if self.pruning is None:
+            return values
+        made, self._made = self._made, None
+        if made is None or made[0] is not dataloader:
+            raise RuntimeError(
+                "The Trainer trains from another loader than the one that PrunedDataMixin made: "
+                f"let {type(self).__name__}.get_train_dataloader return what its super() returns."
+            )
+        self.pruner = made[1]
+        self._operations = None
+        _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
+        clock = self.pruner.clock
+        return (
+            clock.num_epochs,
+            clock.length,
+            num_examples,
+            num_train_samples,
+            batch_size,
+            steps_in_epoch,
+            clock.total_steps(),
+        )
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> Any:
+        """The Trainer's scheduler, evaluated at the virtual steps of the run's clock."""
+        if self.pruning is None or self.pruner is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        pruner = self.pruner
+        if self.lr_scheduler is not None:
+            logger.warning(
+                "The learning-rate scheduler that was passed in stays as it is: make sure that it "
+                "was made for the %d optimizer steps of the pruned run.",
+                pruner.clock.total_steps(),
+            )
+            return super().create_scheduler(num_training_steps, optimizer)
+        scheduler = super().create_scheduler(pruner.clock.total, optimizer)
+        if isinstance(scheduler, LambdaLR):
+            _follow_budget(scheduler, pruner)
+            self._following = scheduler
+        return scheduler
+
+    def _renew_total(self, total: int) -> None:
+        """Write the true number of steps to the state and to the progress bar."""
+        self.state.max_steps = total
+        for callback in self.callback_handler.callbacks:
+            for name in ("training_bar", "training_tracker"):
+                bar = getattr(callback, name, None)
+                if bar is not None:
+                    bar.total = total
+
+    def _now(self) -> dict[str, Any]:
+        """Where the run stands: what the pruner records of the Trainer."""
+        rate = float(cast(torch.optim.Optimizer, self.optimizer).param_groups[0]["lr"])
+        return {"step": self.state.global_step, "learning_rate": rate}
+
+    # ---- the run ----
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        *args: Any,
+        stock_checkpoint: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """Train. All arguments but one are the Trainer's.
+
+        Args:
+            resume_from_checkpoint: The folder of a checkpoint, or True for the newest complete one
+                in `output_dir`.
+            stock_checkpoint: Also continue from a checkpoint of the stock Trainer. It has no
+                scores: the table starts empty, an interrupted epoch starts again, and earlier
+                epochs are charged as full-data epochs.
+
+        Raises:
+            ValueError: If the checkpoint is not complete or belongs to another run. Nothing has
+                changed then.
+        """
+        if self.pruning is not None and resume_from_checkpoint:
+            requested, folder = resume_from_checkpoint, self.args.output_dir or "."
+            # Rank 0 looks: all ranks continue from the same checkpoint, and its files are read
+            # once.
+            resume_from_checkpoint = distributed.from_rank_0(
+                lambda: checkpoints.complete_checkpoint(requested, folder, stock=stock_checkpoint)
+            )
+            self._loading_from = resume_from_checkpoint
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._loading_from = None
+
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: Any,
+    ) -> tuple[int, int]:
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if self.pruning is None or self.pruner is None:
+            return position
+        if resume_from_checkpoint is not None:
+            position = checkpoints.resume(
+                self.pruner,
+                resume_from_checkpoint,
+                self.state,
+                restart_epoch=self.args.ignore_data_skip,
+            )
+        self._loading_from = None  # what is loaded from here on is the best model
+        self._passes_before = self.pruner.report.totals["forward_passes"]
+        return position
+
+    def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop names all of them
+        if self.pruning is None or self.pruner is None:
+            return super()._run_epoch(**loop)
+        pruner, epoch, loader = self.pruner, loop["epoch"], loop["train_dataloader"]
+        records = len(pruner.report.epochs)
+        scorer = self._begin_epoch(epoch)
+        pruner.begin_epoch(epoch, step=self.state.global_step, scorer=scorer)
+        if self._following is not None and self._following is self.lr_scheduler:
+            _renew_learning_rate(self._following)
+        self._renew_total(pruner.clock.total_steps())
+        begins = len(pruner.report.epochs) > records  # not resumed in the middle of an epoch
+        if begins and self.args.logging_strategy != "no":
+            self.log(_epoch_logs(pruner.report))
+        loop["steps_in_epoch"] = len(loader)
+        loop["num_update_steps_per_epoch"] = pruner.clock.length
+        resumes = loop["resume_from_checkpoint"] and epoch == loop["epochs_trained"]
+        if self.args.dataloader_persistent_workers and resumes:
+            start_workers(loader)
+        batches, steps = pruner.batches_done, self.state.global_step
+        self._fetched = batches
+        super()._run_epoch(**loop)
+        if pruner.batches_done == batches and self.state.global_step > steps:
+            raise self._unobserved()
+        pruner.end_epoch(**self._now())
+
+    def _begin_epoch(self, epoch: int) -> Callable[[torch.Tensor], Mapping[str, Any]] | None:
+        """Get ready for an epoch; return what scores samples by forward passes, or None."""
+        # Accelerate tells a dataset its epoch only if the sampler has none to be told.
+        tell_epoch(self.train_dataset, epoch)
+        return None
+
+    def _unobserved(self) -> RuntimeError:
+        name = type(self).__name__
+        return RuntimeError(
+            f"{name}.compute_loss does not call super().compute_loss, so no sample was observed: "
+            "let it call DynamicPruningTrainer's, or mix DynamicPruningMixin with the class that "
+            "has it and pass `per_sample_loss_fn=`."
+        )
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The Trainer's log. Its samples per second are those that were trained."""
+        if self.pruning is not None and self.pruner is not None:
+            self.pruner.drain()  # the Trainer has just synchronised with the device, too
+            seconds = logs.get("train_runtime", 0.0)
+            if "train_samples_per_second" in logs and seconds > 0:
+                passes = self.pruner.report.totals["forward_passes"] - self._passes_before
+                logs["train_samples_per_second"] = round(passes / seconds, 3)
+        super().log(logs, *args, **kwargs)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The Trainer's evaluation, which the report notes."""
+        metrics = super().evaluate(eval_dataset, *args, **kwargs)
+        given = self.eval_dataset if eval_dataset is None else eval_dataset
+        # Of several datasets each is evaluated by a call of its own, and noted there.
+        if self.pruner is not None and not isinstance(given, dict):
+            self.pruner.add_evaluation(metrics)
+        return metrics
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.pruning is not None and self.pruner is not None:
+            checkpoints.save(self.pruner, output_dir, writes=self.args.should_save, **self._now())
+
+    # ---- card ----
+
+    def _has_record(self) -> bool:
+        return (
+            self.pruning is not None and self.pruner is not None and bool(self.pruner.report.epochs)
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card, `report.json` and, if matplotlib is installed, a picture.
+
+        The card states the Trainer's facts, what was pruned, what it cost and how to repeat it.
+        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.card_of_trainer`]:
+        `full=` and `short=`, reports to compare with, and `other_seeds=`.
+        """
+        if not self._has_record():
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            from .model_card import write_card
+
+            write_card(self, Path(self.args.output_dir or "."), *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model, its card, `report.json` and the picture.
+
+        Takes the Trainer's arguments, and those of `create_model_card`.
+
+        Raises:
+            RuntimeError: If the upload fails. All files are in `output_dir` by then. The message
+                says how to continue.
+        """
+        if not self._has_record():
+            return super().push_to_hub(*args, **kwargs)
+        # The Trainer asks the Hub for the repository first, and saves then. Without a network
+        # nothing would be saved. Writing twice costs little beside an upload.
+        folder = self.args.output_dir or "."
+        self.save_model(folder, _internal_call=True)
+        stock = inspect.signature(Trainer.push_to_hub).parameters
+        self.create_model_card(**{name: v for name, v in kwargs.items() if name not in stock})
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
+        left_out = ("--exclude", "checkpoint-*", "--exclude", "_*")
+        with uploading(folder, repo_id, "trainer.push_to_hub()", *left_out):
+            return super().push_to_hub(*args, **kwargs)
+
+
+# ---- learning rate -------------------------------------------------------------------------------
+
+
+def _follow_budget(scheduler: LambdaLR, pruner: DynamicPruner) -> None:
+    """Evaluate the schedule at the virtual steps of the run's clock, scaled by the plan."""
+
+    def follow(schedule: Callable[..., float]) -> Callable[[int], float]:
+        return lambda step: schedule(pruner.clock.virtual(step)) * pruner.lr_scale
+
+    lambdas: Any = [follow(schedule) for schedule in scheduler.lr_lambdas]
+    scheduler.lr_lambdas = lambdas
+
+
+def _renew_learning_rate(scheduler: LambdaLR) -> None:
+    """Apply the schedule to the epoch that begins: its plan may scale the first step's rate."""
+    groups = scheduler.optimizer.param_groups
+    for group, base, schedule in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * schedule(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in groups]  # what is logged
+
+
+# ---- hub and dataset -----------------------------------------------------------------------------
+
+
+@contextmanager
+def uploading(
+    folder: str | os.PathLike[str], repo_id: str, call: str, *options: str
+) -> Iterator[None]:
+    """Turn a failed upload into an error that says what happened and how to continue.
+
+    Args:
+        folder: What is uploaded.
+        repo_id: Where it is uploaded to.
+        call: The Python call that uploads it again.
+        options: Of `hf upload`, which does the same from the command line.
+    """
+    try:
+        yield
+    except Exception as error:  # of the connection, the login or the Hub: no common class
+        command = shlex.join(["hf", "upload", repo_id, str(folder), ".", *options])
+        raise RuntimeError(
+            f"The upload to {repo_id} failed ({type(error).__name__}: {str(error).strip()}). "
+            f"Nothing is lost: all files are in {folder}. Check the network, log in with a token "
+            f"that may write there (`hf auth login`), and call {call} again. If this process has "
+            f"ended, use `{command}`."
+        ) from error
+
+
+def dataset_fingerprint(dataset: Any) -> str:
+    """Identify a dataset across processes.
+
+    By N, and for a `datasets.Dataset` also by its columns and 64 evenly spaced raw rows. The
+    `_fingerprint` of datasets would not do: it changes from process to process.
+    """
+    n = len(dataset)
+    if not isinstance(dataset, datasets.Dataset):
+        return f"{n} samples"
+    rows = dataset.with_format("arrow")[sorted({i * n // 64 for i in range(64)})].to_pylist()
+    content = json.dumps([dataset.column_names, rows], default=repr, sort_keys=True)
+    return f"{n} samples, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
+
+
+# ---- checks --------------------------------------------------------------------------------------
+
+
+def _check_settings(trainer: PrunedDataMixin) -> None:
+    """Raise ValueError for arguments and classes that do not go with pruning."""
+    args = trainer.args
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
+            "data, and pruning does too: set it to 'random', or use pruning=None."
+        )
+    owner = owner_behind(type(trainer), PrunedDataMixin, "_get_train_sampler")
+    if owner is not Trainer:
+        raise ValueError(
+            f"{owner.__name__}._get_train_sampler chooses the training data itself, and "
+            "pruning would override it: remove it, or mix with another class."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process (nn.DataParallel) mix the samples of a batch: "
+            f"start one process for each GPU with `torchrun --nproc_per_node {args.n_gpu} "
+            "script.py`, or show one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
+    for name in ("dispatch_batches", "split_batches"):
+        if args.world_size > 1 and getattr(args.accelerator_config, name, None):
+            raise ValueError(
+                f"accelerator_config: {name}=True does not work with pruning on several ranks: "
+                "unset it."
+            )
+    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+        warnings.warn(
+            "hf_dynprune was not verified with "
+            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}: compare a short run "
+            "with one on DDP before you trust it.",
+            stacklevel=4,
+        )
+
+
+def _check_dataset(dataset: Any, args: TrainingArguments) -> None:
+    """Raise ValueError for a training set that cannot be pruned."""
+    if dataset is None:
+        raise ValueError("pruning= needs a train_dataset. To evaluate only, leave `pruning` out.")
+    _check_stream(dataset)
+    if len(dataset) == 0:
+        raise ValueError(
+            "The training dataset is empty (0 samples): check the split and the filters."
+        )
+    transformed = isinstance(dataset, datasets.Dataset) and dataset.format["type"] == "custom"
+    if args.remove_unused_columns and transformed:
+        raise ValueError(
+            "The training dataset has a transform (`with_transform`), and "
+            "remove_unused_columns=True removes the columns that it reads: set "
+            "remove_unused_columns=False."
+        )
+
+
+def _check_stream(dataset: Any) -> None:
+    streams = IterableDataset | datasets.IterableDataset
+    if dataset is not None and (isinstance(dataset, streams) or not hasattr(dataset, "__len__")):
+        raise ValueError(
+            f"A {type(dataset).__name__} is a stream. Its samples have no index, so none can be "
+            "pruned: load it as a map-style dataset (`load_dataset(..., streaming=False)`), or use "
+            "pruning=None."
+        )
+
+
+def _check_loader(loader: DataLoader, samples: int) -> None:
+    """Raise ValueError unless the loader goes through the training set in random order."""
+    dataset: Any = loader.dataset
+    if not hasattr(dataset, "__len__") or len(dataset) != samples:
+        size = len(dataset) if hasattr(dataset, "__len__") else "no"
+        raise ValueError(
+            f"The loader of get_train_dataloader has {size} samples, the train_dataset has "
+            f"{samples}: pruning needs all of them in their order."
+        )
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's share of a rank
+        batches = batches.batch_sampler
+    sampler = getattr(batches, "sampler", batches)
+    shuffles = isinstance(sampler, RandomSampler | DistributedSampler)
+    if not shuffles or getattr(sampler, "replacement", False) or not hasattr(batches, "batch_size"):
+        raise ValueError(
+            f"The loader of get_train_dataloader has a {type(sampler).__name__}, which chooses or "
+            "orders the training data itself, and pruning would override it: shuffle uniformly "
+            "(shuffle=True), or use pruning=None."
+        )
+
+
+def tell_epoch(dataset: Any, epoch: int) -> None:
+    """Tell a dataset that follows the epochs, such as one that augments, which one begins."""
+    if hasattr(dataset, "set_epoch"):
+        dataset.set_epoch(epoch)
+
+
+def _epoch_logs(report: PruningReport) -> dict[str, float]:
+    record = report.epochs[-1]
+    logs = {
+        "pruning/kept_samples": record.samples,
+        "pruning/kept_share": record.samples / report.num_samples,
+        "pruning/choosing_seconds": record.seconds["choosing"],
+    }
+    if record.scoring_passes:
+        logs["pruning/scoring_seconds"] = record.seconds["scoring"]
+    return {**logs, **{f"pruning/score_{name}": value for name, value in record.scores.items()}}
