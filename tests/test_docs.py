@@ -18,7 +18,7 @@ import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, PruningArguments, PruningPolicy
 from hf_dynprune.policies import POLICIES
 from hf_dynprune.report import PruningReport
-from recipes.compare import Study, chosen_rates, summarise
+from recipes.studies.summarise import chosen_rates, summarise
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -219,7 +219,7 @@ def test_the_summary_of_a_study_is_that_of_its_reports(name, tmp_path):
         copy = tmp_path / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
-    summarise(Study(tmp_path))
+    summarise(tmp_path)
     for made in filter(Path.is_file, tmp_path.iterdir()):
         there = folder / made.name
         assert there.exists()

@@ -1,0 +1,88 @@
+"""The command line of recipes/compare.py."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+
+from hf_dynprune.scoring_runs import METHODS
+
+from .plan import FULL, SHORT, Plan
+from .run import Sitting, Study
+from .summarise import STUDY_FILE, chosen_rates, summarise, tables
+
+
+def main(description: str) -> None:
+    """Carry out the study that sys.argv describes, and print its tables."""
+    parser = make_parser(description)
+    arguments = sys.argv[1:]
+    own = arguments.index("--") if "--" in arguments else len(arguments)
+    options, recipe = parser.parse_args(arguments[:own]), arguments[own + 1 :]
+    try:
+        plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
+        study = Study(options.output_dir, recipe, options.jobs)
+        if recipe or not (study.folder / STUDY_FILE).exists():
+            check(plan, recipe)
+            settings = {"metric": options.metric, "lower_is_better": options.lower_is_better}
+            study.note(settings, options.targets, ["python", *sys.argv])
+            Sitting(plan, study).carry_out()
+        summary = summarise(study.folder)
+    except (ValueError, TypeError, RuntimeError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+    print(*tables(summary).values(), sep="\n\n")
+    for row in summary["tuning"]:
+        if row["edge"]:
+            print(
+                f"{row['name']}, cost {row['cost']:g}: the best learning rate, "
+                f"{row['chosen']:g}, is the lowest or highest of those tried. Try more."
+            )
+    print(f"Written to {study.folder}: summary.json, tables, pictures, and a folder for each run.")
+
+
+def check(plan: Plan, recipe: Sequence[str]) -> None:
+    """Raise ValueError if a file that the study needs is missing, before anything runs."""
+    if not recipe or not Path(recipe[0]).is_file():
+        raise ValueError(
+            f"{recipe[0] if recipe else 'nothing'} is not a recipe: expected two dashes, the path "
+            "of a recipe and its options, such as -- recipes/cifar.py --model resnet8_cifar."
+        )
+    if plan.rates_of is None:
+        return
+    names = filter(None, (SHORT, plan.first_rule))
+    needed = [(FULL, 1.0), *((name, cost) for name in names for cost in plan.costs)]
+    known = chosen_rates(plan.rates_of)
+    missing = [f"{name} at cost {cost:g}" for name, cost in needed if (name, cost) not in known]
+    if missing:
+        raise ValueError(
+            f"{plan.rates_of} has no learning rates of {', '.join(missing)}: tune them there."
+        )
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+    def add(name: str, text: str | None = None, **settings) -> None:
+        if hasattr(Plan, name):
+            settings["default"] = getattr(Plan, name)
+        parser.add_argument(f"--{name}", help=text, **settings)
+
+    floats = {"type": float, "nargs": "*"}
+    add("output_dir", "folder of the study", type=Path, required=True)
+    add("rules", "see above", nargs="*")
+    add("scores", f"for static pruning: {', '.join(METHODS)}", nargs="*")
+    add("costs", "planned costs in (0, 1), in full runs", type=float, nargs="+")
+    add("seeds", type=int, nargs="+")
+    add("learning_rates", "rates to choose from; default: the recipe's rate, no tuning", **floats)
+    add("rates_of", "folder of a study whose learning rates are used, instead of tuning", type=Path)
+    add("tune", "tune each rule, or only the first one for all rules", choices=("each", "first"))
+    add("tuning_seeds", "seeds of the tuning runs", type=int, nargs="+")
+    add("validation_share", "share of the training data held out for tuning", type=float)
+    add("metric", "metric of the last evaluation", default="eval_accuracy")
+    add("lower_is_better", "a low value of the metric is good", action="store_true")
+    add("targets", "values of the metric that methods should reach", default=[], **floats)
+    text = "runs at a time. They share the cores, or take one GPU each; so do their seconds"
+    add("jobs", text, type=int, default=1)
+    return parser
