@@ -1,202 +1,478 @@
-"""Guards that act on any plan."""
+"""The contract of the policies: plans, choices, fields, names, and what follows from them."""
 
-import math
+import dataclasses
+import json
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import images, trainer
+from choosing import INF, NAN, assert_refused, choice_of, plan_of, table_of
 
-from hf_dynprune import UCB, EpochPlan, RandomPruning
-from hf_dynprune.policies import indices_of, mask_of, permutation, top_k, with_class_floor
-from hf_dynprune.policies.base import draw, kth_highest
-from hf_dynprune.pruner import DynamicPruner
+from hf_dynprune.policies import (
+    IES,
+    KAKURENBO,
+    POLICIES,
+    UCB,
+    Choice,
+    EpochPlan,
+    EpsilonGreedy,
+    FullData,
+    InfoBatch,
+    KeepsShare,
+    LossProportional,
+    OrderDP,
+    PruningPolicy,
+    RandomPruning,
+    ScoredPolicy,
+    SeTa,
+    StaticPruning,
+    make_policy,
+)
+from hf_dynprune.schedule import RunShape
+from hf_dynprune.table import Last, Memories, SampleTable
 
-NAN = math.nan
+# ---- plans ---------------------------------------------------------------------------------------
 
 
-def floored(kept, labels, least, score, weights=None, seed=0):
-    plan = EpochPlan(torch.tensor(kept), None if weights is None else torch.tensor(weights))
-    scores = None if score is None else torch.tensor(score)
-    return with_class_floor(
-        plan, torch.tensor(labels), least, scores, torch.Generator().manual_seed(seed)
-    )
-
-
-LABELS = [0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0, 2.0]
-SCORE = [9.0, 8.0, 7.0, 6.0, 1.0, 3.0, 2.0, 0.0]
+def test_plan_holds_what_it_was_given():
+    plan = EpochPlan(torch.tensor([4, 1]), torch.tensor([1.0, 2.0]), 0.5)
+    plan.check(5)
+    assert len(plan) == 2
+    assert plan.indices.tolist() == [4, 1]
+    assert EpochPlan(torch.tensor([0])).weights is None
+    assert EpochPlan(torch.tensor([0])).lr_scale == 1.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan.lr_scale = 1.0
 
 
 @pytest.mark.parametrize(
-    ("kept", "least", "expected"),
+    ("indices", "found"),
     [
-        ([0, 1, 2, 3], 0, [0, 1, 2, 3]),
-        (
-            [0, 1, 2, 3],
-            1,
-            [0, 1, 5, 7],
-        ),  # the best of class 1, the one of class 2, for the two lowest of class 0
-        ([0, 1, 2, 3, 5], 2, [0, 1, 5, 6, 7]),  # class 2 has but one
-        ([0, 3, 4, 7], 1, [0, 3, 4, 7]),  # all floors are met: nothing is bettered
-        ([0, 1, 2, 4], 1, [0, 1, 4, 7]),  # what class 1 keeps is below its best, and stays
+        (torch.tensor([0, 1], dtype=torch.int32), r"int32.*\(2,\)"),
+        (torch.tensor([0.0, 1.0]), r"float32.*\(2,\)"),
+        (torch.tensor([True, False]), r"bool.*\(2,\)"),
+        (torch.tensor([[0, 1]]), r"\(1, 2\)"),
+        (torch.tensor(3), r"\(\)"),
     ],
 )
-def test_floor_by_hand(kept, least, expected):
-    assert floored(kept, LABELS, least, SCORE).indices.tolist() == expected
+def test_plan_refuses_other_indices(indices, found):
+    with pytest.raises(TypeError, match=found):
+        EpochPlan(indices)
 
 
-def test_floor_adds_weights_of_1_and_leaves_the_others():
-    plan = floored([0, 1, 2, 3], LABELS, 1, SCORE, weights=[2.0, 3.0, 4.0, 5.0])
-    assert plan.indices.tolist() == [0, 1, 5, 7]
-    assert plan.weights.tolist() == [2.0, 3.0, 1.0, 1.0]
-
-
-def test_floor_knows_no_class_of_a_sample_without_label():
-    labels = [0.0, 0.0, NAN, NAN, 1.0]
-    assert floored([0, 1, 2, 3], labels, 0, None).indices.tolist() == [0, 1, 2, 3]
-    plan = floored([0, 1, 2], labels, 1, [1.0, 2.0, math.inf, math.inf, 0.0])
-    assert plan.indices.tolist() == [1, 2, 4]
-    plan = floored([0, 2, 3], labels, 1, [1.0, 2.0, math.inf, math.inf, 0.0])
-    assert len(plan) == 3
-    assert {0, 4} < set(plan.indices.tolist())  # one of the unknown ones makes room
-    assert floored([2, 3], [NAN] * 5, 3, None).indices.tolist() == [2, 3]
-
-
-def test_floor_that_cannot_be_met_is_an_error_with_both_numbers():
-    with pytest.raises(
-        ValueError, match="min_per_class=2 needs 5 samples of 3 classes, and the plan keeps 4"
-    ):
-        floored([0, 1, 2, 3], LABELS, 2, SCORE)
-
-
-@given(st.data())
-def test_floor_over_random_plans(data):
-    n = data.draw(st.integers(1, 40))
-    labels = torch.tensor(
-        data.draw(st.lists(st.sampled_from([0.0, 1.0, 2.0, NAN]), min_size=n, max_size=n))
-    )
-    kept = sorted(data.draw(st.sets(st.integers(0, n - 1), min_size=1)))
-    least = data.draw(st.integers(0, 5))
-    score = data.draw(
-        st.none()
-        | st.lists(st.sampled_from([0.0, 1.0, 2.5, math.inf, -math.inf]), min_size=n, max_size=n)
-    )
-    counts = {c: int((labels == c).sum()) for c in (0.0, 1.0, 2.0)}
-    needed = sum(min(count, least) for count in counts.values())
-    if needed > len(kept):
-        with pytest.raises(ValueError, match="min_per_class"):
-            floored(kept, labels.tolist(), least, score)
-        return
-    plan = floored(kept, labels.tolist(), least, score)
-    plan.check(n)
-    assert len(plan) == len(kept)
-    now, before = labels[plan.indices], labels[torch.tensor(kept)]
-    for c, count in counts.items():
-        have, had = int((now == c).sum()), int((before == c).sum())
-        assert have >= min(count, least)
-        assert have >= min(had, least)
-        if had < min(count, least):  # those that were in stay in
-            assert {i for i in kept if labels[i] == c} <= set(plan.indices.tolist())
+def test_plan_refuses_to_keep_nothing():
+    with pytest.raises(ValueError, match="0 samples"):
+        EpochPlan(torch.empty(0, dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
-    "policy", [UCB(0.4, first=1, min_per_class=3), RandomPruning(0.4, first=1, min_per_class=3)]
+    ("weights", "found"),
+    [
+        (torch.ones(3), r"\(3,\).*\(2,\)"),
+        (torch.ones(2, 1), r"\(2, 1\)"),
+        (torch.ones(2, dtype=torch.float64), "float64"),
+        *[(torch.tensor([1.0, bad]), "weights") for bad in (0.0, -1.0, NAN, INF)],
+    ],
 )
-def test_floor_in_a_run(policy, tmp_path):
-    data = images(40)
-    rare = [i for i, label in enumerate(data["labels"]) if label == 3]
-    data = data.select([i for i in range(40) if i not in rare[3:]])
-    labels = torch.as_tensor(data["labels"][:])
-    run = trainer(tmp_path, data=data, pruning=policy, num_train_epochs=4)
-    run.train()
-    assert torch.equal(run.pruner.table["label"].long(), labels)
-    assert (
-        run.pruner.table["times_kept"][labels == 3] == 3
-    ).all()  # three choices, and it has three samples
-    assert [record.samples for record in run.pruning_report.epochs][1:] == [
-        round(0.4 * len(data))
-    ] * 3
+def test_plan_refuses_other_weights(weights, found):
+    with pytest.raises(ValueError, match=found):
+        EpochPlan(torch.tensor([0, 1]), weights)
 
 
-def test_floor_of_a_task_without_labels_is_an_error_at_construction(tmp_path):
-    from tiny import tiny_models
-
-    make, data = tiny_models()["llama causal"]
-    with pytest.raises(ValueError, match="'label' is defined for single-label classification"):
-        trainer(tmp_path, model=make(), data=data, pruning=UCB(0.4, min_per_class=3))
+@pytest.mark.parametrize("lr_scale", [0.0, -1.0, NAN, INF])
+def test_plan_refuses_other_lr_scale(lr_scale):
+    with pytest.raises(ValueError, match=f"lr_scale={lr_scale}"):
+        EpochPlan(torch.tensor([0]), lr_scale=lr_scale)
 
 
-def test_floor_is_counted_in_whole_samples():
-    for value in (-1, 0.5):
-        with pytest.raises((ValueError, TypeError), match="min_per_class"):
-            UCB(0.4, min_per_class=value)
-    assert "label" not in DynamicPruner(UCB(0.4), 10, num_epochs=1).table.columns
-
-
-# ---- what selections are made of -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("n", [0, 1, 2, 1000, 70_001])
-def test_the_permutation_is_torchs_in_half_the_bytes(n):
-    ours = permutation(n, torch.Generator().manual_seed(n))
-    assert ours.dtype == torch.int32
-    assert ours.tolist() == torch.randperm(n, generator=torch.Generator().manual_seed(n)).tolist()
-
-
-@given(st.lists(st.booleans(), max_size=30))
-def test_masks_and_indices(values):
-    mask = torch.tensor(values, dtype=torch.bool)
-    indices = indices_of(mask)
-    assert indices.dtype == torch.int64
-    assert indices.tolist() == [i for i, value in enumerate(values) if value]
-    assert torch.equal(mask_of(indices.flip(0), len(values)), mask)
-    assert torch.equal(mask_of(indices.int(), len(values)), mask)
-
-
-@given(st.data(), st.sampled_from([torch.float32, torch.float64, torch.int32]))
-def test_the_kth_highest_is_that_of_a_sort(data, dtype):
-    value = (
-        st.integers(-5, 5)
-        if dtype == torch.int32
-        else st.sampled_from([-math.inf, -1.5, 0.0, 2.0, 2.5, math.inf])
-    )
-    values = data.draw(st.lists(value, min_size=1, max_size=20))
-    k = data.draw(st.integers(1, len(values)))
-    scores = torch.tensor(values, dtype=dtype)
-    found = kth_highest(scores, k)
-    assert found.item() == sorted(values, reverse=True)[k - 1]
-    assert scores.tolist() == values  # not touched
-
-
-@given(st.lists(st.booleans(), min_size=1, max_size=30), st.integers(0, 30), st.integers(0, 5))
-def test_a_draw_is_of_the_pool(values, k, seed):
-    pool = torch.tensor(values)
-    drawn = draw(pool, k, torch.Generator().manual_seed(seed))
-    assert not bool((drawn & ~pool).any())
-    assert int(drawn.sum()) == min(k, sum(values))
-    # The k that come first of a permutation of the pool.
-    first = torch.randperm(sum(values), generator=torch.Generator().manual_seed(seed))[:k]
-    assert indices_of(drawn).tolist() == indices_of(pool)[first].sort().values.tolist()
-
-
-def test_a_draw_is_uniform():
-    pool = torch.tensor([True] * 6 + [False] * 3)
-    generator = torch.Generator().manual_seed(0)
-    times = sum(draw(pool, 2, generator).int() for _ in range(3000))
-    assert times[6:].tolist() == [0, 0, 0]
-    assert (times[:6] - 1000).abs().max() < 120  # 4.6 standard deviations
+@pytest.mark.parametrize(
+    ("indices", "wrong"),
+    [([0, 5], "5"), ([-1, 0], "-1"), ([-1, 7], "-1"), ([0, 3, 3], "3 indices.* 2 ")],
+)
+def test_check_of_a_plan(indices, wrong):
+    with pytest.raises(ValueError, match=wrong):
+        EpochPlan(torch.tensor(indices)).check(5)
 
 
 def test_a_plan_in_any_order_is_checked():
     EpochPlan(torch.tensor([3, 0, 2])).check(4)
     EpochPlan(torch.tensor([0, 2, 3])).check(4)
     for wrong in ([0, 2, 2], [2, 0, 2]):
-        with pytest.raises(ValueError, match="only 2 different ones"):
+        with pytest.raises(ValueError, match=r"3 indices.* 2 "):
             EpochPlan(torch.tensor(wrong)).check(4)
 
 
-def test_top_k_of_none_and_of_all():
-    generator = torch.Generator().manual_seed(0)
-    assert top_k(torch.ones(3), 0, generator).tolist() == []
-    assert top_k(torch.ones(3), 3, generator).tolist() == [0, 1, 2]
+# ---- choices -------------------------------------------------------------------------------------
+
+
+def test_a_choice_knows_the_run():
+    policy = RandomPruning(0.3)
+    choice = choice_of(policy, SampleTable(10), epoch=2, progress=0.5)
+    assert (choice.n, choice.size, choice.epoch, choice.progress) == (10, 3, 2, 0.5)
+    assert choice.shape.samples == 10
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        choice.size = 4
+
+
+def test_the_score_of_a_choice_without_scores_is_an_error():
+    with pytest.raises(RuntimeError, match="ScoredPolicy"):
+        _ = choice_of(RandomPruning(), SampleTable(3)).score
+    scores = torch.ones(3)
+    assert choice_of(UCB(), table_of(UCB(), {}, 3), scores).score is scores
+
+
+def test_the_size_of_a_choice_is_n_if_it_depends_on_the_data():
+    assert choice_of(IES(), table_of(IES(), {}, 7)).size == 7
+
+
+# ---- fields --------------------------------------------------------------------------------------
+
+
+BAD = [
+    *[(RandomPruning, "keep_ratio", v, ValueError) for v in (0, 0.0, -0.1, 1.5, NAN, INF)],
+    *[(RandomPruning, "keep_ratio", v, TypeError) for v in ("0.3", True, None)],
+    *[(UCB, "period", v, ValueError) for v in (0, -1)],
+    *[(UCB, "period", v, TypeError) for v in (1.5, 2.0, True, "2", None)],
+    *[(FullData, "first", v, ValueError) for v in (-1,)],
+    *[(UCB, "first", v, TypeError) for v in (0.5, False, None)],
+    *[(RandomPruning, "last", v, ValueError) for v in (-0.1, 1.1, NAN, INF, 10)],
+    *[(UCB, "last", v, TypeError) for v in ("0.1", None, True)],
+    *[(UCB, "max_age", v, ValueError) for v in (0, -1)],
+    *[(UCB, "max_age", v, TypeError) for v in (1.5, True, "3")],
+    *[(UCB, "exclude_hardest", v, ValueError) for v in (1, 1.0, -0.1, NAN, INF)],
+    *[(UCB, "exclude_hardest", v, TypeError) for v in (None, "0.1", True)],
+    *[(UCB, "max_weight", v, ValueError) for v in (0, -1.0, NAN, INF)],
+    *[(UCB, "max_weight", v, TypeError) for v in ("2", True)],
+    *[(UCB, "min_per_class", v, ValueError) for v in (-1,)],
+    *[(UCB, "min_per_class", v, TypeError) for v in (0.5, True, None)],
+    *[(cls, "scoring", v, ValueError) for cls in (UCB, InfoBatch) for v in ("some", None, 1)],
+    *[(UCB, "scoring_mode", v, ValueError) for v in ("some", 1)],
+    *[(RandomPruning, "scoring", v, ValueError) for v in ("all", "dropped")],  # it has no scores
+]
+
+
+@pytest.mark.parametrize(("cls", "name", "value", "error"), BAD)
+def test_bad_value_is_named(cls, name, value, error):
+    assert_refused(cls, name, value, error)
+
+
+@pytest.mark.parametrize(
+    ("cls", "settings"),
+    [
+        (UCB, {"keep_ratio": 1}),
+        (
+            UCB,
+            {
+                "keep_ratio": 1.0,
+                "c": 0,
+                "decay": 1,
+                "epsilon": 1,
+                "last": 1,
+                "first": 0,
+                "period": 1,
+            },
+        ),
+        (
+            EpsilonGreedy,
+            {
+                "epsilon": 0,
+                "decay": 1e-3,
+                "last": 0,
+                "exclude_hardest": 0,
+                "max_age": 1,
+                "max_weight": 1e-3,
+            },
+        ),
+        (
+            RandomPruning,
+            {
+                "keep_ratio": 1e-9,
+                "first": 100,
+                "period": 1000,
+                "max_age": None,
+                "exclude_hardest": 0.0,
+            },
+        ),
+        (FullData, {"last": 1.0, "max_weight": 2}),
+    ],
+)
+def test_values_at_the_limits_are_fine(cls, settings):
+    assert dataclasses.asdict(cls(**settings)).items() >= settings.items()
+
+
+@pytest.mark.parametrize("cls", [RandomPruning, FullData])
+@pytest.mark.parametrize(("guard", "value"), [("max_age", 3), ("exclude_hardest", 0.1)])
+def test_guards_of_scores_need_scores(cls, guard, value):
+    with pytest.raises(ValueError, match=rf"{guard}={value}.*{cls.__name__}"):
+        cls(**{guard: value})
+
+
+def test_policy_is_frozen_and_equal_by_value():
+    policy = UCB(keep_ratio=0.3)
+    assert policy == UCB(keep_ratio=0.3)
+    assert policy != UCB(keep_ratio=0.3, period=2)
+    assert hash(policy) == hash(UCB(keep_ratio=0.3))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        policy.keep_ratio = 0.5
+
+
+def test_base_fields_are_keyword_only():
+    assert UCB(0.3).keep_ratio == 0.3
+    assert RandomPruning(0.3, False).replacement is False
+    with pytest.raises(TypeError):
+        FullData(2)
+
+
+def test_abstract_policy_cannot_be_made():
+    for cls in (PruningPolicy, ScoredPolicy, KeepsShare):
+        with pytest.raises(TypeError, match=cls.__name__):
+            cls()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("keep_ratio", np.float32(0.5)), ("keep_ratio", np.float64(0.5)), ("period", np.int64(2))],
+)
+def test_numbers_of_numpy_are_refused_at_once_or_can_be_saved(name, value):
+    try:
+        policy = UCB(**{name: value})
+    except TypeError:
+        return
+    assert make_policy(**json.loads(json.dumps(policy.to_dict()))) == policy
+
+
+# ---- what the authors ran ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [RandomPruning, EpsilonGreedy, UCB])
+def test_paper_like_has_period_10(cls):
+    assert cls.paper_like() == cls(period=10)
+    assert cls.paper_like(period=3, last=0.5) == cls(period=3, last=0.5)
+
+
+def test_settings_of_the_authors_are_read_from_the_class():
+    assert OrderDP.paper_like() == OrderDP(0.3, draw_ratio=0.8)
+    assert SeTa.paper_like(period=2) == SeTa(prune_ratio=0.1, groups=5, window=0.9, period=2)
+
+
+@pytest.mark.parametrize("cls", [FullData, LossProportional, InfoBatch, KAKURENBO, IES])
+def test_what_the_authors_ran_is_the_default(cls):
+    assert cls.paper_like() == cls()
+    assert cls.paper_like(period=3) == cls(period=3)
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"),
+    [
+        ("full", FullData()),
+        ("random", RandomPruning()),
+        ("epsilon-greedy", EpsilonGreedy()),
+        ("epsilon_greedy", EpsilonGreedy()),
+        ("Epsilon-Greedy", EpsilonGreedy()),
+        ("ucb", UCB()),
+        ("UCB", UCB()),
+    ],
+)
+def test_make_policy(name, policy):
+    assert make_policy(name) == policy
+
+
+def test_make_policy_takes_fields():
+    assert make_policy("ucb", keep_ratio=0.3, last=0.1) == UCB(keep_ratio=0.3, last=0.1)
+    with pytest.raises(ValueError, match="keep_ratio=3"):
+        make_policy("ucb", keep_ratio=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("ucbb", "ucb"), ("UBC", "ucb"), ("epsilon", "epsilon-greedy"), ("ramdom", "random")],
+)
+def test_unknown_policy_suggests_the_near_ones(name, near):
+    with pytest.raises(ValueError, match=f"'{name}'.*'{near}'.*\\?.*'full', 'random'"):
+        make_policy(name)
+
+
+def test_unknown_policy_far_from_all_lists_the_names():
+    with pytest.raises(ValueError, match=r"'xyz'.*'full', 'random', 'epsilon-greedy', 'ucb'"):
+        make_policy("xyz")
+
+
+@pytest.mark.parametrize("name", [None, 3, UCB])
+def test_name_of_a_policy_is_text(name):
+    with pytest.raises(TypeError, match="'full', 'random'"):
+        make_policy(name)
+
+
+def test_unknown_field_suggests_the_near_ones():
+    with pytest.raises(ValueError, match=r"'ucb'.*'keepratio'.*'keep_ratio'.*period"):
+        make_policy("ucb", keepratio=0.3)
+    with pytest.raises(ValueError, match=r"'full'.*'keep_ratio'"):
+        make_policy("full", keep_ratio=0.3)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        FullData(first=2),
+        RandomPruning(0.3, replacement=False, period=10),
+        EpsilonGreedy(0.7, epsilon=0.2, max_age=3, exclude_hardest=0.01, max_weight=4.0),
+        UCB(0.1, c=0.5, bonus="std", signal="margin", last=0.125),
+        LossProportional(0.3, alpha=0.5, decay=1),
+        OrderDP(0.3),
+        InfoBatch(),
+        InfoBatch(keep_ratio=0.3, last=0.0),
+        SeTa(0.1, groups=5, window=0.9, annealing=0),
+        KAKURENBO(0.4, scoring="all"),
+        IES(2e-3, scoring="dropped", max_age=3),
+    ],
+)
+def test_to_dict_is_json_and_comes_back(policy):
+    text = json.dumps(policy.to_dict())
+    assert json.loads(text) == policy.to_dict()
+    again = make_policy(**json.loads(text))
+    assert again == policy
+    assert hash(again) == hash(policy)
+    assert policy.to_dict()["name"] == policy.name
+    assert POLICIES[policy.name] is type(policy)
+
+
+def test_a_users_policy_is_named_by_its_class():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(FullData):
+        pass
+
+    @dataclasses.dataclass(frozen=True)
+    class Named(FullData):
+        name = "named"
+
+    assert Mine().name == Mine.name == "Mine"
+    assert Mine().to_dict()["name"] == "Mine"
+    assert Named().to_dict()["name"] == "named"
+    assert FullData.name == "full"
+
+
+def test_names_are_those_of_the_classes():
+    assert all(cls.name == name for name, cls in POLICIES.items())
+
+
+def test_a_policy_is_shown_as_one_writes_it():
+    assert str(UCB()) == "UCB(keep_ratio=0.5)"
+    assert str(UCB(0.3, c=2.0, last=0.1)) == "UCB(last=0.1, keep_ratio=0.3, c=2.0)"
+    assert str(FullData()) == "FullData()"
+    assert UCB(0.3).given == {"keep_ratio": 0.3}
+
+
+# ---- what follows from a policy ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("policy", "signals"),
+    [
+        (FullData(), ()),
+        (RandomPruning(), ()),
+        (UCB(signal="margin"), ("margin",)),
+        (KAKURENBO(), ("loss", "correct", "confidence")),
+        (StaticPruning(keep="random"), ()),
+    ],
+)
+def test_signals_are_those_of_the_memory(policy, signals):
+    assert policy.signals == policy.memory.signals == signals
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighing(FullData):
+    weighs = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Remembering(FullData):
+    @property
+    def memory(self):
+        return Last("margin")
+
+
+@pytest.mark.parametrize(
+    ("policy", "needs"),
+    [
+        (FullData(), False),
+        (RandomPruning(0.3, first=1, last=0.1), False),
+        (RandomPruning(0.3, min_per_class=1), True),  # it needs the labels
+        (StaticPruning(keep="random"), False),
+        (Weighing(), True),
+        (Remembering(), True),
+        *[(cls(), True) for cls in (UCB, LossProportional, InfoBatch, SeTa, KAKURENBO, IES)],
+    ],
+)
+def test_who_needs_the_losses_of_samples(policy, needs):
+    assert policy.needs_loss is needs
+
+
+@pytest.mark.parametrize(
+    ("settings", "mode"),
+    [
+        ({"scoring": "all"}, "eval"),
+        ({"scoring": "dropped"}, "train"),
+        ({"scoring": "all", "scoring_mode": "train"}, "train"),
+        ({"scoring": "dropped", "scoring_mode": "eval"}, "eval"),
+    ],
+)
+def test_mode_of_scoring_passes(settings, mode):
+    assert UCB(**settings).mode_of_scoring == mode
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_epochs", "expected"),
+    [
+        (UCB(0.3), 3, True),  # 3 choices of 30 samples
+        (UCB(0.3), 4, False),
+        (UCB(0.3, period=2), 6, True),
+        (UCB(0.3, period=2), 7, False),
+        (UCB(0.3, first=1), 3, False),  # all samples have a score when the first choice is made
+        (UCB(0.3, scoring="all"), 3, False),
+        (UCB(0.3, scoring="dropped"), 3, False),
+        (OrderDP(0.5), 2, True),
+        (RandomPruning(0.3), 3, False),  # it has no scores
+        (InfoBatch(), 1, False),  # its size is not known
+        (InfoBatch(keep_ratio=0.3), 3, True),
+    ],
+)
+def test_a_run_in_which_every_choice_is_a_first_look(policy, num_epochs, expected):
+    shape = RunShape(100, batch_size=10, num_epochs=num_epochs)
+    assert policy.looks_once(shape, num_epochs) is expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "share"),
+    [
+        (KAKURENBO(0.4), (0.6, 1.0)),
+        (InfoBatch(prune_ratio=0.5), (0.6, 0.9)),
+        (InfoBatch(prune_ratio=0.0), (1.0, 1.0)),
+        (SeTa(prune_ratio=0.2), (0.36, 0.6)),
+        (IES(), (0.54, 0.88)),
+        (Weighing(), (0.01, 1.0)),  # the default: from one sample to all
+    ],
+)
+def test_expected_share(policy, share):
+    assert policy.expected_share(100) == pytest.approx(share)
+
+
+def test_a_policy_of_two_mixins_has_the_fields_of_both():
+    """As the classes of the core that have scores and a keep_ratio, in either order."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Mine(ScoredPolicy, KeepsShare):
+        memory = Memories(Last("loss"))
+
+        def score(self, table):
+            return table["loss"]
+
+        def plan(self, choice):
+            assert isinstance(choice, Choice)
+            return EpochPlan(choice.score.topk(choice.size).indices)
+
+    assert Mine(0.4).planned_size(10, 0, 0.0) == 4
+    assert sorted(plan_of(Mine(0.4), [1.0, 5.0, 3.0, 2.0, 4.0]).indices.tolist()) == [1, 4]
+    assert Mine(exclude_hardest=0.1).keep_ratio == 0.5
