@@ -99,13 +99,14 @@ class StaticPruning(PruningPolicy):
     def _hold(self, scores: str | os.PathLike[str] | Scores) -> None:
         """Load the scores and check them."""
         if not isinstance(scores, Scores):
+            path = os.fspath(scores)
             try:
-                scores = Scores.load(scores)
+                scores = Scores.load(path)
             except FileNotFoundError:
                 # A policy that is read back, say by a model card, has a digest and is not used.
                 if self.digest is None:
                     raise
-                object.__setattr__(self, "scores", str(os.fspath(scores)))
+                object.__setattr__(self, "scores", str(path))
                 return
         if scores.path is None:
             raise ValueError(
