@@ -1,10 +1,9 @@
-"""What a run hands on: the samples that it kept as a dataset, and to the Hub its scores and its model in timm's format.
+"""What a run hands on: the kept samples as a dataset, and on the Hub its scores or its timm model.
 
-(`trainer.push_to_hub()` uploads the model as transformers has it, with its card.) All is written to a folder first: an
-upload that fails loses nothing.
+`trainer.push_to_hub()` uploads a model in transformers' format, with its card. Everything is
+written to a folder first, so a failed upload loses nothing.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,91 +11,98 @@ from pathlib import Path
 from typing import Any, cast
 
 import datasets
-import jinja2
 import numpy as np
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download
 from huggingface_hub.errors import RemoteEntryNotFoundError
 
 from . import __version__, distributed
-from .model_card import REPORT_FILE, _public, facts_of, hub_dataset, write_card
-from .policies import check_count
+from .checks import check_count
+from .data_side import PrunedDataMixin, dataset_fingerprint, uploading
+from .files import REPORT_FILE, load_parquet, save_parquet
+from .model_card import (
+    facts_of,
+    fields_in_words,
+    hide_folders,
+    hub_dataset,
+    render,
+    write_card,
+)
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX
-from .scores import (
-    LAST_OBSERVED,
-    TIMES_KEPT,
-    Column,
-    SampleTable,
-    Scores,
-    _checksum,
-    _each_once,
-    _whole_or_not,
-)
-from .trainer import DynamicPruningMixin, dataset_fingerprint, uploading
+from .scores import Scores, fingerprints_fit
+from .table import LAST_OBSERVED, TIMES_KEPT, SampleTable
 
-SCORES_FILE = "scores.parquet"
+SCORES_FILE = "scores.parquet"  # the Hub's viewer shows parquet, not safetensors
 _TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 
 
 def kept_dataset(
-    source: DynamicPruningMixin | DynamicPruner | SampleTable,
+    source: PrunedDataMixin | DynamicPruner | SampleTable,
     dataset: datasets.Dataset,
     *,
     at_least: int | None = None,
 ) -> datasets.Dataset:
-    """The samples that the last choice kept, or those that were kept at least so often, with their `sample_index`.
+    """The samples that a run kept, with their `sample_index`.
 
     Args:
-        source: the trainer or pruner of a run; with `at_least` a table will do, such as [`load_scores_from_hub`] gives.
-        dataset: what the run trained on, or another form of it (raw, tokenised) with its rows in the same order.
-        at_least: number of choices that kept a sample, *optional*, defaults to the last choice alone.
+        source: the trainer or pruner of a run. With `at_least`, also a table, such as one that
+            [`load_scores_from_hub`] returns.
+        dataset: the training data of the run, or another form of them (raw, tokenised) with the
+            rows in the same order.
+        at_least: keep the samples that at least this many choices kept, *optional*, defaults to the
+            samples of the last choice.
 
     Returns:
-        The rows in the order of the dataset, with one more column, `sample_index` (int64): where each was. No row is copied,
-        unless the dataset is a selection itself.
+        The rows in the order of the dataset, with one more column, `sample_index` (int64), the row
+        in `dataset`. No row is copied, unless the dataset is a selection itself.
 
     Raises:
-        TypeError: for another kind of source or dataset.
-        ValueError: for a dataset of another length or with a column `sample_index`, a run that made no choice, and where no
-            sample was kept so often.
+        TypeError: If `source` or `dataset` has another type.
+        ValueError: If the dataset has another length or has a column `sample_index`, if the run
+            made no choice, or if no sample was kept that often.
     """
     if not isinstance(dataset, datasets.Dataset):
         raise TypeError(
-            f"dataset is a {type(dataset).__name__}: wanted is the datasets.Dataset that the run trained on."
+            f"dataset is a {type(dataset).__name__}: expected the datasets.Dataset of the run."
         )
-    pruner = None if isinstance(source, SampleTable) else _pruner_of(source)
-    table, plan = (
-        (cast(SampleTable, source), None) if pruner is None else (pruner.table, pruner._plan)
-    )
+    table = source if isinstance(source, SampleTable) else _pruner_of(source).table
     if len(dataset) != len(table):
         raise ValueError(
-            f"The dataset has {len(dataset):,} samples, the run {len(table):,}: wanted is what it trained on, or another "
-            "form of it with its rows in the same order."
+            f"The dataset has {len(dataset):,} samples, the run {len(table):,}: expected the "
+            "training data of the run, or another form of them with the rows in the same order."
         )
     if SAMPLE_INDEX in dataset.column_names:
-        raise ValueError(f"The dataset has a column {SAMPLE_INDEX!r} already: rename or remove it.")
-    if at_least is not None:
-        check_count("at_least", at_least, 1)
-        times = table[TIMES_KEPT.name]
-        index = torch.nonzero(times >= at_least).squeeze(1)
-        if len(index) == 0:
-            raise ValueError(
-                f"No sample was kept at_least={at_least} times: the most is {int(times.max())}."
-            )
-    elif plan is None:
-        raise ValueError(
-            f"A {type(source).__name__} {'counts choices alone' if pruner is None else 'made no choice yet'}: "
-            "wanted is the trainer or the pruner of a run that chose, or at_least=."
-        )
-    else:
-        index = plan.indices.sort().values
-    # The column first: a selection would be copied when it gets one.
+        raise ValueError(f"The dataset has a column {SAMPLE_INDEX!r}: rename or remove it.")
+    index = _last_choice(source) if at_least is None else _kept_often(table, at_least)
+    # The column is added first, because adding it to a selection would copy the rows.
     return dataset.add_column(SAMPLE_INDEX, np.arange(len(dataset))).select(index.numpy())
 
 
+def _kept_often(table: SampleTable, at_least: int) -> torch.Tensor:
+    check_count("at_least", at_least, 1)
+    times = table[TIMES_KEPT.name]
+    index = torch.nonzero(times >= at_least).squeeze(1)
+    if len(index) == 0:
+        raise ValueError(
+            f"No sample was kept at_least={at_least} times: the maximum is {int(times.max())}."
+        )
+    return index
+
+
+def _last_choice(source: Any) -> torch.Tensor:
+    plan = None if isinstance(source, SampleTable) else _pruner_of(source).plan
+    if plan is None:
+        why = "has no choice" if isinstance(source, SampleTable) else "has made no choice yet"
+        raise ValueError(
+            f"The {type(source).__name__} {why}: pass the trainer or pruner of a run that chose, "
+            "or at_least=."
+        )
+    return plan.indices.sort().values
+
+
 def push_scores_to_hub(
-    source: DynamicPruningMixin | DynamicPruner | Scores,
+    source: PrunedDataMixin | DynamicPruner | Scores,
     repo_id: str,
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -105,59 +111,53 @@ def push_scores_to_hub(
     revision: str | None = None,
     commit_message: str = "Upload scores",
 ) -> Any:
-    """Uploads what is known of each sample as a dataset repository: one parquet file and a card.
+    """Upload what is known of each sample as a dataset repository: a parquet file and a card.
 
-    Of a run all columns of its table (`times_kept`, `last_observed`, the policy's own) and its report; of [`Scores`] the
-    score. [`load_scores_from_hub`] reads it back and checks it; `datasets.load_dataset(repo_id)` shows the same rows.
+    For a run these are all columns of its table (`times_kept`, `last_observed` and those of its
+    policy) and its report, for [`Scores`] the score. [`load_scores_from_hub`] reads and checks the
+    file. `datasets.load_dataset(repo_id)` shows the same rows.
 
     Args:
-        source: the trainer or the pruner of a run, or scores that were made before one.
-        repo_id: of the repository, which is made if need be.
-        folder: what is uploaded is written here first, *optional*, defaults to `_scores` in the trainer's output folder,
-            else to a folder with the repository's name.
-        token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and `create_repo`.
+        source: the trainer or pruner of a run, or scores that were made before one.
+        repo_id: the repository. It is created if it does not exist.
+        folder: the files are written here first, *optional*, defaults to `_scores` in the trainer's
+            output folder, else to a folder named like the repository.
+        token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and
+            `create_repo`.
 
     Returns:
-        huggingface_hub's `CommitInfo`; None on other ranks than the first, where nothing happens.
+        huggingface_hub's `CommitInfo`; None on other ranks than the first, which do nothing.
 
     Raises:
-        TypeError: for another kind of source.
-        RuntimeError: if the upload fails; the message says where the files lie, and how to go on.
+        TypeError: If `source` has another type.
+        RuntimeError: If the upload fails. The message says where the files are and how to continue.
     """
-    if not isinstance(source, Scores):
-        _pruner_of(source)
+    pruner = None if isinstance(source, Scores) else _pruner_of(source)
     if distributed.world()[0] != 0:
         return None
     if folder is None:
-        output_dir = source.args.output_dir if isinstance(source, DynamicPruningMixin) else None
-        folder = (
-            Path(repo_id.rpartition("/")[2]) if output_dir is None else Path(output_dir) / "_scores"
-        )
+        in_run = isinstance(source, PrunedDataMixin) and source.args.output_dir
+        folder = Path(in_run) / "_scores" if in_run else Path(repo_id.rpartition("/")[2])
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(source, Scores):
-        replace(source).save(
-            folder / SCORES_FILE
-        )  # the scores go on to know the file that they came from
-        _card_of_scores(source, repo_id).save(folder / "README.md")
+        # A copy is saved, so that the scores still know the file they came from.
+        replace(source).save(folder / SCORES_FILE)
+        card = _card_of_scores(source, repo_id)
     else:
-        pruner = _pruner_of(source)
-        _save_table(
-            folder / SCORES_FILE,
-            pruner.table,
-            {"fingerprint": pruner.fingerprint, "policy": pruner.report.policy},
-        )
+        assert pruner is not None
+        about = {"fingerprint": pruner.fingerprint, "policy": pruner.report.policy}
+        save_parquet(folder / SCORES_FILE, pruner.table.state_dict(), about)
         pruner.report.save(folder / REPORT_FILE)
-        trained_on = (
-            hub_dataset(source.train_dataset) if isinstance(source, DynamicPruningMixin) else {}
-        )
-        _card_of_table(pruner, repo_id, trained_on).save(folder / "README.md")
-    call = "push_scores_to_hub(...)"
+        # A pruner has no dataset.
+        trained_on = hub_dataset(getattr(source, "train_dataset", None))
+        card = _card_of_table(pruner, repo_id, trained_on)
+    card.save(folder / "README.md")
     return _upload(
         folder,
         repo_id,
         "dataset",
-        call,
+        "push_scores_to_hub(...)",
         token=token,
         private=private,
         revision=revision,
@@ -168,46 +168,49 @@ def push_scores_to_hub(
 def load_scores_from_hub(
     repo_id: str, *, dataset: Any = None, revision: str | None = None, token: str | None = None
 ) -> Scores | SampleTable:
-    """Downloads what [`push_scores_to_hub`] uploaded, and checks it.
+    """Download and check what [`push_scores_to_hub`] uploaded.
 
     Args:
-        repo_id: of the dataset repository.
-        dataset: that is to be pruned or selected from, *optional*: it must be the one that was scored, by N and fingerprint.
+        repo_id: the dataset repository.
+        dataset: the data to prune or to select from, *optional*. They must be the data that were
+            scored: N and the fingerprint are compared.
         revision, token: as in `huggingface_hub.hf_hub_download`.
 
     Returns:
-        [`Scores`], for `StaticPruning(scores, keep_ratio=0.5)`, or the [`SampleTable`] of a run, for [`kept_dataset`]: as it
-        was uploaded.
+        What was uploaded: [`Scores`], for `StaticPruning(scores, keep_ratio=0.5)`, or the
+        [`SampleTable`] of a run, for [`kept_dataset`].
 
     Raises:
-        FileNotFoundError: for a repository without scores; huggingface_hub's errors where there is none, or no connection.
-        ValueError: for a damaged file, and for another dataset.
+        FileNotFoundError: If the repository has no scores. If there is no repository or no
+            connection, huggingface_hub's errors.
+        ValueError: If the file is damaged or is of another dataset.
     """
     try:
-        path = Path(
-            hf_hub_download(
-                repo_id, SCORES_FILE, repo_type="dataset", revision=revision, token=token
-            )
+        path = hf_hub_download(
+            repo_id, SCORES_FILE, repo_type="dataset", revision=revision, token=token
         )
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"The dataset {repo_id} on the Hub has no {SCORES_FILE}: wanted is one that push_scores_to_hub uploaded."
+            f"The dataset {repo_id} on the Hub has no {SCORES_FILE}: expected a repository of "
+            "push_scores_to_hub."
         ) from error
-    scores, fingerprint = _load(path)
+    columns, about = load_parquet(path)
+    fingerprint = about.get("fingerprint", "")
+    is_table = TIMES_KEPT.name in columns
+    scores = SampleTable.from_columns(columns) if is_table else Scores.load(path)
     if dataset is not None:
-        given, only_n = dataset_fingerprint(dataset), ("", f"{len(dataset)} samples")
-        if len(dataset) != len(scores) or (
-            given != fingerprint and given not in only_n and fingerprint not in only_n
-        ):
+        given, n = dataset_fingerprint(dataset), len(dataset)
+        if n != len(scores) or not fingerprints_fit(given, fingerprint, n):
             raise ValueError(
-                f"{repo_id} is of the dataset {fingerprint or f'{len(scores)} samples'!r}, the given one is {given!r}: "
-                "wanted is the dataset that was scored, with its columns and its rows in the same order."
+                f"{repo_id} is of the dataset {fingerprint or f'{len(scores)} samples'!r}, the "
+                f"given one is {given!r}: expected the dataset that was scored, with the same "
+                "columns and with its rows in the same order."
             )
     return scores
 
 
 def push_timm_to_hub(
-    trainer: DynamicPruningMixin,
+    trainer: PrunedDataMixin,
     repo_id: str,
     *,
     folder: str | os.PathLike[str] | None = None,
@@ -217,47 +220,42 @@ def push_timm_to_hub(
     commit_message: str = "Upload model",
     **card: Any,
 ) -> Any:
-    """Uploads a trained timm model in timm's format, with card, report and picture: `timm.create_model("hf-hub:" + repo_id,
-    pretrained=True)` loads it, and transformers does, too.
+    """Upload a trained timm model in timm's format, with card, report and picture.
+
+    `timm.create_model("hf-hub:" + repo_id, pretrained=True)` loads it. transformers loads it, too.
 
     Args:
-        trainer: of a `TimmWrapperForImageClassification`, after `train()`.
-        repo_id: of the repository, which is made if need be.
-        folder: what is uploaded is written here first, *optional*, defaults to `_timm` in the output folder.
-        token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and `create_repo`.
+        trainer: a trainer of a `TimmWrapperForImageClassification`, after `train()`.
+        repo_id: the repository. It is created if it does not exist.
+        folder: the files are written here first, *optional*, defaults to `_timm` in the output
+            folder.
+        token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and
+            `create_repo`.
         card: arguments of `trainer.create_model_card`.
 
     Returns:
-        huggingface_hub's `CommitInfo`; None on other ranks than the first, where nothing happens.
+        huggingface_hub's `CommitInfo`; None on other ranks than the first, which do nothing.
 
     Raises:
-        TypeError: for a model of another class.
-        ValueError: before training.
-        RuntimeError: if the upload fails; the message says where the files lie, and how to go on.
+        TypeError: If the model has another class.
+        ValueError: If the trainer has not trained yet.
+        RuntimeError: If the upload fails. The message says where the files are and how to continue.
     """
     from .vision import save_timm
 
     if not _pruner_of(trainer).report.epochs:
-        raise ValueError(
-            "The trainer has not trained yet: call train() first, the card tells of the run."
-        )
+        raise ValueError("The trainer has not trained yet: call train() first.")
     if distributed.world()[0] != 0:
         return None
     folder = Path(folder) if folder is not None else Path(trainer.args.output_dir or ".") / "_timm"
     save_timm(cast(Any, trainer.model), folder)
-    write_card(
-        trainer,
-        folder,
-        **{"model_name": repo_id.rpartition("/")[2], **card},
-        library_name="timm",
-        repo_id=repo_id,
-    )
-    call = "push_timm_to_hub(...)"
+    card = {"model_name": repo_id.rpartition("/")[2], **card}
+    write_card(trainer, folder, **card, library_name="timm", repo_id=repo_id)
     return _upload(
         folder,
         repo_id,
         "model",
-        call,
+        "push_timm_to_hub(...)",
         token=token,
         private=private,
         revision=revision,
@@ -272,8 +270,8 @@ def _pruner_of(source: Any) -> DynamicPruner:
     pruner = getattr(source, "pruner", source)
     if not isinstance(pruner, DynamicPruner):
         raise TypeError(
-            f"{type(source).__name__} holds nothing that is known of each sample: wanted is a DynamicPruningTrainer with "
-            "pruning=, or a DynamicPruner."
+            f"A {type(source).__name__} knows nothing of single samples: expected a "
+            "DynamicPruningTrainer with pruning=, or a DynamicPruner."
         )
     return pruner
 
@@ -290,101 +288,42 @@ def _upload(
     message: str,
 ) -> Any:
     api = HfApi(token=token)
+    kind: dict[str, Any] = {"repo_type": repo_type}
     with uploading(folder, repo_id, call, "--repo-type", repo_type):
-        repo_id = api.create_repo(
-            repo_id, repo_type=repo_type, private=private, exist_ok=True
-        ).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
         return api.upload_folder(
-            repo_id=repo_id,
-            repo_type=repo_type,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
+            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, **kind
         )
-
-
-def _save_table(path: Path, table: SampleTable, about: Mapping[str, Any]) -> None:
-    """As parquet: `sample_index` and the table's columns, with a checksum and `about` (JSON) in the metadata."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    text, columns = json.dumps(about, sort_keys=True), table.state_dict()
-    arrow = pa.table(
-        {
-            SAMPLE_INDEX: np.arange(len(table)),
-            **{name: column.numpy() for name, column in columns.items()},
-        }
-    )
-    arrow = arrow.replace_schema_metadata({"hf_dynprune": text, "sha256": _checksum(columns, text)})
-    with _whole_or_not(path) as temporary:
-        pq.write_table(arrow, temporary)
-
-
-def _load(path: Path) -> tuple[Scores | SampleTable, str]:
-    """What is in the file, checked, and the fingerprint of the dataset that it is of."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        arrow = pq.read_table(path)
-        if TIMES_KEPT.name not in arrow.column_names:
-            scores = Scores.load(path)
-            return scores, scores.fingerprint
-        # Copies: what arrow lends cannot be written to.
-        columns = {name: torch.tensor(arrow[name].to_numpy()) for name in arrow.column_names}
-        text, checksum = (
-            arrow.schema.metadata[key].decode() for key in (b"hf_dynprune", b"sha256")
-        )
-        fingerprint = json.loads(text)["fingerprint"]
-        order = _each_once(columns.pop(SAMPLE_INDEX), path).argsort()
-    except (pa.ArrowException, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is no table of hf_dynprune, or is damaged ({error!r}): upload it again."
-        ) from error
-    columns = {name: column[order] for name, column in columns.items()}
-    if checksum != _checksum(columns, text):
-        raise ValueError(
-            f"{path} is damaged: its checksum does not match. Upload it again, or name another revision."
-        )
-    every = (TIMES_KEPT.name, LAST_OBSERVED.name)
-    table = SampleTable(
-        len(order),
-        [Column(name, column.dtype) for name, column in columns.items() if name not in every],
-    )
-    table.load_state_dict(columns)
-    return table, fingerprint
 
 
 # ---- cards ---------------------------------------------------------------------------------------
 
 
 def _card_of_scores(scores: Scores, repo_id: str) -> DatasetCard:
-    said = {
-        key: _public(scores.provenance[key])
-        for key in ("runs", "epochs", "seeds", "model")
-        if key in scores.provenance
-    }
+    known = ("runs", "epochs", "seeds", "model")
+    made = {key: scores.provenance[key] for key in known if key in scores.provenance}
     return _card(
         repo_id,
         len(scores),
         scores.fingerprint,
         tags=["static-data-pruning", scores.method],
         block={"method": scores.method},
-        columns={"score": f"`{scores.method}`; high is hard"},
+        columns={"score": f"the `{scores.method}` score; high is hard"},
         scores=scores,
-        said=said,
+        made={key: hide_folders(value) for key, value in made.items()},
     )
 
 
 def _card_of_table(
     pruner: DynamicPruner, repo_id: str, trained_on: Mapping[str, str]
 ) -> DatasetCard:
-    own = [column.name for column in pruner.policy.columns]
-    every = {
-        TIMES_KEPT.name: "how many choices kept it",
-        LAST_OBSERVED.name: "epoch of its last observation, from 0; -1: never",
+    own = [column.name for column in pruner.policy.memory.columns]
+    columns = {
+        **dict.fromkeys(own, f"memory of `{pruner.policy.name}`; NaN: never observed"),
+        TIMES_KEPT.name: "number of choices that kept the sample",
+        LAST_OBSERVED.name: "epoch of the last observation, counted from 0; -1: never observed",
     }
-    about = f"kept by `{pruner.policy.name}` for its choices; NaN: nothing was observed"
+    floats = [name for name in own if pruner.table[name].is_floating_point()]
     facts = facts_of(pruner.report)
     return _card(
         repo_id,
@@ -392,13 +331,11 @@ def _card_of_table(
         pruner.fingerprint,
         tags=["dynamic-data-pruning", pruner.policy.name],
         block={"policy": facts["policy"]},
-        columns={name: every.get(name, about) for name in pruner.table.columns},
+        columns={name: columns[name] for name in pruner.table.columns},
         trained_on=trained_on,
         facts=facts,
-        fields=", ".join(
-            f"`{name}={value!r}`" for name, value in facts["policy"].items() if name != "name"
-        ),
-        column=next((name for name in own if pruner.table[name].is_floating_point()), None),
+        fields=fields_in_words(facts["policy"]),
+        column=next(iter(floats), None),
     )
 
 
@@ -409,7 +346,9 @@ def _card(
     *,
     tags: Sequence[str],
     block: Mapping[str, Any],
-    **words: Any,
+    scores: Scores | None = None,
+    trained_on: Mapping[str, str] | None = None,
+    **values: Any,
 ) -> DatasetCard:
     name, fingerprint = repo_id.rpartition("/")[2], fingerprint or f"{n} samples"
     data = DatasetCardData(
@@ -418,8 +357,6 @@ def _card(
         configs=[{"config_name": "default", "data_files": SCORES_FILE}],
     )
     data["hf_dynprune"] = {"version": __version__, "fingerprint": fingerprint, **block}
-    jinja = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
-    text = jinja.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        card_data=data.to_yaml(), name=name, repo_id=repo_id, n=n, fingerprint=fingerprint, **words
-    )
-    return DatasetCard(text)
+    about = {"name": name, "repo_id": repo_id, "n": n, "fingerprint": fingerprint}
+    values = {**about, "scores": scores, "trained_on": trained_on, **values}
+    return DatasetCard(render(_TEMPLATE, card_data=data.to_yaml(), **values))

@@ -176,9 +176,11 @@ def plot_scores(report: PruningReport) -> "Figure":
         band: dict[str, Any] = {"color": blue, "alpha": alpha, "linewidth": 0}
         label = f"{share} % of the samples"
         ax.fill_between(epochs, values[low], values[high], label=label, **band)
-    size = {"markersize": 4.5}
-    ax.plot(epochs, values["q50"], color=blue, marker="o", label="median", **size)
-    ax.plot(epochs, values["mean"], "--", color=orange, marker="s", label="mean", **size)
+    for name, label, color, style in (
+        ("q50", "median", blue, "o-"),
+        ("mean", "mean", orange, "s--"),
+    ):
+        ax.plot(epochs, values[name], style, color=color, markersize=4.5, label=label)
     ax.set_xlabel("epoch for which samples were chosen (counted from 0)")
     ax.set_ylabel(f"score of {report.policy['name']}")
     ax.locator_params(axis="x", integer=True)

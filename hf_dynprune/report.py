@@ -384,8 +384,8 @@ def shown_metric(name: str, value: float) -> str:
 def shown_policy(values: Mapping[str, Any]) -> str:
     """A policy's name and fields, such as "ucb(keep_ratio=0.3)".
 
-    Fields at their defaults are left out, except `keep_ratio`. Policies of other packages show all
-    fields.
+    Fields at their defaults are left out, except those that the policy always shows. Policies of
+    other packages show all fields.
     """
     known = POLICIES.get(values["name"], PruningPolicy)
     defaults = {entry.name: json.dumps(entry.default, default=str) for entry in fields(known)}
@@ -393,7 +393,7 @@ def shown_policy(values: Mapping[str, Any]) -> str:
         f"{name}={value!r}"
         for name, value in values.items()
         if name not in ("name", "digest")
-        and (json.dumps(value) != defaults.get(name, "null") or (name == "keep_ratio" and value))
+        and (json.dumps(value) != defaults.get(name, "null") or name in known.always_shown)
     ]
     return f"{values['name']}({', '.join(shown)})" if shown else values["name"]
 

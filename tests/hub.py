@@ -1,5 +1,7 @@
-"""A Hub on this machine, for tests: repositories in memory, the part of the protocol that huggingface_hub speaks to push and
-to load. Child processes reach it through `environment()`: huggingface_hub reads its settings once, when it is imported.
+"""A Hub on this machine, for tests: repositories in memory.
+
+It speaks the part of the protocol that huggingface_hub needs to push and to load. Only child
+processes reach it, through `environment()`: huggingface_hub reads its settings when it is imported.
 """
 
 import base64
@@ -14,8 +16,14 @@ from urllib.request import Request, urlopen
 
 
 class Hub:
-    """`hub.files["user/name"]`: path -> bytes of each repository; `hub.refuse`: a status that every upload gets, or with
-    `hub.refuse_path`, a regular expression, what else is sent there. Child processes set both by `refuse`."""
+    """The server.
+
+    Attributes:
+        files: repository -> path -> bytes.
+        refuse: the HTTP status of every refused request; None: nothing is refused.
+        refuse_path: a regular expression for the paths of refused requests; the default refuses
+            uploads. Child processes set both with the function `refuse`.
+    """
 
     def __init__(self):
         self.files: dict[str, dict[str, bytes]] = {}
@@ -36,7 +44,7 @@ class Hub:
         self.server.server_close()
 
     def environment(self, home):
-        """The environment of a process that takes this for the Hub; `home` is a folder of its own."""
+        """The environment of a process that uses this as the Hub. `home` is an empty folder."""
         return {
             **os.environ,
             "HF_HUB_OFFLINE": "0",
@@ -57,9 +65,12 @@ class Hub:
 
 
 def refuse(status, path=""):
-    """What a child process calls: from now on its Hub answers so to what is sent to a path that matches; None: no more."""
-    wanted = json.dumps({"refuse": status, "refuse_path": path}).encode()
-    urlopen(Request(f"{os.environ['HF_ENDPOINT']}/refuse", data=wanted)).close()
+    """Make the Hub answer with `status` to requests whose path matches. None: stop refusing.
+
+    For child processes.
+    """
+    settings = json.dumps({"refuse": status, "refuse_path": path}).encode()
+    urlopen(Request(f"{os.environ['HF_ENDPOINT']}/refuse", data=settings)).close()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -97,8 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.refused(path):
             return None
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            name = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+            asked = json.loads(body)
+            name = f"{asked.get('organization') or 'user'}/{asked['name']}"
             known = self.hub.files.setdefault(name, {})
             return self.reply(
                 {"url": f"{self.hub.url}/{name}", "name": name}, 409 if known else 200
@@ -201,7 +212,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _mode(file):
-    """As the Hub decides it by the name: binary files go through LFS."""
+    """How a file is uploaded. The Hub decides by its name: binary files go through LFS."""
     return (
         "lfs"
         if file["path"].endswith((".safetensors", ".bin", ".pt", ".pth", ".parquet", ".png"))

@@ -17,14 +17,14 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
 from hf_dynprune import Scores, StaticPruning
-from hf_dynprune.cli import main
+from hf_dynprune.cli import COMMANDS, main
 
 
 def hf_dynprune(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
     command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -109,15 +109,15 @@ def test_score_texts(texts, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "value"),
     [
         (["--method", "el3n"], "el3n"),
         (["--dataset", "/no/such/place"], "/no/such/place"),
-        (["--label_column", "colour"], "There is no column 'colour'"),
-        (["--image_column", "label2"], "There is no column 'label2'"),
+        (["--label_column", "colour"], "'colour'"),
+        (["--image_column", "label2"], "'label2'"),
     ],
 )
-def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_path, capsys):
+def test_a_mistake_is_reported_without_a_traceback(changes, value, images, tmp_path, capsys):
     model, data = images
     where = [
         "--method",
@@ -132,15 +132,14 @@ def test_a_mistake_is_told_without_a_traceback(changes, message, images, tmp_pat
     ]
     assert main(["score", *map(str, [*where, *changes])]) == 2
     captured = capsys.readouterr()
-    assert message in captured.err
+    assert value in captured.err
     assert "Traceback" not in captured.err
 
 
 def test_help_names_the_commands_and_their_arguments():
     done = hf_dynprune("--help")
     assert done.returncode == 0
-    assert "score" in done.stdout
-    assert "static pruning" in done.stdout
+    assert all(name in done.stdout for name in COMMANDS)
     done = hf_dynprune("score", "--help")
     assert done.returncode == 0
     for option in (

@@ -1,6 +1,11 @@
-"""`hf-dynprune card`, as a person calls it, and the published cards, which it wrote."""
+"""`hf-dynprune card`, as a person calls it, and the published cards, which it wrote.
+
+After a change of the template or of a policy's docstring write the published cards again:
+`python tests/test_cli_card.py`.
+"""
 
 import json
+import os
 import re
 import shlex
 from pathlib import Path
@@ -26,21 +31,25 @@ def commands():
     return [shlex.split(block.replace("\\\n", " ")) for block in blocks]
 
 
+def run(command, folder):
+    """Run a command of model_cards/README.md in the repository. It writes to `folder`."""
+    assert command[:2] == ["hf-dynprune", "card"]
+    arguments = []
+    for argument in command[1:]:
+        if argument.startswith("model_cards/"):
+            arguments.append(str(folder / Path(argument).name))
+        else:  # as the shell does
+            found = sorted(map(str, Path().glob(argument))) if "*" in argument else []
+            arguments += found or [argument]
+    assert main(arguments) == 0
+
+
 @pytest.mark.parametrize(
     "command", commands(), ids=lambda command: Path(command[command.index("--output") + 1]).stem
 )
 def test_published_cards_are_what_the_command_writes_now(command, tmp_path, monkeypatch):
-    assert command[:2] == ["hf-dynprune", "card"]
     monkeypatch.chdir(ROOT)
-    arguments = []
-    for argument in command[1:]:  # as the shell does
-        found = sorted(map(str, Path().glob(argument))) if "*" in argument else []
-        arguments += (
-            [str(tmp_path / Path(argument).name)]
-            if argument.startswith("model_cards/")
-            else found or [argument]
-        )
-    assert main(arguments) == 0
+    run(command, tmp_path)
     written = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     (card,) = (name for name in written if name.endswith(".md"))
     assert written[card].decode() == (ROOT / "model_cards" / card).read_text()
@@ -104,26 +113,24 @@ def test_card_in_another_folder_than_its_picture(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "values"),
     [
-        (["nowhere.json"], "nowhere.json"),
-        ([str(ROOT / "pyproject.toml")], r"pyproject.toml is no report of hf_dynprune"),
-        ([str(UCB), str(UCB)], "Two reports of the run have the seed 0"),
-        (
-            [str(UCB), "--full", str(SHORT)],
-            "The full run is one of 'full' and 6 epochs: wanted is 'full'",
-        ),
+        (["nowhere.json"], ["nowhere.json"]),
+        ([str(ROOT / "pyproject.toml")], ["pyproject.toml"]),
+        ([str(UCB), str(UCB)], ["seed 0"]),
+        ([str(UCB), "--full", str(SHORT)], ["6 epochs", "20"]),
         (
             [str(UCB), "--short", str(RESULTS / "quickstart" / "seed_0" / "short.json")],
-            "898 samples, the run 50,000",
+            ["898", "50,000"],
         ),
-        ([str(FULL), "--picture", "x.png"], "nothing to draw for --picture"),
+        ([str(FULL), "--picture", "x.png"], ["--picture x.png"]),
     ],
 )
-def test_mistakes_are_told(arguments, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_reported(arguments, values, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["card", *arguments]) == 2
-    assert re.search(message, capsys.readouterr().err)
+    error = capsys.readouterr().err
+    assert all(value in error for value in values)
     assert not any(tmp_path.iterdir())
 
 
@@ -131,3 +138,9 @@ def test_unknown_arguments(capsys):
     with pytest.raises(SystemExit, match="2"):
         main(["card", str(UCB), "--shrot", "x"])
     assert "--shrot" in capsys.readouterr().err
+
+
+if __name__ == "__main__":
+    os.chdir(ROOT)
+    for command in commands():
+        run(command, ROOT / "model_cards")

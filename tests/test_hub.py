@@ -1,4 +1,4 @@
-"""What a run hands on, end to end against a Hub on this machine: cards, models, scores, and uploads that fail."""
+"""Cards, models and scores go to a Hub on this machine and back. Failed uploads lose nothing."""
 
 import json
 import os
@@ -24,6 +24,7 @@ from hf_dynprune import (
     DynamicPruningTrainer,
     PruningReport,
     RandomPruning,
+    RunShape,
     Scores,
     StaticPruning,
     kept_dataset,
@@ -31,12 +32,13 @@ from hf_dynprune import (
     push_scores_to_hub,
     push_timm_to_hub,
 )
-from hf_dynprune.hub import SCORES_FILE, _load, _save_table
+from hf_dynprune.files import save_parquet
+from hf_dynprune.hub import SCORES_FILE
 
 N, SIZE, NAMES = 24, 8, ["cat", "dog", "owl"]
 
 
-# ---- in one child process, as huggingface_hub reads its settings when it is imported -------------
+# ---- in one child process, because huggingface_hub reads its settings when it is imported --------
 
 
 def timm_trainer(folder):
@@ -71,7 +73,7 @@ REFUSALS = {  # name -> (status, what is refused)
 
 
 def fails(call, folder):
-    """What the call raises, and what lies in the folder then."""
+    """What the call raises, and which files the folder then holds."""
     try:
         call()
     except RuntimeError as error:
@@ -105,7 +107,7 @@ def program(folder):
         for what, call in calls.items():
             errors[f"{what}, {why}"] = fails(*call)
     refuse(None)
-    with socket.socket() as nobody:  # bound, but nobody listens
+    with socket.socket() as nobody:  # bound, but not listening
         nobody.bind(("127.0.0.1", 0))
         with mock.patch(
             "huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}"
@@ -173,7 +175,7 @@ def pushed(tmp_path_factory):
         )
         assert done.returncode == 0, done.stderr
         found = json.loads((folder / "found.json").read_text())
-        # What the message of a failed upload says is to be done when the process has ended.
+        # The command by which the message of a failed upload says how to continue later.
         command = shlex.split(found["errors"]["model, not allowed"]["message"].split("`")[-2])
         assert command[:3] == ["hf", "upload", "model"]
         hf = [
@@ -214,7 +216,6 @@ def test_model(pushed):
         "accuracy",
         report.metrics["eval_accuracy"],
     )
-    assert "trained from scratch" in card.content
     assert "](pruning.png)" in card.content
     assert 'name = "user/model"' in card.content
     assert files["user/model"]["pruning.png"].startswith(b"\x89PNG")
@@ -310,23 +311,19 @@ def test_scores_made_before_a_run(pushed):
     assert found["rows"]["user/el2n"] == {"sample_index": 1, "score": 1.0}
     card = DatasetCard(files["user/el2n"]["README.md"].decode())
     assert card.data.tags == ["static-data-pruning", "el2n"]
-    assert "They cost 3 passes" in card.content
+    assert re.search(r"\b3 passes", card.content)
     assert "someone" not in card.content
 
 
 def test_what_is_not_there(pushed):
     _, found, _ = pushed
-    assert (
-        "The dataset user/model on the Hub has no scores.parquet"
-        in found["errors"]["load user/model"]
-    )
+    assert re.search(r"user/model .*scores\.parquet", found["errors"]["load user/model"])
     assert found["errors"]["load user/nothing"] == "RepositoryNotFoundError"
 
 
 @pytest.mark.parametrize(
     ("what", "why"),
     [*product(("model", "timm", "table"), REFUSALS), ("table", "no connection")],
-    ids=", ".join,
 )
 def test_failed_upload_loses_nothing(pushed, what, why):
     _, found, folder = pushed
@@ -338,10 +335,9 @@ def test_failed_upload_loses_nothing(pushed, what, why):
         else {*CARD, "config.json", "model.safetensors"}
     )
     assert files <= set(error["files"])
-    assert re.match(rf"The upload to (user/)?{what} failed", error["message"])
-    assert f"lies in {folder / where}. " in error["message"]
-    assert "hf auth login" in error["message"]
-    assert re.search(r"call (trainer\.)?push_\w*to_hub\(.*\) again", error["message"])
+    assert f" {folder / where}. " in error["message"]
+    assert re.search(r"(trainer\.)?push_\w*to_hub\(.*\)", error["message"])
+    assert re.search(rf"hf upload (user/)?{what} {folder / where} ", error["message"])
     happened = {"in mid-upload": "Error while uploading", "no connection": "ConnectError"}.get(why)
     assert (happened or str(REFUSALS[why][0])) in error["message"]
 
@@ -371,7 +367,7 @@ def run(tmp_path_factory):
 
 def test_kept_by_the_last_choice(run):
     kept = kept_dataset(run, run.train_dataset)
-    assert kept["sample_index"][:].tolist() == sorted(run.pruner._plan.indices.tolist())
+    assert kept["sample_index"][:].tolist() == sorted(run.pruner.plan.indices.tolist())
     assert kept["value"][:].tolist() == [i + 1 for i in kept["sample_index"]]
     assert len(kept) == 9
     assert (
@@ -385,38 +381,39 @@ def test_kept_often_enough(run):
     for at_least in (1, 2):
         kept = kept_dataset(run.pruner.table, run.train_dataset, at_least=at_least)
         assert kept["sample_index"][:].tolist() == [i for i in range(30) if times[i] >= at_least]
-    with pytest.raises(ValueError, match=f"at_least=5 times: the most is {int(times.max())}"):
+    with pytest.raises(ValueError, match=rf"at_least=5 .*\b{int(times.max())}\b"):
         kept_dataset(run, run.train_dataset, at_least=5)
 
 
 def test_kept_asks_for_what_it_needs(run):
     data = run.train_dataset
-    with pytest.raises(ValueError, match="The dataset has 29 samples, the run 30"):
+    with pytest.raises(ValueError, match=r"\b29 samples.*\b30\b"):
         kept_dataset(run, data.select(range(29)))
-    with pytest.raises(ValueError, match="A SampleTable counts choices alone"):
+    with pytest.raises(ValueError, match="SampleTable"):
         kept_dataset(run.pruner.table, data)
-    with pytest.raises(ValueError, match="A DynamicPruner made no choice yet"):
-        kept_dataset(DynamicPruner(RandomPruning(0.5), 30, num_epochs=1), data)
-    with pytest.raises(ValueError, match="'sample_index' already"):
-        kept_dataset(
-            run,
-            kept_dataset(run, data, at_least=1)
-            .select(range(9))
-            .select([*range(9)] * 3 + [0, 1, 2]),
-        )
-    with pytest.raises(TypeError, match="PruningReport holds nothing that is known of each sample"):
+    with pytest.raises(ValueError, match="DynamicPruner"):
+        kept_dataset(DynamicPruner(RandomPruning(0.5), RunShape(30, num_epochs=1)), data)
+    taken = kept_dataset(run, data, at_least=1).select(range(9)).select([*range(9)] * 3 + [0, 1, 2])
+    with pytest.raises(ValueError, match="'sample_index'"):
+        kept_dataset(run, taken)
+    with pytest.raises(TypeError, match="PruningReport"):
         kept_dataset(run.pruning_report, data)
-    with pytest.raises(TypeError, match=r"wanted is the datasets\.Dataset"):
+    with pytest.raises(TypeError, match="list"):
         kept_dataset(run, list(range(30)))
     with pytest.raises(ValueError, match="at_least"):
         kept_dataset(run, data, at_least=0)
 
 
-def test_offline_the_scores_are_written_all_the_same(run, tmp_path):
-    with pytest.raises(RuntimeError, match=r"OfflineModeIsEnabled.*Nothing is lost"):
+def load(path, monkeypatch, **settings):
+    """Load a file as if it came from the Hub."""
+    monkeypatch.setattr("hf_dynprune.hub.hf_hub_download", lambda *args, **kwargs: str(path))
+    return load_scores_from_hub("user/table", **settings)
+
+
+def test_offline_the_scores_are_written_all_the_same(run, tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match=rf"OfflineModeIsEnabled.*{tmp_path / 'a'}"):
         push_scores_to_hub(run, "user/table", folder=tmp_path / "a")
-    table, fingerprint = _load(tmp_path / "a" / SCORES_FILE)
-    assert fingerprint == run.pruner.fingerprint
+    table = load(tmp_path / "a" / SCORES_FILE, monkeypatch, dataset=run.train_dataset)
     assert all(
         torch.equal(table[n].nan_to_num(7), run.pruner.table[n].nan_to_num(7))
         for n in table.columns
@@ -424,7 +421,7 @@ def test_offline_the_scores_are_written_all_the_same(run, tmp_path):
     with pytest.raises(RuntimeError, match="OfflineModeIsEnabled"):
         push_scores_to_hub(Scores(torch.ones(3), "mine"), "user/table", folder=tmp_path / "b")
     assert Scores.load(tmp_path / "b" / SCORES_FILE).method == "mine"
-    with pytest.raises(TypeError, match="list holds nothing"):
+    with pytest.raises(TypeError, match="list"):
         push_scores_to_hub([1, 2], "user/table", folder=tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
@@ -432,59 +429,55 @@ def test_offline_the_scores_are_written_all_the_same(run, tmp_path):
 def test_offline_a_push_leaves_the_model_its_card_and_its_report(tmp_path):
     run = trainer(tmp_path, data=images(16), pruning=RandomPruning(0.5), num_train_epochs=1)
     run.train()
-    with pytest.raises(RuntimeError, match=f"OfflineModeIsEnabled.*lies in {tmp_path}"):
+    with pytest.raises(RuntimeError, match=f"OfflineModeIsEnabled.*{tmp_path}"):
         run.push_to_hub(tags="mine")
     assert {"model.safetensors", "config.json", *CARD} <= set(os.listdir(tmp_path))
     assert "mine" in ModelCard.load(tmp_path / "README.md").data.tags
-    with pytest.raises(TypeError, match="ViTForImageClassification is no model of timm"):
+    with pytest.raises(TypeError, match="ViTForImageClassification"):
         push_timm_to_hub(run, "user/timm")
     run = trainer(tmp_path, data=images(16), pruning=RandomPruning(0.5))
-    with pytest.raises(ValueError, match="has not trained yet"):
+    with pytest.raises(ValueError, match="train"):
         push_timm_to_hub(run, "user/timm")
 
 
-def test_a_table_that_is_not_whole_is_refused(run, tmp_path):
+def test_a_table_that_is_not_whole_is_refused(run, tmp_path, monkeypatch):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = tmp_path / SCORES_FILE
-    _save_table(path, run.pruner.table, {"fingerprint": "x"})
+    save_parquet(path, run.pruner.table.state_dict(), {"fingerprint": "x"})
     whole = pq.read_table(path)
-    pq.write_table(
-        whole.take(list(reversed(range(30)))), path
-    )  # the order of the rows does not matter
-    table, _ = _load(path)
-    assert torch.equal(table["times_kept"], run.pruner.table["times_kept"])
     at = whole.column_names.index("times_kept")
-    other = whole.set_column(at, whole.schema.field("times_kept"), pa.array([9] * 30, pa.int32()))
-    pq.write_table(other.replace_schema_metadata(whole.schema.metadata), path)
-    with pytest.raises(ValueError, match="is damaged: its checksum"):
-        _load(path)
-    pq.write_table(whole.slice(0, 29), path)
-    with pytest.raises(ValueError, match="is damaged: its checksum"):
-        _load(path)
-    pq.write_table(whole.take([0] * 30), path)
-    with pytest.raises(ValueError, match="twice or more"):
-        _load(path)
-    pq.write_table(whole.replace_schema_metadata(None), path)
-    with pytest.raises(ValueError, match="is no table of hf_dynprune"):
-        _load(path)
+    nines = pa.array([9] * 30, pa.int32())
+    other = whole.set_column(at, whole.schema.field("times_kept"), nines)
+    damaged = [
+        other.replace_schema_metadata(whole.schema.metadata),
+        whole.slice(0, 29),
+        whole.take([0] * 30),
+        whole.replace_schema_metadata(None),
+    ]
+    # The order of the rows does not matter.
+    pq.write_table(whole.take(list(reversed(range(30)))), path)
+    table = load(path, monkeypatch)
+    assert torch.equal(table["times_kept"], run.pruner.table["times_kept"])
+    for content in damaged:
+        pq.write_table(content, path)
+        with pytest.raises(ValueError, match=str(path)):
+            load(path, monkeypatch)
     path.write_bytes(b"PAR1 or not")
-    with pytest.raises(ValueError, match="is no table of hf_dynprune, or is damaged"):
-        _load(path)
+    with pytest.raises(ValueError, match=str(path)):
+        load(path, monkeypatch)
 
 
 def test_scores_of_another_dataset_are_refused(run, tmp_path, monkeypatch):
-    path = tmp_path / SCORES_FILE
-    _save_table(path, run.pruner.table, {"fingerprint": run.pruner.fingerprint})
-    monkeypatch.setattr("hf_dynprune.hub.hf_hub_download", lambda *args, **kwargs: str(path))
-    assert len(load_scores_from_hub("user/table", dataset=run.train_dataset)) == 30
-    assert (
-        len(load_scores_from_hub("user/table", dataset=list(range(30)))) == 30
-    )  # nothing but N is known of a list
-    for other in (values(31), run.train_dataset.map(lambda row: {"value": row["value"] + 1})):
-        with pytest.raises(ValueError, match="wanted is the dataset that was scored"):
-            load_scores_from_hub("user/table", dataset=other)
+    path, data = tmp_path / SCORES_FILE, run.train_dataset
+    about = {"fingerprint": run.pruner.fingerprint}
+    save_parquet(path, run.pruner.table.state_dict(), about)
+    assert len(load(path, monkeypatch, dataset=data)) == 30
+    assert len(load(path, monkeypatch, dataset=list(range(30)))) == 30  # a list tells only N
+    for other in (values(31), data.map(lambda row: {"value": row["value"] + 1})):
+        with pytest.raises(ValueError, match=f"user/table.*{run.pruner.fingerprint}"):
+            load(path, monkeypatch, dataset=other)
 
 
 if __name__ == "__main__":
