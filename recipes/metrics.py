@@ -1,22 +1,23 @@
-"""Metrics of the recipes: `evaluate.Metric`s that need no network, since their code is here."""
+"""Metrics of the recipes: `evaluate.Metric`s whose code is here, so that they need no network."""
 
 import datasets
 import evaluate
 import numpy as np
 from sklearn.metrics import f1_score
 
-# What the Trainer hands to `compute_metrics` by way of `best_classes`: the classes in the order of their logits.
+# How many classes, by logit, `best_classes` leaves to `compute_metrics`.
 KEPT_CLASSES = 5
 
 
 class Accuracy(evaluate.Metric):
-    """Share of samples whose label is among the k classes of highest logit."""
+    """The share of samples whose label is among the k classes with the highest logits."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            inputs_description="predictions: the best classes of a sample, best first; references: its label",
+            inputs_description="predictions: the best classes of each sample, best first; "
+            "references: its label",
             features=datasets.Features(
                 {
                     "predictions": datasets.Sequence(datasets.Value("int64")),
@@ -34,13 +35,14 @@ class Accuracy(evaluate.Metric):
 
 
 class MacroF1(evaluate.Metric):
-    """Mean of the F1 scores of the classes that are predicted or present: each counts the same, however rare it is."""
+    """The mean F1 score of the classes that are predicted or present. Rare ones count the same."""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=self.__doc__,
             citation="",
-            inputs_description="predictions: the class predicted for a sample; references: its label",
+            inputs_description="predictions: the predicted class of each sample; "
+            "references: its label",
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
@@ -51,13 +53,13 @@ class MacroF1(evaluate.Metric):
 
 
 def best_classes(logits, labels):
-    """For `preprocess_logits_for_metrics`: keeps (B, 5) classes of the (B, C) logits, on the device."""
+    """For `preprocess_logits_for_metrics`: the (B, 5) best classes of (B, C) logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
     return logits.topk(min(KEPT_CLASSES, logits.shape[-1]), dim=-1).indices
 
 
 def accuracy_of(*k: int):
-    """For `compute_metrics`: the top-k accuracies."""
+    """For `compute_metrics`: the top-k accuracies of several k."""
     metric = Accuracy(keep_in_memory=True)
 
     def compute(prediction) -> dict[str, float]:

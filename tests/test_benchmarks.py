@@ -1,10 +1,11 @@
-"""The benchmarks run, small: what they measure is in their files, and no test is about time."""
+"""The benchmarks run, at small sizes. Their files say what they measure. No test is about time."""
 
 import json
 import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,13 @@ from recipes.benchmarks import measure
 
 ROOT = Path(__file__).parents[1]
 
-# script -> (options of a run as small as can be, what a row names)
+# script -> (options of a run that is as small as possible, the column that names a row)
 BENCHMARKS = {
     "overhead": ("--models bert --pairs 2 --steps 5", "model"),
     "throughput": ("--rounds 1 --samples 512 --batch_size 64", "path"),
     "choosing": ("--sizes 3000 --rounds 1 --policies ucb kakurenbo", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),
-    "scale": ("--sizes 3000 20000 --ranks 4 --wanted 1e6", "role"),
+    "scale": ("--sizes 3000 20000 --ranks 4 --extrapolate 1e6", "role"),
     "scoring": ("--rounds 1 --samples 256 --models resnet8_cifar bert", "model"),
     "startup": ("--rounds 1 --samples 3000", "what"),
 }
@@ -37,17 +38,11 @@ def numbers(value):
 def test_a_benchmark_writes_what_it_prints(script, tmp_path):
     options, name = BENCHMARKS[script]
     file = tmp_path / "result.json"
+    program = ROOT / f"recipes/benchmarks/{script}.py"
     done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / f"recipes/benchmarks/{script}.py",
-            *options.split(),
-            "--output",
-            file,
-        ],
+        [sys.executable, program, *options.split(), "--output", file],
         capture_output=True,
         text=True,
-        timeout=300,
         env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
     )
     assert done.returncode == 0, done.stderr
@@ -61,7 +56,7 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
 
 def test_every_benchmark_is_run():
     scripts = {path.stem for path in (ROOT / "recipes/benchmarks").glob("*.py")}
-    assert scripts == {*BENCHMARKS, "advice", "measure"}  # advice is run by test_advice
+    assert scripts == {*BENCHMARKS, "advice", "measure"}  # test_advice runs advice
 
 
 def test_runs_take_turns_step_by_step():
@@ -99,9 +94,12 @@ def test_a_run_that_fails_stops_no_other():
 
 def test_every_other_round_is_in_reverse_order():
     seen = []
-    found = measure.in_turns(
-        {name: lambda name=name: seen.append(name) or len(seen) for name in "ab"}, 3
-    )
+
+    def turn(name):
+        seen.append(name)
+        return len(seen)
+
+    found = measure.in_turns({name: partial(turn, name) for name in "ab"}, 3)
     assert seen == ["a", "b", "b", "a", "a", "b"]
     assert found == {"a": [1, 4, 5], "b": [2, 3, 6]}
 
@@ -109,7 +107,6 @@ def test_every_other_round_is_in_reverse_order():
 def test_the_interval_of_a_ratio():
     found = measure.ratio([1.0, 2.0, 3.0], [1.0, 1.0, 1.0])
     assert found["ratio"] == 2
-    assert found["ratio_95"] == pytest.approx(
-        [2 - 2.4841, 2 + 2.4841], abs=1e-4
-    )  # t = 4.3027 with 2 degrees of freedom
+    # t = 4.3027 with 2 degrees of freedom.
+    assert found["ratio_95"] == pytest.approx([2 - 2.4841, 2 + 2.4841], abs=1e-4)
     assert measure.ratio([3.0], [2.0])["ratio_95"] is None

@@ -1,20 +1,24 @@
-"""How near the predictions of `advise` are to the seconds that runs take.
+"""How close the predictions of `advise` come to the seconds that runs take.
 
-    python recipes/benchmarks/advice.py --dataset path/to/cifar10 --output recipes/results/benchmarks/advice.json
+    python recipes/benchmarks/advice.py --dataset path/to/cifar10 \\
+        --output recipes/results/benchmarks/advice.json
 
-The runs of recipes/quickstart.py (full, short, pruned), and of recipes/cifar.py a small ResNet on a part of the data (full,
-pruned, pruned with scoring passes). In each round each run is predicted by a dry run, and then measured, the whole
-`train()`; the next round begins when all had their turn. Medians of the rounds are compared: error = predicted / measured
-- 1. What the rounds differ by is the unrest of the machine: beside the error, (highest - lowest) / median of the measured.
+The runs are those of recipes/quickstart.py (full, short, pruned), and of recipes/cifar.py with a
+small ResNet on a part of the data (full, pruned, pruned with scoring passes). In each round, each
+run is predicted by a dry run, and then its `train()` is measured. The medians of the rounds are
+compared:
+
+    error   predicted / measured - 1
+    unrest  (highest - lowest) / median of the measured seconds: how much the machine varied
 """
 
 import argparse
-import json
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,13 +29,14 @@ from transformers import PrinterCallback
 from transformers.utils.logging import disable_progress_bar
 
 from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningPolicy, advise
+from hf_dynprune.files import save_json
 from hf_dynprune.report import describe_environment
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cifar  # of the recipes
 import quickstart
 
-Run = tuple[str, str, Callable[[], DynamicPruningTrainer]]  # (recipe, run, what makes its trainer)
+Run = tuple[str, str, Callable[[], DynamicPruningTrainer]]  # (recipe, run, maker of its trainer)
 
 
 def quickstart_runs(epochs: int, folder: Path) -> Iterator[Run]:
@@ -41,11 +46,7 @@ def quickstart_runs(epochs: int, folder: Path) -> Iterator[Run]:
         ("short", FullData(), 0.3 * epochs),
         ("ucb 0.3", UCB(keep_ratio=0.3), epochs),
     ):
-        yield (
-            "quickstart",
-            name,
-            lambda p=policy, e=trained: quickstart.make_trainer(p, e, 0, folder),
-        )
+        yield "quickstart", name, partial(quickstart.make_trainer, policy, trained, 0, folder)
 
 
 def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[Run]:
@@ -73,13 +74,14 @@ def cifar_runs(dataset: str, split: str, epochs: int, folder: Path) -> Iterator[
         ("ucb 0.3", UCB(keep_ratio=0.3)),
         ("ucb 0.5, dropped are scored", UCB(keep_ratio=0.5, scoring="dropped")),
     ):
-        yield "cifar", name, lambda p=policy: make(p)
+        yield "cifar", name, partial(make, policy)
 
 
 THREADS = torch.get_num_threads()
 
 
 def predict_and_measure(make: Callable[[], DynamicPruningTrainer]) -> dict[str, Any]:
+    """Predict and measure one run. Each has its own trainer."""
     trainer = make()
     advice = advise(trainer, policies=[trainer.pruning])
     trainer = make()
@@ -91,7 +93,7 @@ def predict_and_measure(make: Callable[[], DynamicPruningTrainer]) -> dict[str, 
         "measured": time.perf_counter() - begun,
         "predicted_phases": advice.predictions[0].seconds,
         "measured_phases": trainer.pruning_report.totals["seconds"],
-        "settings": asdict(advice.settings),
+        "settings": advice.settings.to_dict(),
         "dry_run": asdict(advice.measured),
     }
 
@@ -114,14 +116,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--dataset", help="Hub id or local path of CIFAR-10; without it the quickstart alone"
+        "--dataset", help="Hub id or local path of CIFAR-10; default: only the quickstart's runs"
     )
-    parser.add_argument("--train_split", default="train[:10000]", help="of it")
-    parser.add_argument("--epochs", type=int, default=3, help="of the runs on CIFAR-10")
+    parser.add_argument("--train_split", default="train[:10000]", help="split of the dataset")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs of the runs on CIFAR-10")
     parser.add_argument(
-        "--quickstart_epochs", type=int, default=20, help="of the full run of the quickstart"
+        "--quickstart_epochs", type=int, default=20, help="epochs of the quickstart's full run"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of which medians are compared")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds; their medians are compared")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     disable_progress_bar()
@@ -147,13 +149,13 @@ def main() -> None:
             "runs": results,
             "environment": describe_environment(ranks=1),
         }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(content, indent=2) + "\n")
+        save_json(options.output, content)
     print(f"{'recipe':11}{'run':29}{'measured':>10}{'predicted':>11}{'error':>8}{'unrest':>9}")
     for result in results:
         print(
-            f"{result['recipe']:11}{result['run']:29}{result['measured']:8.1f} s{result['predicted']:9.1f} s"
-            f"{100 * result['error']:+6.1f} %{100 * result['unrest']:7.1f} %"
+            f"{result['recipe']:11}{result['run']:29}{result['measured']:8.1f} s"
+            f"{result['predicted']:9.1f} s{100 * result['error']:+6.1f} %"
+            f"{100 * result['unrest']:7.1f} %"
         )
     print(f"worst: {worst['recipe']}, {worst['run']}: {100 * worst['error']:+.1f} %")
 

@@ -1,17 +1,21 @@
-"""What an epoch's choice costs, without a model: seconds beside torch's own sampler over all data, and the peak of memory.
+"""What choosing costs per epoch, without a model: seconds and the peak of memory.
 
-    cd recipes/benchmarks; results=../results/benchmarks; rules="random epsilon-greedy ucb infobatch"
-    python choosing.py --sizes 5e4 1.28e6 --policies $rules loss-proportional orderdp --output $results/choosing.json
+    cd recipes/benchmarks
+    results=../results/benchmarks
+    rules="random epsilon-greedy ucb infobatch"
+    python choosing.py --sizes 5e4 1.28e6 --policies $rules loss-proportional orderdp \\
+        --output $results/choosing.json
     python choosing.py --sizes 1e7 --policies $rules --rounds 5 --output $results/choosing_10m.json
-    python choosing.py --sizes 1e8 --policies $rules --rounds 1 --epochs 3 --output $results/choosing_100m.json
+    python choosing.py --sizes 1e8 --policies $rules --rounds 1 --epochs 3 \\
+        --output $results/choosing_100m.json
 
-An epoch is all that the pruner does in one: begin_epoch (score, plan, order), the batches of indices, weights and observe
-for each batch, end_epoch (the table). The baseline, `RandomSampler` and `BatchSampler` over all N samples, does no more
-than make the batches of indices of a full epoch. In each round each rule has its turn, in a process of its own, and beside
-each epoch the baseline is measured: the ratio is that of the two medians. The first epoch, in which nothing is known yet,
-is not counted.
+An epoch is everything that the pruner does in one: begin_epoch (score, plan, order), the batches of
+indices, weights and observe for each batch, end_epoch (the table). The baseline is torch's
+`RandomSampler` and `BatchSampler` over all N samples, which only make the batches of indices of a
+full epoch. In each round each rule runs in a fresh process, where the baseline is measured, too.
+The ratio is that of the two medians. The first epoch is not counted: nothing is known in it.
 
-The peak is that of the process (its resident memory), above what it had before the pruner was made.
+The peak is the resident memory of the process, minus what it had before the pruner was made.
 """
 
 import argparse
@@ -26,22 +30,21 @@ import measure
 import torch
 from torch.utils.data import BatchSampler, RandomSampler
 
-from hf_dynprune import DynamicPruner, make_policy
+from hf_dynprune import DynamicPruner, RunShape, make_policy
 from hf_dynprune.policies import POLICIES
 
 NEEDED = ("random", "epsilon-greedy", "ucb", "infobatch")
-RIVALS = ("loss-proportional", "orderdp", "seta", "kakurenbo", "ies")
+OTHERS = ("loss-proportional", "orderdp", "seta", "kakurenbo", "ies")
+PHASES = ("choose", "iterate", "observe", "apply")
 
 
 def policy_of(name: str, keep_ratio: float):
-    fields = POLICIES[name].__dataclass_fields__
-    # Without forward passes, which need a model; and, where a rule says itself how much it keeps, as it says.
-    settings: dict[str, Any] = {"scoring": "trained"} | (
-        {"last": 0.0} if name == "infobatch" else {}
-    )
-    return make_policy(
-        name, **({"keep_ratio": keep_ratio} if "keep_ratio" in fields else {}), **settings
-    )
+    settings: dict[str, Any] = {"scoring": "trained"}  # other scoring needs a model
+    if name == "infobatch":
+        settings["last"] = 0.0
+    if "keep_ratio" in POLICIES[name].__dataclass_fields__:
+        settings["keep_ratio"] = keep_ratio
+    return make_policy(name, **settings)
 
 
 def full_epoch(n: int, batch_size: int) -> float:
@@ -52,15 +55,15 @@ def full_epoch(n: int, batch_size: int) -> float:
 
 
 def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dict[str, float]:
-    """Seconds of each phase. What stands for the model's part, tensors of indices and losses, is made beforehand."""
+    """Seconds of each phase. The model's part, tensors of indices and losses, is not timed."""
     marks = [time.perf_counter()]
     pruner.begin_epoch(epoch)
     marks.append(time.perf_counter())
-    for _ in BatchSampler(pruner.sampler, pruner.batch_size, drop_last=False):
+    for _ in BatchSampler(pruner.sampler, pruner.shape.batch_size, drop_last=False):
         pass
     marks.append(time.perf_counter())
     spent = 0.0
-    for batch in BatchSampler(pruner.sampler, pruner.batch_size, drop_last=False):
+    for batch in BatchSampler(pruner.sampler, pruner.shape.batch_size, drop_last=False):
         index = torch.tensor(batch)
         signals = {name: losses[: len(index)] for name in pruner.signals}
         begun = time.perf_counter()
@@ -69,29 +72,25 @@ def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dic
         spent += time.perf_counter() - begun
     marks.append(time.perf_counter())
     pruner.end_epoch()
-    names = ("choose", "iterate", "", "apply")
-    seconds = {
-        name: b - a
-        for name, a, b in zip(names, marks, [*marks[1:], time.perf_counter()], strict=True)
-    }
-    del seconds[""]
+    marks.append(time.perf_counter())
+    begun, chosen, iterated, observed, ended = marks
+    seconds = {"choose": chosen - begun, "iterate": iterated - chosen, "apply": ended - observed}
     return {**seconds, "observe": spent}
 
 
 def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def run(
     name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, threads: int
 ) -> dict[str, Any]:
-    """A few epochs in this process."""
+    """Measure a few epochs in this process."""
     torch.set_num_threads(threads)
     policy, losses = policy_of(name, keep_ratio), torch.rand(batch_size).exp()
     before = peak_bytes()
-    pruner = DynamicPruner(policy, n, batch_size=batch_size, num_epochs=epochs)
+    pruner = DynamicPruner(policy, RunShape(n, batch_size, num_epochs=epochs))
     pruned = [pruned_epoch(pruner, epoch, losses) for epoch in range(epochs)]
     peak, kept = peak_bytes() - before, pruner.report.epochs[-1].samples
     del pruner
@@ -114,12 +113,12 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=float, nargs="+", default=[5e4, 1.28e6, 1e7], help="numbers of samples"
     )
-    parser.add_argument("--policies", nargs="+", default=[*NEEDED, *RIVALS], help="names of rules")
+    parser.add_argument("--policies", nargs="+", default=[*NEEDED, *OTHERS], help="names of rules")
     parser.add_argument("--keep_ratio", type=float, default=0.3)
     parser.add_argument("--batch_size", type=int, default=256)
-    parser.add_argument("--epochs", type=int, default=4, help="of a run; the first is not counted")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs, the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     rows = []
@@ -131,38 +130,15 @@ def main() -> None:
         }
         for name, runs in measure.in_turns(turns, options.rounds, f"N = {n:,d}").items():
             compared = measure.ratio([one["pruned"] for one in runs], [one["full"] for one in runs])
-            peak = statistics.median(one["peak"] for one in runs)
-            rows.append(
-                {
-                    "samples": n,
-                    "policy": name,
-                    "kept": runs[0]["kept"],
-                    "seconds": statistics.median(one["pruned"] for one in runs),
-                    **{
-                        p: statistics.median(one["phases"][p] for one in runs)
-                        for p in runs[0]["phases"]
-                    },
-                    "full_seconds": statistics.median(one["full"] for one in runs),
-                    **compared,
-                    "bytes_a_sample": peak / n,
-                    "runs": runs,
-                }
+            peak, pruned, full = (
+                statistics.median(one[what] for one in runs) for what in ("peak", "pruned", "full")
             )
-    shown = {
-        "samples": ",d",
-        "policy": "",
-        "kept": ",d",
-        "choose": ".3f",
-        "iterate": ".3f",
-        "observe": ".3f",
-    }
-    shown |= {
-        "apply": ".3f",
-        "seconds": ".3f",
-        "full_seconds": ".3f",
-        "ratio": ".2f",
-        "bytes_a_sample": ".1f",
-    }
+            phases = {p: statistics.median(one["phases"][p] for one in runs) for p in PHASES}
+            row = {"samples": n, "policy": name, "kept": runs[0]["kept"], "seconds": pruned}
+            row |= {**phases, "full_seconds": full, **compared}
+            rows.append({**row, "bytes_a_sample": peak / n, "runs": runs})
+    shown = {"samples": ",d", "policy": "", "kept": ",d", **dict.fromkeys(PHASES, ".3f")}
+    shown |= {"seconds": ".3f", "full_seconds": ".3f", "ratio": ".2f", "bytes_a_sample": ".1f"}
     measure.report("Seconds of choosing, an epoch", rows, shown, options)
 
 

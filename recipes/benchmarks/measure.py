@@ -1,7 +1,6 @@
-"""What the benchmarks share: measuring in turns, the interval of a ratio, the table and the file."""
+"""Shared by the benchmarks: measuring in turns, the interval of a ratio, the table, the file."""
 
 import argparse
-import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -14,14 +13,18 @@ import pandas
 from scipy import stats
 from tqdm import trange
 
+from hf_dynprune.files import save_json
 from hf_dynprune.report import describe_environment
 
 
 def in_turns(
     what: Mapping[str, Callable[[], Any]], rounds: int, description: str = "rounds"
 ) -> dict[str, list[Any]]:
-    """What each function returns, `rounds` times; every other round in reverse order, so that what changes with time
-    (heat, caches, other programs) falls on all alike."""
+    """Call each function `rounds` times and return what it returned.
+
+    Every other round is in reverse order, so that changes over time (heat, caches, other programs)
+    affect all functions alike.
+    """
     results: dict[str, list[Any]] = {name: [] for name in what}
     for number in trange(rounds, desc=description):
         for name in list(what) if number % 2 == 0 else reversed(list(what)):
@@ -30,16 +33,19 @@ def in_turns(
 
 
 def apart(function: Callable[..., Any], *task: Any) -> Any:
-    """What the function returns in a fresh process, whose memory, its peak and its layout, is its own."""
+    """Call the function in a fresh process, which has its own memory layout and peak."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, task)
 
 
 def step_by_step(runs: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dict[str, Any]:
-    """What functions return that run in turns, a step at a time, each in a thread; the first of them begins.
+    """Run functions in turns, one step at a time, and return what they returned.
 
-    Each is called with a function, to be called at the end of each step, which returns when it has its turn again. So the
-    unrest of a machine, which changes within seconds, falls on all alike.
+    The speed of a machine changes within seconds. This way the changes affect all runs alike.
+
+    Args:
+        runs: Each runs in a thread, the first one begins. It is called with a function that it
+            must call at the end of each step. That call returns when it is its turn again.
     """
     if not runs:
         return {}
@@ -67,24 +73,19 @@ def step_by_step(runs: Mapping[str, Callable[[Callable[[], None]], Any]]) -> dic
         return {name: result.result() for name, result in results.items()}
 
 
-def ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, Any]:
-    """Of values measured in pairs: the mean of their ratios and its 95 % confidence interval, by Student's t."""
-    ratios = [a / b for a, b in zip(of, to, strict=True)]
-    half = (
-        stats.t.ppf(0.975, len(ratios) - 1) * statistics.stdev(ratios) / len(ratios) ** 0.5
-        if len(ratios) > 1
-        else None
-    )
-    mean = statistics.mean(ratios)
-    return {
-        "ratio": mean,
-        "ratio_95": None if half is None else [mean - half, mean + half],
-        "ratios": ratios,
-    }
+def ratio(values: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
+    """The mean ratio of values measured in pairs, and its 95 % interval by Student's t."""
+    ratios = [a / b for a, b in zip(values, base, strict=True)]
+    mean, interval = statistics.mean(ratios), None
+    if len(ratios) > 1:
+        error = statistics.stdev(ratios) / len(ratios) ** 0.5
+        half = stats.t.ppf(0.975, len(ratios) - 1) * error
+        interval = [mean - half, mean + half]
+    return {"ratio": mean, "ratio_95": interval, "ratios": ratios}
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median, lowest and highest."""
+    """The median, the lowest and the highest value."""
     return {"median": statistics.median(values), "lowest": min(values), "highest": max(values)}
 
 
@@ -94,29 +95,23 @@ def report(
     shown: Mapping[str, str],
     options: argparse.Namespace,
 ) -> None:
-    """Prints a table of the rows; writes them with options, versions and hardware to `options.output`, if that is given.
+    """Print a table of the rows. Write them to `options.output`, if given, as JSON.
+
+    The file also has the options, versions and hardware.
 
     Args:
+        title: The heading of the table.
         rows: JSON values.
-        shown: the columns that are printed, each with its format, such as `{"ratio": ".3f", "N": ",d"}`.
+        shown: The printed columns with their formats, such as `{"ratio": ".3f", "N": ",d"}`.
+        options: The options of the benchmark.
     """
-    cells = [
-        {
-            name: "" if row.get(name) is None else format(row[name], form)
-            for name, form in shown.items()
-        }
-        for row in rows
-    ]
-    print(f"{title}\n{pandas.DataFrame(cells).to_string(index=False)}")
+    table = pandas.DataFrame(rows, columns=list(shown), dtype=object)
+    for name, form in shown.items():
+        table[name] = ["" if pandas.isna(value) else format(value, form) for value in table[name]]
+    print(f"{title}\n{table.to_string(index=False)}")
     if options.output:
         given = {name: value for name, value in vars(options).items() if name != "output"}
-        # Where data lie on this machine is of no use to others.
+        # Paths of this machine are of no use to others.
         given |= {name: Path(given[name]).name for name in ("dataset", "jpeg") if given.get(name)}
-        content = {
-            "title": title,
-            "options": given,
-            "rows": list(rows),
-            "environment": describe_environment(ranks=1),
-        }
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(content, indent=2) + "\n")
+        content = {"title": title, "options": given, "rows": list(rows)}
+        save_json(options.output, {**content, "environment": describe_environment(ranks=1)})

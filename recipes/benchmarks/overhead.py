@@ -1,17 +1,23 @@
-"""What DynamicPruningTrainer adds to an optimizer step of the stock Trainer: its seconds, and the peak of its memory.
+"""What DynamicPruningTrainer adds to an optimizer step of the stock Trainer: seconds and memory.
 
-Both train the same model on the same batches; the policy keeps all data and scores it (UCB with keep_ratio=1). The two runs
-take turns step by step, so that what disturbs the machine meets both, and each step is compared with its neighbour, the
-loading of the batch included: the figure is the median of these ratios. Which run came first, and where in memory its
-tensors lie, is seen in its steps: so a pair is two times two runs, once in either order, in a process of its own, and its
-figure the geometric mean. On one thread, if OMP_NUM_THREADS does not say otherwise: idle threads spin.
+    results=recipes/results/benchmarks
+    python recipes/benchmarks/overhead.py --models resnet8_cifar bert \\
+        --output $results/overhead.json
+    python recipes/benchmarks/overhead.py --models bert --pairs 12 \\
+        --output $results/overhead_bert.json
 
-    python recipes/benchmarks/overhead.py --models resnet8_cifar bert --output recipes/results/benchmarks/overhead.json
-    python recipes/benchmarks/overhead.py --models bert --pairs 12 --output recipes/results/benchmarks/overhead_bert.json
+Both trainers train the same model on the same batches. The policy keeps and scores all data (UCB
+with keep_ratio=1). The two runs take turns step by step, so that disturbances of the machine affect
+both. Each step, with the loading of its batch, is compared with the other run's step. The figure is
+the median of these ratios.
 
-`causal_lm` is a small Llama with a vocabulary of 32,000, where the loss is the dearest part of a step; `bert` and
-`resnet8_cifar`, in bf16 (float32 where that is emulated) on images of the shape of CIFAR as recipes/cifar.py trains it, are
-small, so that what we add shows.
+The order of the two runs, and where in memory their tensors lie, also affect the steps. Therefore a
+pair is four runs in a fresh process, two in each order, and its figure is the geometric mean. Runs
+use one thread, unless OMP_NUM_THREADS says otherwise, because idle threads spin.
+
+`causal_lm` is a small Llama with a vocabulary of 32,000, in which the loss is the most expensive
+part of a step. `bert` and `resnet8_cifar` are small, so that the overhead shows. `resnet8_cifar`
+trains as in recipes/cifar.py, in bf16 (float32 if bf16 is emulated) on images of CIFAR's shape.
 """
 
 import argparse
@@ -79,20 +85,16 @@ def bert(samples: int) -> tuple[PreTrainedModel, datasets.Dataset]:
 def resnet8_cifar(samples: int) -> tuple[PreTrainedModel, ImageCache]:
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     model = create_timm_model("resnet8_cifar", num_labels=10, image_size=32, **statistics)
-    pixels, labels = (
-        torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8),
-        torch.randint(0, 10, (samples,)),
-    )
-    return model.to(memory_format=torch.channels_last), ImageCache(
-        pixels, labels, augment=True, **statistics
-    )
+    pixels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8)
+    data = ImageCache(pixels, torch.randint(0, 10, (samples,)), augment=True, **statistics)
+    return model.to(memory_format=torch.channels_last), data
 
 
 class Model(NamedTuple):
     make: Callable[[int], tuple[PreTrainedModel, Any]]  # number of samples -> model and data
     batch: int
     steps: int  # of a run
-    settings: dict[str, Any]  # of the Trainer: arguments, and its collator
+    settings: dict[str, Any]  # TrainingArguments, and the collator
 
 
 IMAGES = {
@@ -109,7 +111,10 @@ MODELS = {
 
 
 class Steps(TrainerCallback):
-    """Seconds of each optimizer step, the loading of its batch included; after each the other run has its turn."""
+    """Seconds of each optimizer step, with the loading of its batch.
+
+    The other run has its turn after each step.
+    """
 
     def __init__(self, pass_on: Callable[[], None]) -> None:
         self.pass_on, self.seconds = pass_on, []
@@ -152,16 +157,17 @@ def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
 def steps_of(
     kind: str, name: str, steps: int, folder: str, pass_on: Callable[[], None]
 ) -> list[float]:
-    """Seconds of each step but the first fifth."""
+    """Seconds of each step, without the first fifth of the steps."""
     run, clock = make_run(kind, name, steps, folder), Steps(pass_on)
     run.add_callback(clock)
-    pass_on()  # both are made before the first one trains: making one resets what accelerate knows
+    # Both are made before the first one trains: making a Trainer resets the state of accelerate.
+    pass_on()
     run.train()
     return clock.seconds[steps // 5 :]
 
 
 def pair(name: str, steps: int, folder: str) -> dict[str, float]:
-    """The ratio of the two runs' steps, and the median step of the stock Trainer, in seconds."""
+    """The ratio of the steps of both runs, and the median step of the stock Trainer in seconds."""
     prepare()
     ratios, stock = [], []
     for order in (("stock", "pruned"), ("pruned", "stock")):
@@ -178,11 +184,11 @@ def pair(name: str, steps: int, folder: str) -> dict[str, float]:
 def prepare() -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    common.keep_freed_memory()  # as the recipes do; page faults are most of the unrest otherwise
+    common.keep_freed_memory()  # as the recipes do; otherwise page faults dominate the noise
 
 
 def peak(kind: str, name: str, folder: str) -> int:
-    """The most bytes of tensors at a time in three steps, beyond those before, by torch's own count."""
+    """The peak of tensor bytes in three steps, minus those before, as torch counts them."""
     with torch.profiler.profile(profile_memory=True) as profile:
         make_run(kind, name, 3, folder).train()
     trace = Path(folder) / "trace.json"
@@ -216,9 +222,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pairs", type=int, default=7, help="at least 2")
+    parser.add_argument("--pairs", type=int, default=7, help="pairs of runs, at least 2")
     parser.add_argument(
-        "--steps", type=int, help="of a run; the first fifth is not counted; default: by the model"
+        "--steps",
+        type=int,
+        help="steps of a run, the first fifth is not counted; default: by model",
     )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
@@ -229,21 +237,10 @@ def main() -> None:
             row(name, options.steps or MODELS[name].steps, options.pairs, folder)
             for name in options.models
         ]
-    shown = {
-        "model": "",
-        "steps": "d",
-        "stock_ms": ".1f",
-        "ratio": ".3f",
-        "low": ".3f",
-        "high": ".3f",
-    }
-    shown |= {"memory_ratio": ".4f", "memory_MB": ",.0f"}
-    measure.report(
-        "Pruned / stock, an optimizer step: seconds (95 %), and peak of memory",
-        rows,
-        shown,
-        options,
-    )
+    shown = {"model": "", "steps": "d", "stock_ms": ".1f", "ratio": ".3f", "low": ".3f"}
+    shown |= {"high": ".3f", "memory_ratio": ".4f", "memory_MB": ",.0f"}
+    title = "Pruned / stock, an optimizer step: seconds (95 %), and peak of memory"
+    measure.report(title, rows, shown, options)
 
 
 if __name__ == "__main__":

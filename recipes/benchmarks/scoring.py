@@ -1,16 +1,20 @@
-"""What forward passes that only score cost: seconds a sample beside those of training in the same run, and of inference.
+"""What scoring passes cost: seconds per sample, beside those of training and of bare inference.
 
-    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 --models resnet8_cifar bert causal_lm --samples 3000 \\
-        --rounds 3 --output recipes/results/benchmarks/scoring.json
+    python recipes/benchmarks/scoring.py --dataset path/to/cifar10 \\
+        --models resnet8_cifar bert causal_lm --samples 3000 --rounds 3 \\
+        --output recipes/results/benchmarks/scoring.json
 
-A run of DynamicPruningTrainer scores all samples, `UCB(keep_ratio=0.5, scoring="all")`, and trains on half of them for an
-epoch; its report has the seconds of both. Forward is a third of forward and backward, so scoring / training is near 1/3
-where computing takes the time, and less where an optimizer step costs beside that. Then the same model makes a bare pass
-over the same batches in `torch.inference_mode()`, labels included, so that it computes its loss as scoring does: scoring /
-inference is what scoring adds. Twice, in turns: with scoring batches of the training batch's size, and with larger ones.
+A run of DynamicPruningTrainer scores all samples, `UCB(keep_ratio=0.5, scoring="all")`, and trains
+on half of them for one epoch. Its report has the seconds of both. Forward is a third of forward and
+backward, so scoring / training is close to 1/3 if computing dominates, and less if the optimizer
+step is expensive.
 
-The ResNets train in bf16 (float32 where that is emulated) on augmented images and score plain ones, as recipes/cifar.py
-does; the texts, in float32, are those of overhead.py.
+Then the same model makes a bare pass over the same batches in `torch.inference_mode()`. The batches
+have labels, so that it computes its loss as scoring does: scoring / inference is the overhead of
+scoring. Runs with scoring batches of the training batch size and runs with larger ones take turns.
+
+The ResNets train in bf16 (float32 if bf16 is emulated) on augmented images and score plain ones, as
+recipes/cifar.py does. The text models are those of overhead.py, in float32.
 """
 
 import argparse
@@ -39,12 +43,10 @@ import common
 
 
 class Model(NamedTuple):
-    make: (
-        Callable | None
-    )  # samples -> (model, dataset); None: an architecture of timm, by its name, on images
+    make: Callable | None  # samples -> (model, dataset); None: a timm model on images
     batch: int  # of training
-    large: int  # batch of scoring; for the images the recipe's
-    fewer: int = 1  # times fewer samples than --samples: of some models they cost more
+    large: int  # of scoring; for images the recipe's
+    fewer: int = 1  # this many times fewer samples than --samples, as they cost more
 
 
 MODELS = {
@@ -60,15 +62,9 @@ def load_images(dataset: str | None, samples: int) -> cifar.Images:
         return cifar.load_images(
             cifar.DataArguments(dataset=dataset, train_split=f"train[:{samples}]"), seed=0
         )
-    pixels, labels = (
-        torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8),
-        torch.randint(0, 10, (samples,)),
-    )
-    options: dict[str, Any] = {
-        "mean": CIFAR_MEAN,
-        "std": CIFAR_STD,
-        "label_names": list("0123456789"),
-    }
+    pixels = torch.randint(0, 256, (samples, 3, 32, 32), dtype=torch.uint8)
+    labels, names = torch.randint(0, 10, (samples,)), list("0123456789")
+    options: dict[str, Any] = {"mean": CIFAR_MEAN, "std": CIFAR_STD, "label_names": names}
     plain = ImageCache(pixels, labels, **options)
     return cifar.Images(ImageCache(pixels, labels, augment=True, **options), plain, plain)
 
@@ -76,7 +72,7 @@ def load_images(dataset: str | None, samples: int) -> cifar.Images:
 def make_trainer(
     name: str, batch: int, options: argparse.Namespace, images: cifar.Images, folder: str
 ) -> DynamicPruningTrainer:
-    """For an epoch that scores in batches of that size."""
+    """A trainer for one epoch that scores in batches of size `batch`."""
     settings: dict[str, Any] = {
         "num_train_epochs": 1,
         "per_device_train_batch_size": MODELS[name].batch,
@@ -97,7 +93,7 @@ def make_trainer(
 
 @torch.inference_mode()
 def infer(trainer: DynamicPruningTrainer, mode: str) -> float:
-    """Seconds a sample of the model alone, over the batches that were scored."""
+    """Seconds per sample of the model alone, over the batches that were scored."""
     args, model = trainer.args, trainer.model
     data = trainer.train_dataset if trainer.scoring_dataset is None else trainer.scoring_dataset
     loader = DataLoader(
@@ -121,7 +117,7 @@ def infer(trainer: DynamicPruningTrainer, mode: str) -> float:
 def run(
     name: str, batch: int, options: argparse.Namespace, images: cifar.Images, folder: str
 ) -> dict[str, float]:
-    """Seconds a sample of scoring, of training and of bare inference."""
+    """Seconds per sample of scoring, of training and of bare inference."""
     trainer = make_trainer(name, batch, options, images, folder)
     trainer.remove_callback(PrinterCallback)
     trainer.train()
@@ -142,6 +138,7 @@ def rows_of(
     for warm_up in turns.values():
         warm_up()
     rounds, rows = measure.in_turns(turns, options.rounds, f"rounds, {name}"), []
+    small = [one["scoring"] for one in rounds[str(sizes[0])]]
     for size, runs in zip(sizes, rounds.values(), strict=True):
         seconds = {what: [one[what] for one in runs] for what in runs[0]}
         row: dict[str, Any] = {"model": name, "batch": MODELS[name].batch, "scoring_batch": size}
@@ -149,17 +146,10 @@ def rows_of(
         for other in ("training", "inference"):
             found = measure.ratio(seconds["scoring"], seconds[other])
             row |= {f"of_{other}": found["ratio"], f"of_{other}_95": found["ratio_95"]}
-        small = [one["scoring"] for one in rounds[str(sizes[0])]]
-        row["of_small_batch"] = (
-            None if size == sizes[0] else measure.ratio(seconds["scoring"], small)["ratio"]
-        )
-        rows.append(
-            row
-            | {
-                "seconds": {what: measure.spread(values) for what, values in seconds.items()},
-                "rounds": runs,
-            }
-        )
+        to_small = measure.ratio(seconds["scoring"], small)["ratio"]
+        row["of_small_batch"] = None if size == sizes[0] else to_small
+        row["seconds"] = {what: measure.spread(values) for what, values in seconds.items()}
+        rows.append({**row, "rounds": runs})
     return rows
 
 
@@ -171,13 +161,13 @@ def main() -> None:
     fewer = ", ".join(
         f"{model.fewer} times fewer of {name}" for name, model in MODELS.items() if model.fewer > 1
     )
-    parser.add_argument("--samples", type=int, default=10_000, help=f"that are scored; {fewer}")
+    parser.add_argument("--samples", type=int, default=10_000, help=f"samples to score; {fewer}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--mode",
         choices=("eval", "train"),
         default="eval",
-        help="of the model, in scoring and inference",
+        help="mode of the model in scoring and inference",
     )
     parser.add_argument(
         "--dataset", help="Hub id or local path of CIFAR-10; default: noise of its shape"
@@ -190,16 +180,10 @@ def main() -> None:
     images = load_images(options.dataset, options.samples)
     with tempfile.TemporaryDirectory() as folder:
         rows = [row for name in options.models for row in rows_of(name, options, images, folder)]
-    shown = {
-        "model": "",
-        "batch": "d",
-        "scoring_batch": "d",
-        "training_ms": ".3f",
-        "scoring_ms": ".3f",
-        "inference_ms": ".3f",
-    }
-    shown |= {"of_training": ".3f", "of_inference": ".3f", "of_small_batch": ".3f"}
-    measure.report("Milliseconds a sample, and ratios of scoring", rows, shown, options)
+    shown = {"model": "", "batch": "d", "scoring_batch": "d"}
+    shown |= dict.fromkeys(("training_ms", "scoring_ms", "inference_ms"), ".3f")
+    shown |= dict.fromkeys(("of_training", "of_inference", "of_small_batch"), ".3f")
+    measure.report("Milliseconds per sample, and ratios of scoring", rows, shown, options)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
-"""Seconds of start-up: of an import, of `--help`, of building a trainer on many samples, and then until its first step.
+"""Seconds of start-up: imports, `--help`, building a trainer, and train() until the first step.
 
     python recipes/benchmarks/startup.py --with_transformers --rounds 3 \\
         --output recipes/results/benchmarks/startup.json
 
-Imports and commands start in a process each. Trainers are built in this one, DynamicPruningTrainer with UCB(keep_ratio=0.3)
-and the stock Trainer: the constructor and get_train_dataloader(), on the same data, which are made beforehand; then train()
-until the first batch goes to the model. All in turns. `beyond` is the median of the differences to what there is anyway, in
-the same round: bare Python, the import of torch or of what is taken from transformers, the stock Trainer.
+Each import and command starts a process. Trainers are built in this process, in turns:
+DynamicPruningTrainer with UCB(keep_ratio=0.3), and the stock Trainer. "Build" is the constructor
+and get_train_dataloader(), on data that exist already. "First step" is train() until the first
+batch goes to the model.
+
+`beyond` is the median difference to what is needed anyway, in the same round: bare Python, the
+import of torch or of transformers, the stock Trainer.
 """
 
 import argparse
@@ -27,7 +30,7 @@ import torch.nn.functional as F
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from hf_dynprune import UCB, DynamicPruningTrainer
-from hf_dynprune.cli import COMMANDS  # which also compiles that module before it is timed
+from hf_dynprune.cli import COMMANDS  # this also compiles the module before it is timed
 
 PYTHON, TORCH, TRAINER = "pass", "import torch", "from transformers import Trainer"
 ARGUMENTS = "from transformers import HfArgumentParser, TrainingArguments"
@@ -40,14 +43,10 @@ IMPORTS = {  # what is run -> what it needs
     TRAINER: None,
     "from hf_dynprune import DynamicPruningTrainer": TRAINER,
 }
-WITH_TRAINER = ("score", "advise")  # the commands that have all arguments of the Trainer
-HELP = {
-    "hf-dynprune --help": PYTHON,
-    **{
-        f"hf-dynprune {name} --help": ARGUMENTS if name in WITH_TRAINER else PYTHON
-        for name in COMMANDS
-    },
-}
+WITH_TRAINER = ("score", "advise")  # the commands that take the arguments of the Trainer
+HELP = {"hf-dynprune --help": PYTHON}
+for name in COMMANDS:
+    HELP[f"hf-dynprune {name} --help"] = ARGUMENTS if name in WITH_TRAINER else PYTHON
 
 
 def start(what: str) -> float:
@@ -91,7 +90,7 @@ class OneStep(TrainerCallback):
 def build(
     pruned: bool, data: torch.utils.data.Dataset | datasets.Dataset, folder: str
 ) -> dict[str, float]:
-    """Seconds of building a trainer, and of its train() until the first step."""
+    """Measure the seconds of building a trainer, and of its train() until the first step."""
     args = TrainingArguments(
         folder,
         num_train_epochs=10,
@@ -122,7 +121,7 @@ def build(
 def measure_builds(
     samples: int, rounds: int, folder: str
 ) -> tuple[dict[str, list[float]], dict[str, str | None]]:
-    """What was done -> seconds; and what it needs."""
+    """What was done -> its seconds in each round; what was done -> what it needs."""
     columns = {"feature": np.zeros(samples, np.float32), "labels": np.zeros(samples, np.int64)}
     kinds = {
         "datasets.Dataset": datasets.Dataset.from_dict(columns),
@@ -138,11 +137,10 @@ def measure_builds(
         warm_up()
     seconds, needs = {}, {}
     for name, runs in measure.in_turns(turns, rounds, "rounds, trainers").items():
+        stock = name.replace("pruned", "stock")
         for part in runs[0]:
             seconds[f"{part}: {name}"] = [run[part] for run in runs]
-            needs[f"{part}: {name}"] = (
-                f"{part}: {name.replace('pruned', 'stock')}" if "pruned" in name else None
-            )
+            needs[f"{part}: {name}"] = None if name == stock else f"{part}: {stock}"
     return seconds, needs
 
 
@@ -151,18 +149,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--samples", type=int, default=1_280_000, help="that trainers are built on")
+    parser.add_argument("--samples", type=int, default=1_280_000, help="samples of the trainers")
     parser.add_argument(
         "--with_transformers",
         action="store_true",
-        help="also what imports that: some 5 s a process",
+        help="also time what imports transformers, about 5 s per process",
     )
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     needs: dict[str, str | None] = {
-        what: of
-        for what, of in (IMPORTS | HELP).items()
-        if options.with_transformers or not {what, of} & {TRAINER, ARGUMENTS}
+        what: base
+        for what, base in (IMPORTS | HELP).items()
+        if options.with_transformers or not {what, base} & {TRAINER, ARGUMENTS}
     }
     seconds = measure.in_turns(
         {what: partial(start, what) for what in needs}, options.rounds, "rounds, processes"
@@ -171,21 +169,15 @@ def main() -> None:
         built, needed = measure_builds(options.samples, options.rounds, folder)
     needs |= needed
     rows = []
-    for what, values in (seconds | built).items():
+    seconds |= built
+    for what, values in seconds.items():
         row = {"what": what, **measure.spread(values), "needs": needs[what], "rounds": values}
         if base := needs[what]:
-            row["beyond"] = statistics.median(
-                a - b for a, b in zip(values, (seconds | built)[base], strict=True)
-            )
+            pairs = zip(values, seconds[base], strict=True)
+            row["beyond"] = statistics.median(a - b for a, b in pairs)
         rows.append(row)
-    shown = {
-        "what": "",
-        "median": ".3f",
-        "lowest": ".3f",
-        "highest": ".3f",
-        "beyond": "+.3f",
-        "needs": "",
-    }
+    shown = {"what": "", **dict.fromkeys(("median", "lowest", "highest"), ".3f")}
+    shown |= {"beyond": "+.3f", "needs": ""}
     title = f"Seconds of start-up; trainers on {options.samples:,d} samples"
     measure.report(title, rows, shown, options)
 

@@ -1,24 +1,28 @@
-"""Images a second of training: recipes/cifar.py beside a plain PyTorch loop, and beside the usual way with the Trainer.
+"""Images per second of training: recipes/cifar.py, a plain PyTorch loop, the usual stock Trainer.
 
-    python recipes/benchmarks/throughput.py --dataset path/to/cifar10 --jpeg path/to/tiny_imagenet_20 --rounds 5 \\
+    python recipes/benchmarks/throughput.py --dataset path/to/cifar10 \\
+        --jpeg path/to/tiny_imagenet_20 --rounds 5 \\
         --output recipes/results/benchmarks/throughput.json
 
-    bare loop     uint8 images in memory, the augmentation of `ImageCache`, forward, backward, optimizer, learning rate;
-                  no Trainer, no accelerate, no pruning
-    cifar.py      what recipes/cifar.py runs with `--pruning full`, and with a UCB that scores and keeps everything
-    stock path    the stock Trainer on the encoded images of a `datasets.Dataset`: decoded by PIL and transformed by
-                  torchvision one by one, whenever they are trained; without a worker and with one
+    bare loop     uint8 images in memory, the augmentation of `ImageCache`, forward, backward,
+                  optimizer, learning rate; no Trainer, no accelerate, no pruning
+    cifar.py      recipes/cifar.py with `--pruning full`, and with a UCB that scores and keeps all
+    stock path    the stock Trainer on the encoded images of a `datasets.Dataset`, which PIL decodes
+                  and torchvision transforms one by one in each epoch; without and with one worker
 
-All train the same model on the same images with the same optimizer, in bf16 autocast (float32 where that is emulated).
-In each round each has a run of one epoch; on a CPU they take turns step by step, but for the one with a worker. Counted are
-full batches: the first fifth of the steps is left out (warm-up, workers that start), and the last one. The ratio is that of
-images a second, to the bare loop in the same round: above 1 is faster.
+All train the same model on the same images with the same optimizer, in bf16 autocast (float32 if
+bf16 is emulated). In each round each has a run of one epoch. On a CPU the runs take turns step by
+step, except for the one with a worker. Only full batches count: the last step is left out, and so
+is the first fifth of the steps (warm-up, start of the worker). The ratio is that of images per
+second, to the bare loop in the same round: above 1 is faster.
 
-Without `--dataset` the images are noise. It trains as fast, but is a larger PNG than a photograph: what is published of the
-stock path takes `--dataset`. `--jpeg` adds rows for a dataset of larger images, all of one size.
+Without `--dataset` the images are noise. Noise trains as fast, but is a larger PNG than a
+photograph, so published figures of the stock path need `--dataset`. `--jpeg` adds rows for a
+dataset of larger images of one size.
 
-On a CPU all rows have what the recipes do about glibc's allocator (`common.keep_freed_memory`), `--default_allocator` leaves
-it out. How much is lost without it differs from run to run, by the layout of the heap, and would hide what is compared.
+On a CPU all rows tune glibc's allocator as the recipes do (`common.keep_freed_memory`).
+`--default_allocator` does not. Without the tuning, the loss varies between runs with the layout of
+the heap, and would hide the differences.
 """
 
 import argparse
@@ -58,24 +62,20 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Clock(TrainerCallback):
-    """Images a second, from the end of the first fifth of the steps to that of the last step but one; without the turns that
-    others have in between.
+    """Images per second, from the end of the first fifth of the steps to the last step but one.
 
-    Accelerate loads each batch a step early: to the end of the last step one batch less would be loaded than trained.
+    The turns of other runs are left out. So is the last step, because Accelerate loads each batch
+    one step early: it would train a batch and load none.
     """
 
     def __init__(self, samples: int, batch_size: int, pass_on: Callable[[], None]) -> None:
         steps = math.ceil(samples / batch_size)
-        self.batch_size, self.first, self.last, self.pass_on = (
-            batch_size,
-            max(2, steps // 5),
-            steps - 1,
-            pass_on,
-        )
+        self.batch_size, self.pass_on = batch_size, pass_on
+        self.first, self.last = max(2, steps // 5), steps - 1
         self.step, self.begun, self.seconds = 0, 0.0, 0.0
 
     def tick(self) -> None:
-        """An optimizer step has ended."""
+        """Call at the end of each optimizer step."""
         self.step += 1
         if self.step in (self.first, self.last) and DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -101,7 +101,7 @@ def noise(samples: int) -> datasets.Dataset:
 
 
 def decoded(data: datasets.Dataset) -> cifar.Images:
-    """As cifar.load_images has them; nothing is evaluated here."""
+    """Images as cifar.load_images returns them. Nothing is evaluated here."""
     options = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     train = ImageCache.from_dataset(data, augment=True, **options)
     plain = ImageCache(train.images, train.labels, **options)
@@ -144,11 +144,15 @@ def bare_loop(
     folder: str,
     pass_on: Callable[[], None],
 ) -> float:
-    """`args` are made beforehand: making some resets what accelerate knows of the Trainers that take turns with this."""
+    """Train without a Trainer.
+
+    `args` must exist already: making TrainingArguments resets the state of accelerate, also for the
+    Trainers that take turns with this loop.
+    """
     data = images.train
     clock = Clock(len(data), options.batch_size, pass_on)
     wrapped, optimizer = make_model(images, args, options)
-    model = wrapped.timm_model.train()  # without what transformers wraps around it
+    model = wrapped.timm_model.train()  # without the wrapper of transformers
     if options.compile:
         model = torch.compile(model)
     steps = math.ceil(len(data) / options.batch_size)
@@ -172,10 +176,9 @@ def bare_loop(
 
 
 def timed(trainer: Trainer, clock: Clock) -> float:
-    """Where runs take turns all are made before the first one trains."""
     trainer.add_callback(clock)
     trainer.remove_callback(PrinterCallback)
-    clock.pass_on()
+    clock.pass_on()  # if runs take turns, all are made before the first one trains
     trainer.train()
     return clock.images_per_second
 
@@ -229,35 +232,28 @@ def stock_path(
 def compare(
     ways: dict[str, Callable[..., float]], options: argparse.Namespace, folder: str
 ) -> list[dict[str, object]]:
-    """A row for each way; the first is what the others are compared with."""
+    """A row for each way. The others are compared with the first."""
     ways = {name: partial(way, options=options, folder=folder) for name, way in ways.items()}
     speeds: dict[str, list[float]] = {name: [] for name in ways}
     for number in trange(options.rounds, desc="rounds"):
         order = list(ways) if number % 2 == 0 else list(reversed(ways))
-        # A worker loads while others have their turns, and a GPU is not to wait for each step: such runs are whole.
+        # Some runs take no turns: a worker would load meanwhile, and a GPU would wait at each step.
         alone = [name for name in order if DEVICE.type == "cuda" or "worker" in name]
+        in_turns = [name for name in order if name not in alone]
         found = measure.step_by_step(
-            {
-                name: lambda pass_on, name=name: ways[name](pass_on=pass_on)
-                for name in order
-                if name not in alone
-            }
+            {name: lambda pass_on, name=name: ways[name](pass_on=pass_on) for name in in_turns}
         )
         for name in alone:
-            torch.compiler.reset()  # of the many models that one process compiles the later ones would run without
+            # A process compiles only so many models. Later ones would run uncompiled.
+            torch.compiler.reset()
             found[name] = ways[name](pass_on=lambda: None)
         for name, speed in found.items():
             speeds[name].append(speed)
     bare, rows = next(iter(ways)), []
     for name, values in speeds.items():
         spread = measure.spread(values)
-        row = {
-            "path": name,
-            "images_per_second": spread.pop("median"),
-            **spread,
-            "rounds": values,
-            "compared_with": bare,
-        }
+        row = {"path": name, "images_per_second": spread.pop("median"), **spread}
+        row |= {"rounds": values, "compared_with": bare}
         rows.append(row if name == bare else row | measure.ratio(values, speeds[bare]))
     return rows
 
@@ -271,13 +267,13 @@ def main() -> None:
     )
     parser.add_argument("--jpeg", help="Hub id or local path of JPEG images of one size")
     parser.add_argument(
-        "--samples", type=int, default=10_000, help="the first of the training split; an epoch"
+        "--samples", type=int, default=10_000, help="first samples of the training split"
     )
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", default="resnet8_cifar")
     parser.add_argument(
-        "--compile", action="store_true", help="torch.compile in all runs; of use on a GPU alone"
+        "--compile", action="store_true", help="torch.compile in all runs; useful only on a GPU"
     )
     parser.add_argument(
         "--default_allocator", action="store_true", help="without common.keep_freed_memory"
@@ -286,7 +282,10 @@ def main() -> None:
     parser.set_defaults(bf16=common.computes_in_bf16())  # noted with the results
     options = parser.parse_args()
     if math.ceil(options.samples / options.batch_size) < 4:
-        parser.error("too few --samples for 4 steps of --batch_size")
+        parser.error(
+            f"--samples {options.samples} is too small: expected 4 steps of --batch_size "
+            f"{options.batch_size}"
+        )
     if not options.default_allocator:
         common.keep_freed_memory()
     datasets.disable_progress_bars()
@@ -317,14 +316,9 @@ def main() -> None:
                 "JPEG: ImageCache, Trainer": partial(recipe_run, images, FullData),
             }
             rows += compare(ways, options, folder)
-    shown = {
-        "path": "",
-        "images_per_second": ",.0f",
-        "lowest": ",.0f",
-        "highest": ",.0f",
-        "ratio": ".3f",
-    }
-    measure.report("Images a second of training", rows, shown, options)
+    speeds = dict.fromkeys(("images_per_second", "lowest", "highest"), ",.0f")
+    shown = {"path": "", **speeds, "ratio": ".3f"}
+    measure.report("Images per second of training", rows, shown, options)
 
 
 if __name__ == "__main__":
