@@ -1,7 +1,9 @@
-"""Should I prune, and how much? A short dry run of the Trainer, and from it the seconds of the whole run under each policy.
+"""Should I prune, and how much? A short dry run of the Trainer predicts the seconds of whole runs.
 
-[`advise`] measures, on this machine and with the run's own model, loader and arguments, and says the answer in words, as a
-table and as JSON. [`predict`] is the arithmetic behind it: a pure function of what was measured.
+    Trainer ──dry run──▶ Measured ──predict(policy, settings)──▶ Prediction, ... ──▶ Advice
+
+[`advise`] measures on this machine, with the run's model, loader and arguments. It answers in
+words, as a table and as JSON. [`predict`] is the arithmetic behind it, a pure function.
 """
 
 import copy
@@ -9,12 +11,13 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,28 +27,19 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from .policies import (
-    IES,
-    KAKURENBO,
-    UCB,
-    EpochPlan,
-    FullData,
-    InfoBatch,
-    PruningPolicy,
-    RandomPruning,
-    SeTa,
-    check_count,
-    keep_count,
-)
+from .checks import check_count
+from .data_side import run_shape
+from .policies import UCB, FullData, InfoBatch, PruningPolicy, RandomPruning
 from .pruner import LABEL, DynamicPruner
-from .report import PHASES
-from .trainer import looks_once
+from .report import PHASES, passes
+from .schedule import RunShape, epoch_costs, planned_epochs
+from .selection import keep_count
 
-# Of a share of the run's, or a step's, seconds that is worth a word.
+# A finding is reported if its share of the seconds of the run, or of a step, is above this.
 _NOTABLE = 0.3
-# The dry run trains for as many batches as it is told, and for so many seconds: small models make their steps in bursts.
+# The dry run lasts at least this long on one rank: small models make their steps in bursts.
 _LEAST_SECONDS = 5.0
-# Steps that are left out: memory is allocated, kernels are chosen, caches fill.
+# Steps that are not timed: memory is allocated, kernels are chosen, caches fill.
 _WARM_UP = 3
 _SCORING: tuple[Literal["trained", "dropped", "all"], ...] = ("trained", "dropped", "all")
 
@@ -55,14 +49,17 @@ _SCORING: tuple[Literal["trained", "dropped", "all"], ...] = ("trained", "droppe
 
 @dataclass(frozen=True)
 class Settings:
-    """What the length of a run follows from: the arguments of [`DynamicPruner`]; when the Trainer evaluates and saves."""
+    """What the seconds of a run follow from, besides its policy; see the TrainingArguments.
 
-    num_samples: int
-    batch_size: int
-    num_epochs: float | None
-    max_steps: int | None = None
-    accumulation: int = 1
-    drop_last: bool = False
+    Attributes:
+        shape: Samples, batch and budget.
+        workers: Processes of the training loader.
+        persistent_workers: Whether they are kept from epoch to epoch.
+        eval_strategy, eval_steps, eval_delay, eval_on_start: When the Trainer evaluates.
+        save_strategy, save_steps: When it writes checkpoints.
+    """
+
+    shape: RunShape
     persistent_workers: bool = False
     workers: int = 0
     eval_strategy: str = "no"
@@ -74,15 +71,12 @@ class Settings:
 
     @classmethod
     def of(cls, trainer: Trainer) -> "Settings":
+        """Read the settings of a Trainer whose training dataset has a length."""
         args: Any = trainer.args
+        dataset: Any = trainer.train_dataset
         evaluates = trainer.eval_dataset is not None
         return cls(
-            num_samples=len(trainer.train_dataset),  # type: ignore[arg-type]  # `_check` has seen that it has a length
-            batch_size=args.train_batch_size,
-            num_epochs=None if args.max_steps > 0 else args.num_train_epochs,
-            max_steps=args.max_steps if args.max_steps > 0 else None,
-            accumulation=args.gradient_accumulation_steps,
-            drop_last=args.dataloader_drop_last,
+            run_shape(args, len(dataset)),
             persistent_workers=args.dataloader_persistent_workers,
             workers=args.dataloader_num_workers,
             eval_strategy=args.eval_strategy.value if evaluates else "no",
@@ -93,30 +87,27 @@ class Settings:
             save_steps=args.save_steps,
         )
 
-    def pruner(self, policy: PruningPolicy) -> DynamicPruner:
-        return DynamicPruner(
-            policy,
-            self.num_samples,
-            batch_size=self.batch_size,
-            num_epochs=self.num_epochs,
-            max_steps=self.max_steps,
-            accumulation=self.accumulation,
-            drop_last=self.drop_last,
-        )
-
     def evaluations(self, steps: int, epochs: int) -> int:
+        """The number of evaluations in a run of `steps` optimizer steps and `epochs` epochs."""
         return self.eval_on_start + _how_often(
             self.eval_strategy, self.eval_steps, self.eval_delay, steps, epochs
         )
 
     def checkpoints(self, steps: int, epochs: int) -> int:
-        if self.save_strategy == "best":  # at the most: wherever it evaluates
+        """The number of checkpoints; with `save_strategy="best"` the largest possible number."""
+        if self.save_strategy == "best":
             return self.evaluations(steps, epochs) - self.eval_on_start
         return _how_often(self.save_strategy, self.save_steps, 0, steps, epochs)
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values, those of the shape beside the others."""
+        own = asdict(self)
+        shape = own.pop("shape")
+        return {"num_samples": shape.pop("samples"), **shape, **own}
+
 
 def _how_often(strategy: str, every: float, delay: float, steps: int, epochs: int) -> int:
-    """How often the Trainer does what it does at each epoch's end, or every so many steps and at the last."""
+    """Count the epochs, or the steps, at whose end the Trainer evaluates or saves."""
     if strategy == "epoch":
         return sum(epoch >= delay for epoch in range(1, epochs + 1))
     if strategy == "steps":
@@ -127,19 +118,21 @@ def _how_often(strategy: str, every: float, delay: float, steps: int, epochs: in
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of wall-clock, from a dry run.
+    """Wall-clock seconds, measured in a dry run.
 
     Attributes:
-        steps: optimizer steps that were timed.
-        waiting: of a step, for its batches: what the loader is behind the model; without workers all of `loading`, and what
-            the loop does between two steps.
-        forward, backward, optimizer: of a step; with the loss and gradient clipping in `backward`, logging in `optimizer`.
-        loading: of the batches of a step, when the loader has nothing to wait for.
-        epoch_start: starting and stopping the loader, with its workers.
-        run_start: of `train()` before its first epoch, and what the first steps take longer.
-        scoring: of a sample in a pass that scores; `scoring_start` of such a pass beside its samples.
-        evaluation: once, on all evaluation data.
-        checkpoint: once.
+        steps: The number of optimizer steps that were timed.
+        waiting: Per step, the time spent waiting for its batches because the loader is slower than
+            the model. Without workers, all of `loading` and what the loop does between steps.
+        forward, backward, optimizer: Per step. `backward` includes the loss and gradient clipping,
+            `optimizer` includes logging.
+        loading: Per step, the time to load its batches if the loader never waits for the model.
+        epoch_start: Per epoch, the time to start and stop the loader and its workers.
+        run_start: `train()` before its first epoch, and the extra time of its first steps.
+        scoring: Per sample of a scoring pass.
+        scoring_start: A scoring pass beside its samples.
+        evaluation: One evaluation, on all evaluation data.
+        checkpoint: One checkpoint.
     """
 
     steps: int
@@ -157,12 +150,12 @@ class Measured:
 
     @property
     def behind(self) -> float:
-        """Of a step: what a loader that keeps up would save."""
+        """Seconds per step that a loader as fast as the model would save."""
         return min(self.waiting, self.loading)
 
     @property
     def step(self) -> float:
-        """Of an optimizer step, waiting included."""
+        """Seconds per optimizer step, waiting included."""
         return self.waiting + self.forward + self.backward + self.optimizer
 
 
@@ -171,17 +164,18 @@ class Measured:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a run would take.
+    """The cost of a run under a policy.
 
     Attributes:
-        policy: its rule.
-        epochs: that it begins; `steps`: its optimizer steps.
-        passes: samples through forward and backward; one that is only scored counts as a third.
-        seconds: by the phases of a [`PruningReport`]; `training` holds start-ups and checkpoints.
-        assumed: None; or, where how much is kept depends on the data, the least and the most that is taken to be kept. The
-            other attributes are then those of the most.
-        least_seconds: in all, with the least kept; None where nothing is assumed.
-        acts: False where scores are to decide and cannot, see [`hf_dynprune.trainer.looks_once`].
+        policy: The policy.
+        epochs: The number of epochs that begin.
+        steps: Optimizer steps.
+        passes: Samples through forward and backward. A sample that is only scored counts as 1/3.
+        seconds: By the phases of a [`PruningReport`]. `training` includes start-up and checkpoints.
+        assumed: If the size of a choice depends on the data, the least and the most that a choice
+            is expected to keep, as shares. All other attributes then assume the most. Else None.
+        least_seconds: Total seconds with the least kept; None if `assumed` is.
+        acts: False if scores should decide and cannot, see [`PruningPolicy.looks_once`].
     """
 
     policy: PruningPolicy
@@ -195,134 +189,79 @@ class Prediction:
 
     @property
     def total(self) -> float:
+        """Seconds of all phases."""
         return sum(self.seconds.values())
 
 
 def predict(
     policy: PruningPolicy, settings: Settings, measured: Measured, *, choosing: float = 0.0
 ) -> Prediction:
-    """The seconds and the cost of a whole run under a policy. Pure.
+    """Predict the seconds and the cost of a whole run under a policy. Pure.
 
-        training    start of the run + samples / samples of a step * (waiting + forward + backward) + steps * optimizer
-                    + epochs * start of an epoch + checkpoints
-        scoring     for each choice that scores: start of a pass + samples * sample
-        choosing    epochs * `choosing`
+        training    run_start + samples / samples per step * (waiting + forward + backward)
+                    + steps * optimizer + epochs * epoch_start + checkpoints * checkpoint
+        scoring     for each choice that scores: scoring_start + samples * scoring
+        choosing    epochs * choosing
         evaluation  evaluations * evaluation
 
-    Steps, samples and scored samples of each epoch are those that [`DynamicPruner`] plans, with full-data epochs, period
-    and a last epoch that is cut. Where the size of a choice depends on the data it is a range, which is an assumption:
-    what the policy's authors and others found, see `assumed_share`.
+    [`epoch_costs`] gives steps, samples and scored samples, with full-data epochs, period and a
+    partial last epoch. With persistent workers there is one epoch_start. If the size of a choice
+    depends on the data, the two ends of `policy.expected_share` are predicted.
+
+    Args:
+        policy: The policy to predict.
+        settings: The settings of the run.
+        measured: The seconds of its parts.
+        choosing: Seconds per choice.
 
     Raises:
-        ValueError: what DynamicPruner raises, such as for a plan that does not fill a batch with `drop_last`.
+        ValueError: If the policy does not fit the run, such as a choice that does not fill a batch
+            with `drop_last`, or scores of another dataset.
     """
-    if all(planned.size is not None for planned in settings.pruner(policy).schedule()):
-        return _predict(policy, policy, settings, measured, choosing)
-    assumed = assumed_share(policy, settings.num_samples)
-    common = {
-        f.name: getattr(policy, f.name)
-        for f in fields(_OfShare)
-        if f.name in ("period", "first", "last", "scoring")
-    }
-    least, most = (
-        _predict(policy, _OfShare(share, **common), settings, measured, choosing)
-        for share in assumed
-    )
+    shape = settings.shape
+    policy.check_dataset(shape.samples, "")  # the content is not checked here
+    if all(epoch.size is not None for epoch in planned_epochs(policy, shape)):
+        return _predict(policy, settings, measured, choosing, share=None)
+    assumed = policy.expected_share(shape.samples)
+    least, most = (_predict(policy, settings, measured, choosing, share=share) for share in assumed)
     return replace(most, assumed=assumed, least_seconds=least.total)
-
-
-def assumed_share(policy: PruningPolicy, n: int) -> tuple[float, float]:
-    """The least and the most that a choice of a policy is taken to keep whose choices depend on the data.
-
-    `InfoBatch`: 20 to 80 % of the losses are below their mean, which is a cost of 0.6 to 0.9 at its prune_ratio of 0.5;
-    `SeTa`: 0.45 to 0.75 of what it draws; `KAKURENBO`: all but `max_hidden`, to all; `IES`: 0.54 to 0.88, as measured on
-    CIFAR-10 and CIFAR-100. Any other policy: one sample, to all.
-    """
-    match policy:
-        case InfoBatch(prune_ratio=float() | int() as r):
-            return 1 - 0.8 * r, 1 - 0.2 * r
-        case SeTa(prune_ratio=r):
-            return 0.45 * (1 - r), 0.75 * (1 - r)
-        case KAKURENBO(max_hidden=hidden):
-            return 1 - hidden, 1.0
-        case IES():
-            return 0.54, 0.88
-    return 1 / n, 1.0
-
-
-@dataclass(frozen=True)
-class _OfShare(PruningPolicy):
-    """Stands for a policy whose choices keep this share; it is asked for sizes alone."""
-
-    keep_ratio: float = 1.0
-
-    signals: ClassVar[tuple[str, ...]] = ("loss",)  # without it there are no scoring passes
-
-    def plan(self, *args: Any, **kwargs: Any) -> EpochPlan:
-        raise NotImplementedError
 
 
 def _predict(
     policy: PruningPolicy,
-    sized: PruningPolicy,
     settings: Settings,
     measured: Measured,
     choosing: float,
+    *,
+    share: float | None,
 ) -> Prediction:
-    """`sized` has the sizes of the choices of `policy`."""
-    pruner = settings.pruner(sized)
-    epochs = list(_epochs(pruner, settings.num_epochs))
-    steps, trained = sum(epoch.steps for epoch in epochs), sum(epoch.samples for epoch in epochs)
-    starts = 1 if settings.persistent_workers else len(epochs)
-    scored = [epoch.scored for epoch in epochs if epoch.scored]
-    before = pruner.report.preparation
+    """Predict. Choices whose size depends on the data keep `share` of the samples."""
+    shape = settings.shape
+    costs = list(epoch_costs(policy, shape, share=share))
+    epochs, steps = len(costs), sum(cost.steps for cost in costs)
+    trained = sum(cost.samples for cost in costs)
+    scored = [cost.scored for cost in costs if cost.scored]
+    starts = 1 if settings.persistent_workers else epochs
+    full_steps = trained / (shape.global_batch * shape.accumulation)
+    before = policy.preparation()
+    charged = before["passes"] if before.get("charged") else 0.0
     return Prediction(
         policy,
-        len(epochs),
+        epochs,
         steps,
-        trained + sum(scored) / 3 + (before["passes"] if before.get("charged") else 0),
+        charged + passes(trained, trained, sum(scored)),
         {
             "training": measured.run_start
-            + trained
-            / (pruner.global_batch * settings.accumulation)
-            * (measured.step - measured.optimizer)
+            + full_steps * (measured.step - measured.optimizer)
             + steps * measured.optimizer
             + starts * measured.epoch_start
-            + settings.checkpoints(steps, len(epochs)) * measured.checkpoint,
+            + settings.checkpoints(steps, epochs) * measured.checkpoint,
             "scoring": len(scored) * measured.scoring_start + sum(scored) * measured.scoring,
-            "choosing": len(epochs) * choosing,
-            "evaluation": settings.evaluations(steps, len(epochs)) * measured.evaluation,
+            "choosing": epochs * choosing,
+            "evaluation": settings.evaluations(steps, epochs) * measured.evaluation,
         },
-        acts=not looks_once(policy, len(epochs)),
+        acts=not policy.looks_once(shape, epochs),
     )
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    steps: int
-    samples: float
-    scored: int
-
-
-def _epochs(pruner: DynamicPruner, num_epochs: float | None) -> Iterator[_Epoch]:
-    """What each epoch of a run trains and scores."""
-    n, scoring = len(pruner.table), pruner.policy.scoring
-    held: int | None = None
-    spent = 0
-    for epoch, (size, _, chooses) in enumerate(pruner.schedule()):
-        assert size is not None  # `predict` gives a share to what has no size of its own
-        length = pruner.steps(size)
-        if num_epochs is not None:
-            steps = math.ceil(round(length * min(1.0, num_epochs - epoch), 9))
-        else:
-            assert pruner.max_steps is not None
-            steps = min(length, pruner.max_steps - spent)
-        scored = 0
-        if chooses:
-            scored = {"trained": 0, "all": n, "dropped": 0 if held is None else n - held}[scoring]
-            held = size
-        spent += steps
-        yield _Epoch(steps, size * steps / length, scored)
 
 
 # ---- advice --------------------------------------------------------------------------------------
@@ -330,14 +269,14 @@ def _epochs(pruner: DynamicPruner, num_epochs: float | None) -> Iterator[_Epoch]
 
 @dataclass(frozen=True)
 class Advice:
-    """What [`advise`] found. `str` is a table and the findings in words, `to_dict` the same as JSON values.
+    """What [`advise`] found. `str` gives a table and the findings, `to_dict` the same as JSON.
 
     Attributes:
-        settings: of the run.
-        measured: in the dry run.
-        full: the run on all data.
-        predictions: the other runs.
-        findings: about what -> what was found, in words; `"answer"` comes first, `"short run"` last.
+        settings: The settings of the run.
+        measured: The seconds measured in the dry run.
+        full: The run on all data.
+        predictions: The other runs.
+        findings: Topic -> finding in words. `"answer"` comes first, `"short run"` last.
     """
 
     settings: Settings
@@ -347,77 +286,96 @@ class Advice:
     findings: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "findings", _findings(self))
+        found = {
+            "answer": _answer(self),
+            "estimates": _estimates(self),
+            "first looks": _first_looks(self),
+            "loader": _loader(self),
+            "epoch starts": _epoch_starts(self),
+            **{phase: _eaten(self, phase) for phase in _WAYS_OUT},
+            "short run": _SHORT_RUN,
+        }
+        found = {topic: text for topic, text in found.items() if text}
+        object.__setattr__(self, "findings", found)
+
+    @property
+    def acting(self) -> list[Prediction]:
+        """The predictions that need no assumption and in which scores can act."""
+        return [row for row in self.predictions if row.acts and row.assumed is None]
+
+    @property
+    def best(self) -> Prediction | None:
+        """The quickest of the acting predictions; None if there is none."""
+        return min(self.acting, key=lambda row: row.total, default=None)
 
     def saved(self, prediction: Prediction) -> float:
-        """Seconds less than the full run takes, as a share of these; negative where it takes longer."""
+        """The share of the full run's seconds that is saved; negative if the run takes longer."""
         return 1 - prediction.total / self.full.total
 
     def short_epochs(self, prediction: Prediction) -> float:
         """Epochs on all data that take as long: those of the short run, the baseline to beat."""
-        start, epochs = self.measured.run_start, self.full.passes / self.settings.num_samples
+        start, epochs = self.measured.run_start, self.full.passes / self.settings.shape.samples
         return (prediction.total - start) / (self.full.total - start) * epochs
 
     def to_dict(self) -> dict[str, Any]:
+        """Findings, settings, measured seconds and predictions as JSON values."""
         return {
             "findings": self.findings,
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_dict(),
             "measured": {**asdict(self.measured), "step": self.measured.step},
-            "predictions": [
-                {
-                    "policy": prediction.policy.to_dict(),
-                    "label": str(prediction.policy),
-                    "keep_ratio": getattr(prediction.policy, "keep_ratio", None),
-                    "total_seconds": prediction.total,
-                    "seconds": prediction.seconds,
-                    "saved_seconds": self.full.total - prediction.total,
-                    "saved": self.saved(prediction),
-                    "cost": prediction.passes / self.full.passes,
-                    "epochs": prediction.epochs,
-                    "steps": prediction.steps,
-                    "short_run_epochs": self.short_epochs(prediction),
-                    "acts": prediction.acts,
-                    "estimate": None
-                    if prediction.assumed is None
-                    else {
-                        "kept": list(prediction.assumed),
-                        "least_seconds": prediction.least_seconds,
-                    },
-                }
-                for prediction in (self.full, *self.predictions)
-            ],
+            "predictions": [self._row(row) for row in (self.full, *self.predictions)],
+        }
+
+    def _row(self, row: Prediction) -> dict[str, Any]:
+        estimate = None
+        if row.assumed is not None:
+            estimate = {"kept": list(row.assumed), "least_seconds": row.least_seconds}
+        return {
+            "policy": row.policy.to_dict(),
+            "label": str(row.policy),
+            "keep_ratio": getattr(row.policy, "keep_ratio", None),
+            "total_seconds": row.total,
+            "seconds": row.seconds,
+            "saved_seconds": self.full.total - row.total,
+            "saved": self.saved(row),
+            "cost": row.passes / self.full.passes,
+            "epochs": row.epochs,
+            "steps": row.steps,
+            "short_run_epochs": self.short_epochs(row),
+            "acts": row.acts,
+            "estimate": estimate,
         }
 
     def __str__(self) -> str:
-        head = ["policy", "cost", *PHASES, "total", "saved", "as long: all data for"]
-        rows = [
-            [
-                ("~ " if p.assumed else "") + str(p.policy),
-                f"{p.passes / self.full.passes:.3f}",
-                *(_duration(p.seconds[phase]) for phase in PHASES),
-                _duration(p.total),
-                "" if p is self.full else _percent(self.saved(p)),
-                f"{self.short_epochs(p):.1f} epochs",
-            ]
-            for p in (self.full, *self.predictions)
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-        lines = [
-            "  ".join(
+        rows = [["policy", "cost", *PHASES, "total", "saved", "same time: all data for"]]
+        for row in (self.full, *self.predictions):
+            rows.append(
                 [
-                    row[0].ljust(widths[0]),
-                    *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)),
+                    ("~ " if row.assumed else "") + str(row.policy),
+                    f"{row.passes / self.full.passes:.3f}",
+                    *(_duration(row.seconds[phase]) for phase in PHASES),
+                    _duration(row.total),
+                    "" if row is self.full else _percent(self.saved(row)),
+                    f"{self.short_epochs(row):.1f} epochs",
                 ]
             )
-            for row in (head, *rows)
-        ]
         m = self.measured
-        step = ", ".join(
-            f"{name} {_duration(getattr(m, name))}"
-            for name in ("waiting", "forward", "backward", "optimizer")
+        parts = ", ".join(
+            f"{part} {_duration(getattr(m, part))}"
+            for part in ("waiting", "forward", "backward", "optimizer")
         )
-        measured = f"A step takes {_duration(m.step)} ({step}; {m.steps} steps timed)."
-        return "\n".join([*lines, "", measured, *(text for text in self.findings.values())])
+        step = f"A step takes {_duration(m.step)} ({parts}; {m.steps} steps timed)."
+        return "\n".join([*_table(rows), "", step, *self.findings.values()])
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    """Align the first column to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return lines
 
 
 def _duration(seconds: float) -> str:
@@ -431,285 +389,200 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
-def _findings(advice: Advice) -> dict[str, str]:
-    settings, m, full, rows = advice.settings, advice.measured, advice.full, advice.predictions
-    found: dict[str, str] = {}
-    acting = [row for row in rows if row.acts and row.assumed is None]
-    best = min(acting, key=lambda row: row.total, default=None)
-    if settings.max_steps is not None:
-        found["answer"] = (
-            f"Answer: not to save time. max_steps={settings.max_steps} is a budget that every run spends: a pruned one "
-            "trains more epochs, of fewer samples, in as long. To save time set num_train_epochs instead."
+# ---- findings: each in words, or "" if there is nothing to say -----------------------------------
+
+_WAYS_OUT = {
+    "evaluation": "It costs the same however much is kept: evaluate less often (eval_strategy, "
+    "eval_steps), or on less data.",
+    "scoring": "Score by training losses (scoring='trained', at no cost), or choose less often "
+    "(period).",
+}
+_SHORT_RUN = (
+    "Compare with the short run: all data, for the epochs in the last column. It takes the same "
+    "time, and its learning rate reaches zero, too. If its result is as good, take the short run."
+)
+
+
+def _answer(advice: Advice) -> str:
+    max_steps, best = advice.settings.shape.max_steps, advice.best
+    if max_steps is not None:
+        return (
+            f"Answer: pruning saves no time here. max_steps={max_steps} is a budget that every run "
+            "spends: a pruned run trains more epochs, of fewer samples, in the same time. To save "
+            "time, set num_train_epochs instead."
         )
-    elif best is None or advice.saved(best) < 0.1:
-        found["answer"] = (
-            "Answer: no. Nothing in the table that can act saves a tenth of the full run or more."
-        )
-    else:
-        quickest: dict[str, Prediction] = {}
-        for row in sorted(
-            (row for row in acting if advice.saved(row) > 0),
-            key=lambda row: row.total,
-            reverse=True,
-        ):
+    if best is None or advice.saved(best) < 0.1:
+        return "Answer: no. No policy in the table that can act saves 10 % of the full run."
+    quickest: dict[str, Prediction] = {}  # the last row of a keep_ratio, which is its quickest
+    for row in sorted(advice.acting, key=lambda row: row.total, reverse=True):
+        if advice.saved(row) > 0:
             keep_ratio = getattr(row.policy, "keep_ratio", None)
-            quickest[str(row.policy) if keep_ratio is None else f"keep_ratio={keep_ratio:g}"] = row
-        found["answer"] = (
-            f"Answer: it can pay. All data take {_duration(full.total)}; "
-            + ", ".join(
-                f"{how} {_duration(row.total)} ({_percent(advice.saved(row))} less)"
-                for how, row in quickest.items()
-            )
-            + ". What that does to the result only a run tells."
-        )
+            how = str(row.policy) if keep_ratio is None else f"keep_ratio={keep_ratio:g}"
+            quickest[how] = row
+    savings = ", ".join(
+        f"{how} takes {_duration(row.total)} ({_percent(advice.saved(row))} less)"
+        for how, row in quickest.items()
+    )
+    return (
+        f"Answer: yes, it can pay. The full run takes {_duration(advice.full.total)}; {savings}. "
+        "Only a run shows what pruning does to the result."
+    )
+
+
+def _estimates(advice: Advice) -> str:
     ranges = [
-        f"{row.policy} keeps {row.assumed[0]:.2f} to {row.assumed[1]:.2f}, {_duration(row.least_seconds)} to "
-        f"{_duration(row.total)}"
-        for row in rows
+        f"{row.policy} keeps {row.assumed[0]:.2f} to {row.assumed[1]:.2f} and takes "
+        f"{_duration(row.least_seconds)} to {_duration(row.total)}"
+        for row in advice.predictions
         if row.assumed is not None and row.least_seconds is not None
     ]
-    if ranges:
-        found["estimates"] = (
-            "~ Estimates: how much these keep depends on the data. Assumed, with the most in the table: "
-            f"{'; '.join(ranges)}."
-        )
-    idle = [str(row.policy) for row in rows if not row.acts]
-    if idle:
-        found["first looks"] = (
-            f"Cannot act: {', '.join(idle)}. Choices x keep_ratio is at most 1 in {full.epochs} epochs, and samples never "
-            "observed come first: scores decide next to nothing, as in RandomPruning. Ways out: scoring='all', first=1 "
-            "(full-data epochs at the start), more epochs or a larger keep_ratio."
-        )
+    if not ranges:
+        return ""
+    return (
+        "~ Estimates: how much these policies keep depends on the data. The table shows the upper "
+        f"end of what is assumed: {'; '.join(ranges)}."
+    )
+
+
+def _first_looks(advice: Advice) -> str:
+    idle = [str(row.policy) for row in advice.predictions if not row.acts]
+    if not idle:
+        return ""
+    return (
+        f"Cannot act: {', '.join(idle)}. Samples that were never observed come first, and "
+        f"{advice.full.epochs} epochs do not suffice to observe all samples: scores decide almost "
+        "nothing, so each is as good as RandomPruning. Set scoring='all', first=1 (start with a "
+        "full-data epoch), more epochs or a larger keep_ratio."
+    )
+
+
+def _loader(advice: Advice) -> str:
+    m, full = advice.measured, advice.full
     waiting = m.behind / m.step
-    if waiting > _NOTABLE:
-        fast = full.total - full.steps * m.behind
-        more = f"more workers (dataloader_num_workers={settings.workers} now), or samples decoded once (vision.ImageCache)"
-        found["loader"] = (
-            f"The data loader is the limit: {_percent(waiting)} of a step is waiting for data. Pruning loads only what it "
-            "keeps, so it saves that, too, but scoring passes pay it. With a loader that keeps up the full run would take "
-            f"{_duration(fast)} instead of {_duration(full.total)}: {more}."
-        )
-    starts = full.epochs * m.epoch_start
-    if (
-        settings.workers
-        and not settings.persistent_workers
-        and best is not None
-        and starts > _NOTABLE * best.total
-    ):
-        found["epoch starts"] = (
-            f"Starting the loader takes {_duration(m.epoch_start)} an epoch, {_duration(starts)} of {_duration(best.total)} "
-            f"({best.policy}), whatever is kept: set dataloader_persistent_workers=True, or fewer workers."
-        )
-    for phase, way_out in (
-        (
-            "evaluation",
-            "It does not shrink with the data: evaluate less often (eval_strategy, eval_steps), or on less.",
-        ),
-        (
-            "scoring",
-            "Score by training losses (scoring='trained', at no cost), or choose less often (period).",
-        ),
-    ):
-        eaten = [
-            (row.seconds[phase] / row.total, str(row.policy))
-            for row in rows
-            if row.seconds[phase] > _NOTABLE * row.total
-        ]
-        if eaten:
-            share, label = max(eaten)
-            others = (
-                f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} others"
-                if len(eaten) > 1
-                else ""
-            )
-            found[phase] = (
-                f"{phase.capitalize()} eats the gain: {_percent(share)} of {label}{others}. {way_out}"
-            )
-    found["short run"] = (
-        "Compare with the short run: all data for as many epochs as the last column says takes as long, and its learning "
-        "rate reaches zero as well. Where it is as good, take the short run."
+    if waiting <= _NOTABLE:
+        return ""
+    return (
+        f"The data loader is the bottleneck: {_percent(waiting)} of a step is waiting for data. "
+        "Pruning saves that time, too, because it loads only what it keeps; scoring passes do not. "
+        "With a loader as fast as the model the full run would take "
+        f"{_duration(full.total - full.steps * m.behind)} instead of {_duration(full.total)}: use "
+        f"more workers (dataloader_num_workers={advice.settings.workers} now), or decode the "
+        "samples once (vision.ImageCache)."
     )
-    return found
 
 
-def advise(
-    trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None, batches: int = 20
-) -> Advice:
-    """Whether pruning pays for this run, and how much of it: measured in a dry run, before the run is paid for.
-
-    A copy of the trainer, with a copy of its model and optimizer, trains some batches by the Trainer's own `train()`; then
-    its loaders, its evaluation, a scoring pass and each policy's choice are timed. Weights, optimizer, random states,
-    output folder and the trainer itself are afterwards as they were. Callbacks other than the Trainer's own flow do not run:
-    what they take is not in the prediction. What `run_start` holds (kernels that are chosen, graphs that are compiled) a run
-    in the same process may find done.
-
-    Args:
-        trainer: a Trainer, or one of its subclasses, that was made and not trained; with pruning or without. Of a stock one
-            the steps are taken to be as long with pruning, which is what was measured elsewhere.
-        policies: to predict; *optional*, defaults to what the trainer prunes by, and to random choices, UCB with each
-            `scoring` at several keep ratios, and InfoBatch.
-        batches: at least so many are trained, on one rank for 5 s at the least, and a quarter as many evaluated; at least 4.
-
-    Returns:
-        The [`Advice`]: print it.
-
-    Raises:
-        TypeError, ValueError: for what is no Trainer, or has no training data with a length; and what DynamicPruner raises
-            for a policy that does not fit the run.
-
-    Cost: the batches, and the memory of another model. On several ranks all of them call it; each measures for itself.
-    """
-    _check(trainer, batches)
-    settings = Settings.of(trainer)
-    if policies is None:
-        own, policies = getattr(trainer, "pruning", None), _usual(settings)
-        if own is not None and not isinstance(own, FullData):
-            policies = [own, *(policy for policy in policies if policy != own)]
-    for policy in policies:  # what does not fit is told before anything is measured
-        predict(policy, settings, _NOTHING)
-    with _dry_run(trainer) as dry:
-        measured = _measure(
-            dry, settings, batches, scores=any(policy.scoring != "trained" for policy in policies)
-        )
-    full, *others = (
-        predict(policy, settings, measured, choosing=_time_choosing(policy, settings))
-        for policy in (FullData(), *policies)
+def _epoch_starts(advice: Advice) -> str:
+    settings, best = advice.settings, advice.best
+    each = advice.measured.epoch_start
+    starts = advice.full.epochs * each
+    if best is None or not settings.workers or settings.persistent_workers:
+        return ""
+    if starts <= _NOTABLE * best.total:
+        return ""
+    return (
+        f"Starting the loader takes {_duration(each)} per epoch, however much is kept: "
+        f"{_duration(starts)} of the {_duration(best.total)} of {best.policy}. Set "
+        "dataloader_persistent_workers=True, or use fewer workers."
     )
-    return Advice(settings, measured, full, others)
 
 
-_NOTHING = Measured(0, 0.0, 0.0, 0.0, 0.0)
-
-
-def _check(trainer: Any, batches: int) -> None:
-    if not isinstance(trainer, Trainer):
-        raise TypeError(
-            f"trainer={trainer!r} is no transformers Trainer: wanted is one that was made and not trained yet."
-        )
-    check_count("batches", batches, 4)
-    dataset: Any = trainer.train_dataset
-    if not hasattr(dataset, "__len__") or len(dataset) == 0:
-        raise ValueError(
-            f"The training dataset is a {type(dataset).__name__} without samples or without a length: wanted is a map-style "
-            "one (`load_dataset(..., streaming=False)`), as nothing else can be pruned."
-        )
-
-
-def _usual(settings: Settings) -> list[PruningPolicy]:
-    least = settings.pruner(FullData()).global_batch if settings.drop_last else 1
-    ratios = [
-        ratio for ratio in (0.1, 0.3, 0.5, 0.7) if keep_count(ratio, settings.num_samples) >= least
+def _eaten(advice: Advice, phase: str) -> str:
+    eaten = [
+        (row.seconds[phase] / row.total, str(row.policy))
+        for row in advice.predictions
+        if row.seconds[phase] > _NOTABLE * row.total
     ]
-    scored = [UCB(ratio, scoring=scoring) for scoring in _SCORING for ratio in ratios]
-    return [*map(RandomPruning, ratios), *scored, InfoBatch()]
+    if not eaten:
+        return ""
+    share, policy = max(eaten)
+    others = ""
+    if len(eaten) > 1:
+        others = f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} other runs"
+    return (
+        f"{phase.capitalize()} eats the gain: it takes {_percent(share)} of {policy}{others}. "
+        f"{_WAYS_OUT[phase]}"
+    )
 
 
 # ---- the dry run ---------------------------------------------------------------------------------
 
 
-class _Watch(TrainerCallback):
-    """Notes when what happens in the loop, and ends it when enough was seen."""
+def advise(
+    trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None, batches: int = 20
+) -> Advice:
+    """Predict whether pruning pays for a run, and how much, before the run is paid for.
 
-    def __init__(self, *, warm_up: int, wanted: int, workers: int, save: bool) -> None:
-        self.warm_up, self.wanted, self.workers, self.save = warm_up, wanted, workers, save
-        self.first_epoch = math.inf  # when it began
-        self.steps: list[dict[str, float]] = []
-        self.mark, self.step = 0.0, _no_step()
-        self.first_in_epoch: set[int] = set()
-        self.checkpoint = 0.0
-        self.predicted: list[float] = []  # when each evaluation batch was done
+    A copy of the trainer, with a copy of its model and optimizer, trains some batches with the
+    Trainer's own `train()`. Then its loaders, its evaluation, a scoring pass and a choice of each
+    policy are timed. Weights, optimizer, random states, output folder and the trainer are not
+    changed. Callbacks do not run, except for the Trainer's own flow: their time is not in the
+    prediction. A later run in the same process may be quicker to start than `run_start` says,
+    because kernels were chosen and graphs compiled in the dry run.
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
-    ) -> None:
-        self.device = args.device
-        self.hooks = [
-            model.register_forward_pre_hook(lambda *_: self._add("backward")),
-            model.register_forward_hook(lambda *_: self._add("forward")),
-        ]
+    Args:
+        trainer: A Trainer that was not trained yet, or an instance of a subclass, with or without
+            pruning. Without pruning, steps are assumed to take as long as with it; we measured this
+            for several models.
+        policies: The policies to predict. *Optional*, defaults to the trainer's policy, random
+            choices, UCB with each `scoring` at several keep ratios, and InfoBatch.
+        batches: The least number of batches to train, at least 4. On one rank the training lasts at
+            least 5 s. A quarter as many batches are evaluated.
 
-    def _add(self, part: str) -> None:
-        """What passed since the last mark belongs to that part of the step."""
-        before, self.mark = self.mark, _now(self.device)
-        self.step[part] += self.mark - before
+    Returns:
+        The [`Advice`]: print it.
 
-    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.mark, self.step = _now(self.device), _no_step()
-        self.first_epoch = min(self.first_epoch, self.mark)
-        self.first_in_epoch.add(len(self.steps))
+    Raises:
+        TypeError: If it is not a Trainer.
+        ValueError: If its training data have no length, or if a policy does not fit the run.
 
-    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.step = _no_step()
-        self.steps.append(self.step)
-        self._add("waiting")
+    Cost: the batches, and the memory of a second model. If there are several ranks, all of them
+    must call it; each measures for itself.
+    """
+    _check(trainer, batches)
+    settings = Settings.of(trainer)
+    if policies is None:
+        own, policies = getattr(trainer, "pruning", None), _usual(settings.shape)
+        if own is not None and not isinstance(own, FullData):
+            policies = [own, *(policy for policy in policies if policy != own)]
+    for policy in policies:  # raises for a policy that does not fit, before anything is measured
+        predict(policy, settings, Measured(0, 0.0, 0.0, 0.0, 0.0))
+    scores = any(policy.scoring != "trained" for policy in policies)
+    watch = _Watch(
+        trainer.args.device,
+        warm_up=_WARM_UP + math.ceil(_ahead(trainer.args) / settings.shape.accumulation),
+        least=math.ceil(batches / settings.shape.accumulation),
+        save=settings.save_strategy != "no",
+    )
+    with _dry_run(trainer, watch) as dry:
+        measured = _measure(dry, watch, settings, batches, scores=scores)
+    full, *others = (
+        predict(policy, settings, measured, choosing=_time_choosing(policy, settings.shape))
+        for policy in (FullData(), *policies)
+    )
+    return Advice(settings, measured, full, others)
 
-    def on_substep_end(self, *args: Any, **kwargs: Any) -> None:
-        self._add("backward")
 
-    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._add("backward")
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._add("optimizer")
-        timed = len(self.steps) - self.warm_up
-        if timed == 0:
-            self.since = self.mark
-        # Ranks must end at the same step, and their clocks differ.
-        enough = timed >= self.wanted and (
-            args.world_size > 1 or self.mark - self.since >= _LEAST_SECONDS
+def _check(trainer: Any, batches: int) -> None:
+    if not isinstance(trainer, Trainer):
+        raise TypeError(
+            f"trainer={trainer!r} is not a transformers Trainer: pass one that was made and not "
+            "trained yet."
         )
-        if enough or state.global_step >= state.max_steps:
-            control.should_training_stop, control.should_save = True, self.save
-
-    def on_log(self, *args: Any, **kwargs: Any) -> None:
-        self._add("optimizer")
-
-    def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.step = _no_step()
-        self._add("optimizer")
-        self.checkpoint = self.step["optimizer"]
-
-    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
-        self.step = _no_step()  # what follows is of no step
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        for hook in self.hooks:
-            hook.remove()
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        self.predicted.append(_now(self.device))
-
-    def seconds(self) -> dict[str, float]:
-        """Of a step, by its parts; and `extra`, by how much the steps before those that count were longer in all.
-
-        Of the steps that count the tenth that computes the longest and the tenth that computes the shortest are left out.
-        Waiting for workers comes in bursts: its mean is that of all steps, but the first of an epoch.
-        """
-        first = min(self.warm_up, len(self.steps) - 1)
-        timed = list(range(first, len(self.steps)))
-        compute = [sum(step.values()) - step["waiting"] for step in self.steps]
-        cut = len(timed) // 10
-        kept = sorted(timed, key=lambda i: compute[i])[cut : len(timed) - cut]
-        parts = {
-            part: fmean(self.steps[i][part] for i in kept)
-            for part in ("forward", "backward", "optimizer")
-        }
-        waited = [
-            self.steps[i]["waiting"]
-            for i in (timed if self.workers else kept)
-            if i not in self.first_in_epoch
-        ]
-        extra = sum(compute[:first]) - first * sum(parts.values())
-        return {
-            **parts,
-            "waiting": fmean(waited) if waited else 0.0,
-            "extra": max(0.0, extra),
-            "steps": len(timed),
-        }
+    check_count("batches", batches, 4)
+    dataset: Any = trainer.train_dataset
+    if not hasattr(dataset, "__len__") or len(dataset) == 0:
+        raise ValueError(
+            f"The training dataset is a {type(dataset).__name__} without samples or without a "
+            "length, which cannot be pruned: pass a map-style dataset (`load_dataset(..., "
+            "streaming=False)`)."
+        )
 
 
-def _no_step() -> dict[str, float]:
-    return dict.fromkeys(("waiting", "forward", "backward", "optimizer"), 0.0)
+def _usual(shape: RunShape) -> list[PruningPolicy]:
+    least = shape.global_batch if shape.drop_last else 1
+    ratios = [ratio for ratio in (0.1, 0.3, 0.5, 0.7) if keep_count(ratio, shape.samples) >= least]
+    scored = [UCB(ratio, scoring=scoring) for scoring in _SCORING for ratio in ratios]
+    return [*map(RandomPruning, ratios), *scored, InfoBatch()]
 
 
 def _now(device: torch.device) -> float:
@@ -718,78 +591,215 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def _ends(part: str) -> Callable[..., None]:
+    """Make an event handler at which a part of the step ends."""
+    return lambda self, *args, **kwargs: self.lap(part)
+
+
+class _Watch(TrainerCallback):
+    """Times the parts of each optimizer step, and stops the training when it has timed enough.
+
+        end of the step before ─waiting─▶ on_step_begin ─backward─▶ before the forward pass
+        ─forward─▶ after it ─backward─▶ on_substep_end or on_pre_optimizer_step
+        ─optimizer─▶ on_step_end ─optimizer─▶ on_log ─▶ on_save
+
+    Args:
+        device: The device that is synchronised before each reading.
+        warm_up: Steps that are not timed.
+        least: The least number of steps to time.
+        save: Whether to write a checkpoint at the end.
+    """
+
+    def __init__(self, device: torch.device, *, warm_up: int, least: int, save: bool) -> None:
+        self.device, self.warm_up, self.least, self.save = device, warm_up, least, save
+        self.steps: list[Mapping[str, float]] = []  # seconds by part
+        self.first_in_epoch: set[int] = set()  # positions in `steps`
+        self.first_epoch = math.inf  # when it began
+        self.checkpoint = 0.0
+        self.predicted: list[float] = []  # when each evaluation batch was done
+        self.mark = 0.0
+        self.step: dict[str, float] = defaultdict(float)
+
+    def lap(self, part: str) -> None:
+        """Add the time since the last lap to a part of the step."""
+        before, self.mark = self.mark, _now(self.device)
+        self.step[part] += self.mark - before
+
+    def on_train_begin(self, *args: Any, model: Any = None, **kwargs: Any) -> None:
+        self.hooks = [
+            model.register_forward_pre_hook(lambda *_: self.lap("backward")),
+            model.register_forward_hook(lambda *_: self.lap("forward")),
+        ]
+
+    def on_epoch_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.lap("epoch")
+        self.first_epoch = min(self.first_epoch, self.mark)
+        self.first_in_epoch.add(len(self.steps))
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.step = defaultdict(float)
+        self.steps.append(self.step)
+        self.lap("waiting")
+
+    on_substep_end = _ends("backward")
+    on_pre_optimizer_step = _ends("backward")
+    on_log = _ends("optimizer")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.lap("optimizer")
+        timed = len(self.steps) - self.warm_up
+        if timed == 0:
+            self.since = self.mark
+        # All ranks must stop at the same step, and their clocks differ.
+        enough = timed >= self.least and (
+            args.world_size > 1 or self.mark - self.since >= _LEAST_SECONDS
+        )
+        if enough or state.global_step >= state.max_steps:
+            control.should_training_stop, control.should_save = True, self.save
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.step = defaultdict(float)  # a checkpoint belongs to no step
+        self.lap("checkpoint")
+        self.checkpoint = self.step["checkpoint"]
+
+    def on_epoch_end(self, *args: Any, **kwargs: Any) -> None:
+        self.step = defaultdict(float)  # nor does what follows
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        self.predicted.append(_now(self.device))
+
+
+def _typical_step(
+    steps: Sequence[Mapping[str, float]],
+    first_in_epoch: Collection[int],
+    *,
+    warm_up: int,
+    workers: bool,
+) -> tuple[dict[str, float], float]:
+    """Average the steps that `_Watch` timed. Pure.
+
+    The tenth of the steps that computes the longest and the tenth that computes the shortest are
+    left out. Waiting for workers comes in bursts, so its mean is over all steps. The first step of
+    an epoch waits for the loader to start, so it is left out of the waiting.
+
+    Returns:
+        Mean seconds of a step by part, and the extra seconds of the steps before those that count.
+    """
+    first = min(warm_up, len(steps) - 1)
+    compute = [sum(step.values()) - step["waiting"] for step in steps]
+    timed = range(first, len(steps))
+    cut = len(timed) // 10
+    kept = sorted(timed, key=lambda i: compute[i])[cut : len(timed) - cut]
+    means = {
+        part: fmean(steps[i].get(part, 0.0) for i in kept)
+        for part in ("forward", "backward", "optimizer")
+    }
+    extra = sum(compute[:first]) - first * sum(means.values())
+    waits = [steps[i]["waiting"] for i in (timed if workers else kept) if i not in first_in_epoch]
+    return {**means, "waiting": fmean(waits) if waits else 0.0}, max(0.0, extra)
+
+
 @contextmanager
-def _dry_run(trainer: Trainer) -> Iterator[Any]:
-    """A copy of the trainer that may be trained: model, optimizer, arguments, flow and folder are its own, and random states
-    are afterwards what they were."""
-    device, folder = trainer.args.device, trainer.args.output_dir or "."
+def _dry_run(trainer: Trainer, watch: _Watch) -> Iterator[Any]:
+    """Yield a copy of the trainer to train; afterwards random states and disk are as before."""
+    device, output = trainer.args.device, Path(trainer.args.output_dir or ".")
     python, numpy = random.getstate(), np.random.get_state()
+    disk = output if output.is_dir() else None  # where a checkpoint takes as long as in the run
     with (
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        tempfile.TemporaryDirectory(
-            dir=folder if Path(folder).is_dir() else None
-        ) as scratch,  # on the disk of the run
+        torch.random.fork_rng([device] if device.type == "cuda" else []),
+        tempfile.TemporaryDirectory(dir=disk) as scratch,
     ):
-        dry: Any = copy.copy(trainer)
-        dry.model, dry.optimizer = copy.deepcopy((trainer.model, trainer.optimizer))
-        dry.model_wrapped, dry.lr_scheduler = dry.model, None
-        dry.args = copy.copy(trainer.args)  # not made anew: that would set up the devices again
-        dry.args.output_dir, dry.args.push_to_hub, dry.args.disable_tqdm = scratch, False, True
-        dry.args.eval_strategy, dry.args.eval_on_start = IntervalStrategy.NO, False
-        dry.args.save_strategy, dry.args.load_best_model_at_end = SaveStrategy.NO, False
-        dry.control = TrainerControl()
         try:
-            yield dry
+            yield _dry_copy(trainer, watch, scratch)
         finally:
-            trainer.accelerator.free_memory()
+            trainer.accelerator.free_memory()  # shared: it holds what the copy prepared
             random.setstate(python)
             np.random.set_state(numpy)
 
 
-def _measure(dry: Any, settings: Settings, batches: int, *, scores: bool) -> Measured:
+def _dry_copy(trainer: Trainer, watch: _Watch, folder: str) -> Any:
+    """Copy a trainer, so that training the copy leaves the trainer as it was.
+
+    This function alone depends on what a Trainer holds. What is not replaced is shared with the
+    trainer: datasets, collator, metrics and accelerator.
+    """
+    # Together, so that the optimizer holds the parameters of the copy.
+    model, optimizer = copy.deepcopy((trainer.model, trainer.optimizer))
+    args = copy.copy(trainer.args)  # a new object would set up the devices again
+    vars(args).update(
+        output_dir=folder,  # the checkpoint goes there
+        push_to_hub=False,  # it must not be uploaded
+        disable_tqdm=True,  # the dry run is not shown
+        eval_strategy=IntervalStrategy.NO,  # evaluation is timed by itself
+        eval_on_start=False,  # likewise
+        save_strategy=SaveStrategy.NO,  # `_Watch` asks for the checkpoint
+        load_best_model_at_end=False,  # needs evaluations
+    )
+    dry: Any = copy.copy(trainer)
+    vars(dry).update(
+        args=args,
+        model=model,  # its weights change
+        model_wrapped=model,  # the Trainer trains this one
+        optimizer=optimizer,  # its state changes
+        lr_scheduler=None,  # one that was passed in would move on
+        control=TrainerControl(),  # `_Watch` stops the training by it
+        # The user's callbacks might write or log.
+        callback_handler=CallbackHandler(
+            [DefaultFlowCallback(), watch], model, trainer.processing_class, optimizer, None
+        ),
+    )
+    if getattr(trainer, "pruning", None) is not None:  # train on everything, and observe it
+        observes = getattr(trainer, "loss_rule", None) is not None
+        dry.pruning = UCB(keep_ratio=1.0) if observes else FullData()
+    return dry
+
+
+def _measure(
+    dry: Any, watch: _Watch, settings: Settings, batches: int, *, scores: bool
+) -> Measured:
+    """Train, load, evaluate and score with a dry copy.
+
+    Args:
+        dry: The copy, which `watch` watches.
+        watch: Times its training.
+        settings: Of the run.
+        batches: As for [`advise`].
+        scores: Whether to time a scoring pass.
+    """
     args = dry.args
-    ahead = settings.workers * (
-        args.dataloader_prefetch_factor or 2
-    )  # batches that are there before they are waited for
-    watch = _Watch(
-        warm_up=_WARM_UP + math.ceil(ahead / settings.accumulation),
-        wanted=math.ceil(batches / settings.accumulation),
-        workers=settings.workers,
-        save=settings.save_strategy != "no",
-    )
-    dry.callback_handler = CallbackHandler(
-        [DefaultFlowCallback(), watch], dry.model, dry.processing_class, dry.optimizer, None
-    )
-    if getattr(dry, "pruning", None) is not None:
-        dry.pruning = UCB(keep_ratio=1.0)  # trains on all, and observes it
     begun = _now(args.device)
     dry.train()
-    step = watch.seconds()
-    # What follows needs no pruning, and no workers that stay.
+    step, extra = _typical_step(
+        watch.steps,
+        watch.first_in_epoch,
+        warm_up=watch.warm_up,
+        workers=settings.workers > 0,
+    )
+    # The loaders and evaluations below need no pruning, and no workers that stay.
     dry.pruning, args.dataloader_persistent_workers = None, False
-    loading, epoch_start = _time_loader(dry, ahead, max(batches, 8 * settings.workers))
+    loading, epoch_start = _time_loader(dry, max(batches, 8 * settings.workers))
     evaluation = scoring = scoring_start = 0.0
     if settings.eval_on_start or settings.eval_strategy != "no":
-        sets = (
-            dry.eval_dataset.values() if isinstance(dry.eval_dataset, dict) else [dry.eval_dataset]
-        )
-        evaluation = sum(_time_evaluation(dry, watch, each, batches // 4)[0] for each in sets)
+        datasets = dry.eval_dataset
+        for dataset in datasets.values() if isinstance(datasets, dict) else [datasets]:
+            evaluation += _time_evaluation(dry, watch, dataset, batches // 4)[0]
     if scores:
+        dry.compute_metrics = None  # a scoring pass computes none
         dataset = getattr(dry, "scoring_dataset", None)
-        dry.compute_metrics = None
         dataset = dry.train_dataset if dataset is None else dataset
         whole, batch = _time_evaluation(dry, watch, dataset, batches // 4)
         scoring = batch / (args.eval_batch_size * args.world_size)
-        scoring_start = max(0.0, whole - settings.num_samples * scoring)
+        scoring_start = max(0.0, whole - settings.shape.samples * scoring)
     return Measured(
-        steps=int(step["steps"]),
-        waiting=step["waiting"],
-        forward=step["forward"],
-        backward=step["backward"],
-        optimizer=step["optimizer"],
-        loading=loading * settings.accumulation,
+        steps=max(1, len(watch.steps) - watch.warm_up),
+        **step,
+        loading=loading * settings.shape.accumulation,
         epoch_start=epoch_start,
-        run_start=watch.first_epoch - begun + step["extra"],
+        run_start=watch.first_epoch - begun + extra,
         scoring=scoring,
         scoring_start=scoring_start,
         evaluation=evaluation,
@@ -797,35 +807,41 @@ def _measure(dry: Any, settings: Settings, batches: int, *, scores: bool) -> Mea
     )
 
 
-def _time_loader(dry: Trainer, ahead: int, batches: int) -> tuple[float, float]:
-    """Seconds of a batch, once the workers are at it; and those of starting and stopping them."""
+def _ahead(args: Any) -> int:
+    """The number of batches that the workers have loaded before the model asks for one."""
+    return args.dataloader_num_workers * (args.dataloader_prefetch_factor or 2)
+
+
+def _time_loader(dry: Trainer, batches: int) -> tuple[float, float]:
+    """Return seconds per batch of a running loader, and seconds to start and stop the loader."""
+    ahead = _ahead(dry.args)
     begun = time.perf_counter()
     loading = iter(dry.get_train_dataloader())
-    loaded: list[float] = []
+    loaded: list[float] = []  # when each batch was there
     while len(loaded) <= ahead + batches and next(loading, None) is not None:
         loaded.append(time.perf_counter())
     ended = time.perf_counter()
-    del loading  # and with it the workers
+    del loading  # stops the workers
     stopping = time.perf_counter() - ended
-    first = max(0, min(ahead, len(loaded) - 2))
-    each = (
-        (loaded[-1] - loaded[first]) / (len(loaded) - 1 - first)
-        if len(loaded) > 1
-        else loaded[0] - begun
-    )
+    if len(loaded) == 1:
+        return loaded[0] - begun, stopping
+    first = min(ahead, len(loaded) - 2)
+    each = (loaded[-1] - loaded[first]) / (len(loaded) - 1 - first)
     return each, max(0.0, loaded[0] - begun - each) + stopping
 
 
 def _time_evaluation(
     dry: Trainer, watch: _Watch, dataset: Any, batches: int
 ) -> tuple[float, float]:
-    """Seconds of an evaluation of all of a dataset, and of a batch in it, from an evaluation of some batches."""
+    """Evaluate some batches; return the seconds of the whole dataset and of a batch.
+
+    A dataset without a length is evaluated as a whole.
+    """
     size, device = dry.args.eval_batch_size * dry.args.world_size, dry.args.device
+    some, all_batches = dataset, 0
     if hasattr(dataset, "__len__"):
         dry.evaluate(_evenly(dataset, 2 * size))  # warm-up
         some, all_batches = _evenly(dataset, batches * size), math.ceil(len(dataset) / size)
-    else:
-        some, all_batches = dataset, 0
     watch.predicted.clear()
     begun = _now(device)
     dry.evaluate(some)
@@ -835,7 +851,7 @@ def _time_evaluation(
 
 
 def _evenly(dataset: Any, size: int) -> Any:
-    """So many of its samples, evenly spaced; all of them where there are no more."""
+    """Return `size` evenly spaced samples, or the dataset if it has no more."""
     n = len(dataset)
     if n <= size:
         return dataset
@@ -843,18 +859,20 @@ def _evenly(dataset: Any, size: int) -> Any:
     return dataset.select(index) if hasattr(dataset, "select") else Subset(dataset, index)
 
 
-def _time_choosing(policy: PruningPolicy, settings: Settings) -> float:
-    """Seconds of a choice: what was observed of all samples is applied, the policy chooses, the order is made."""
-    pruner, n = settings.pruner(policy), settings.num_samples
+def _time_choosing(policy: PruningPolicy, shape: RunShape) -> float:
+    """Return the seconds of a choice: apply observations of all samples, choose, make the order."""
+    pruner = DynamicPruner(policy, shape)
     generator = torch.Generator().manual_seed(0)
 
     def observed(index: Tensor) -> dict[str, Tensor]:
-        values = {
+        signals = {
             name: torch.rand(len(index), generator=generator) for name in pruner.scored_signals
         }
-        return {**values, **({LABEL.name: torch.zeros(len(index))} if policy.min_per_class else {})}
+        if policy.min_per_class:
+            signals[LABEL] = torch.zeros(len(index))
+        return signals
 
-    everything = torch.arange(n)
+    everything = torch.arange(shape.samples)
     pruner.begin_epoch(policy.first, scorer=observed)
     pruner.observe(everything, observed(everything))
     begun = time.perf_counter()
