@@ -49,8 +49,10 @@ class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
     ```python
     from hf_dynprune.sft import DynamicPruningSFTTrainer
 
-    trainer = DynamicPruningSFTTrainer(model, args, train_dataset=train,
-    pruning=UCB(keep_ratio=0.3)) ```
+    trainer = DynamicPruningSFTTrainer(
+        model, args, train_dataset=train, pruning=UCB(keep_ratio=0.3)
+    )
+    ```
 
     The signal `"loss"` of a sample is its mean negative log-likelihood over the tokens that are
     trained (the completion, the assistant's turns), also with `loss_type="dft"`. A sample is a row
