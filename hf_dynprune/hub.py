@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import datasets
 import numpy as np
@@ -20,14 +20,7 @@ from . import __version__, distributed
 from .checks import check_count
 from .data_side import PrunedDataMixin, dataset_fingerprint, uploading
 from .files import REPORT_FILE, load_parquet, save_parquet
-from .model_card import (
-    facts_of,
-    fields_in_words,
-    hide_folders,
-    hub_dataset,
-    render,
-    write_card,
-)
+from .model_card import facts_of, fields_in_words, hide_folders, hub_dataset, render, write_card
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX
 from .scores import Scores, fingerprints_fit
@@ -153,16 +146,8 @@ def push_scores_to_hub(
         trained_on = hub_dataset(getattr(source, "train_dataset", None))
         card = _card_of_table(pruner, repo_id, trained_on)
     card.save(folder / "README.md")
-    return _upload(
-        folder,
-        repo_id,
-        "dataset",
-        "push_scores_to_hub(...)",
-        token=token,
-        private=private,
-        revision=revision,
-        message=commit_message,
-    )
+    where = _Where(repo_id, "dataset", token, private, revision)
+    return _upload(folder, where, commit_message, "push_scores_to_hub(...)")
 
 
 def load_scores_from_hub(
@@ -251,16 +236,8 @@ def push_timm_to_hub(
     save_timm(cast(Any, trainer.model), folder)
     card = {"model_name": repo_id.rpartition("/")[2], **card}
     write_card(trainer, folder, **card, library_name="timm", repo_id=repo_id)
-    return _upload(
-        folder,
-        repo_id,
-        "model",
-        "push_timm_to_hub(...)",
-        token=token,
-        private=private,
-        revision=revision,
-        message=commit_message,
-    )
+    where = _Where(repo_id, "model", token, private, revision)
+    return _upload(folder, where, commit_message, "push_timm_to_hub(...)")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -276,23 +253,26 @@ def _pruner_of(source: Any) -> DynamicPruner:
     return pruner
 
 
-def _upload(
-    folder: Path,
-    repo_id: str,
-    repo_type: str,
-    call: str,
-    *,
-    token: str | None,
-    private: bool | None,
-    revision: str | None,
-    message: str,
-) -> Any:
-    api = HfApi(token=token)
-    kind: dict[str, Any] = {"repo_type": repo_type}
-    with uploading(folder, repo_id, call, "--repo-type", repo_type):
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True, **kind).repo_id
+class _Where(NamedTuple):
+    """A repository, and how it is reached."""
+
+    repo_id: str
+    repo_type: str
+    token: str | None
+    private: bool | None
+    revision: str | None
+
+
+def _upload(folder: Path, where: _Where, message: str, call: str) -> Any:
+    api, kind = HfApi(token=where.token), where.repo_type
+    with uploading(folder, where.repo_id, call, "--repo-type", kind):
+        made = api.create_repo(where.repo_id, repo_type=kind, private=where.private, exist_ok=True)
         return api.upload_folder(
-            repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, **kind
+            repo_id=made.repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            revision=where.revision,
+            commit_message=message,
         )
 
 

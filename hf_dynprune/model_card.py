@@ -32,7 +32,7 @@ from .arguments import TRAINING_SETTINGS
 from .files import PICTURE_FILE, REPORT_FILE
 from .losses import RULES, unwrapped
 from .policies import POLICIES, FullData, PruningPolicy, ScoredPolicy, make_policy
-from .report import KEPT, PHASES, PruningReport, differences
+from .report import KEPT, PHASES, PruningReport, by_seed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,33 +73,19 @@ _ARGUMENTS = (
 
 @dataclass
 class CardFacts:
-    """What a card says beyond its reports. A trainer knows all of it; with reports alone, set what
-    you know.
+    """What a card says beyond its reports. A trainer knows all of it. With reports alone, set what
+    you know: a section without facts is left out."""
 
-    Attributes:
-        data: the metadata. The card adds its tags and the block `hf_dynprune`.
-        policy: what chose the samples, *optional*, defaults to the policy of `POLICIES` that the
-            report names.
-        origin: a sentence on what the model was trained from and on.
-        training: hyperparameters, label -> text.
-        full_steps: optimizer steps of the full run with as many epochs, if known.
-        loading: what the loading snippet names, see `_loading`; empty leaves the section out.
-        repeating: what the training snippet names, see `_repeating`; empty leaves it out.
-        command: a command line that repeats the run; it replaces the training snippet.
-        notes: paragraphs to add below the cost.
-        picture: path of the picture that [`picture_of`] drew, relative to the card.
-    """
-
-    data: ModelCardData
-    policy: PruningPolicy | None = None
-    origin: str = ""
-    training: Mapping[str, str] = field(default_factory=dict)
-    full_steps: int | None = None
-    loading: Mapping[str, Any] = field(default_factory=dict)
-    repeating: Mapping[str, Any] = field(default_factory=dict)
-    command: str = ""
-    notes: Sequence[str] = ()
-    picture: str = ""
+    data: ModelCardData  # the metadata; the card adds its tags and the block `hf_dynprune`
+    policy: PruningPolicy | None = None  # default: the policy of POLICIES that the report names
+    origin: str = ""  # a sentence on what the model was trained from and on
+    training: Mapping[str, str] = field(default_factory=dict)  # hyperparameters, label -> text
+    full_steps: int | None = None  # optimizer steps of the full run
+    loading: Mapping[str, Any] = field(default_factory=dict)  # for the snippet, see `_loading`
+    repeating: Mapping[str, Any] = field(default_factory=dict)  # the same, see `_repeating`
+    command: str = ""  # repeats the run; it replaces the snippet
+    notes: Sequence[str] = ()  # paragraphs below the cost
+    picture: str = ""  # its path, relative to the card
 
 
 @dataclass
@@ -195,18 +181,12 @@ def _check_comparable(name: str, other: PruningReport, run: PruningReport) -> No
 
 
 def _by_seed(name: str, reports: Reports) -> list[PruningReport]:
-    """The reports in the order of their seeds. ValueError unless only the seeds differ."""
-    runs = sorted(_listed(reports), key=lambda report: report.seed)
+    runs = by_seed(name, reports)
     for one, other in itertools.pairwise(runs):
         if one.seed == other.seed:
             raise ValueError(
                 f"Two reports of {name} have the seed {one.seed}: expected one report per seed."
             )
-    if differing := differences(runs):
-        raise ValueError(
-            f"The reports of {name} differ in more than the seed ({differing}): expected runs with "
-            "the same settings."
-        )
     return runs
 
 
@@ -604,13 +584,7 @@ def _notes(trainer: Any) -> list[str]:
 
 
 def _loading(trainer: Any, is_timm: bool, source: str | None) -> dict[str, Any]:
-    """What the loading snippet names; empty for a model class that transformers does not have.
-
-    Returns:
-        `model`: the Auto class that loads the model, else its class; `processor`: the Auto class of
-        what prepares the inputs, or None; `source`: the repository, or None for the card's folder;
-        `is_timm`: whether timm loads it, too; `architecture`: a timm architecture of ours, or None.
-    """
+    """What the loading snippet names; empty for a model class that transformers does not have."""
     model = unwrapped(trainer.model)
     cls, config = type(model), getattr(model, "config", None)
     if getattr(transformers, cls.__name__, None) is not cls:
@@ -623,8 +597,9 @@ def _loading(trainer: Any, is_timm: bool, source: str | None) -> dict[str, Any]:
     return {
         "model": next((name for name in autos if cls in _made_by(name, config)), cls.__name__),
         "processor": _processor(trainer.processing_class, cls),
-        "source": source,
+        "source": source,  # the repository, or None for the card's folder
         "is_timm": is_timm,
+        # An architecture of ours, which timm knows only after an import.
         "architecture": architecture if architecture in getattr(vision, "__all__", ()) else None,
     }
 
@@ -649,13 +624,7 @@ def _processor(processing: Any, model_class: type) -> str | None:
 
 
 def _repeating(trainer: Any) -> dict[str, Any]:
-    """What the training snippet names: the policy, and arguments that differ from their defaults.
-
-    Returns:
-        `config` and `config_module`: the class of the arguments; `imports`: module -> names;
-        `arguments`: name -> Python; `trainer`: its class; `given`: more arguments of the trainer;
-        `policy`: Python.
-    """
+    """What the training snippet names: the policy, and arguments that are not at their defaults."""
     args, policy = trainer.args, trainer.pruning
     config = type(args) if _module_of(type(args)) else TrainingArguments
     defaults = {
@@ -683,21 +652,17 @@ def _repeating(trainer: Any) -> dict[str, Any]:
         "config": config.__name__,
         "config_module": _module_of(config),
         "imports": {module: sorted(imports[module]) for module in sorted(imports)},
-        "arguments": arguments,
+        "arguments": arguments,  # name -> Python
         "trainer": type(trainer).__name__,
-        "given": [name for name, is_given in given.items() if is_given],
+        "given": [name for name, is_given in given.items() if is_given],  # to the trainer
         "policy": f"{type(policy).__name__}({settings})",
     }
 
 
 def _module_of(cls: type) -> str:
-    """The module that a reader can import a class from; empty for a class of the user's script.
-
-    That is the package if it exports the class under its name. The package is looked up, not
-    imported, because this module may not depend on the package's own table of contents.
-    """
+    """The module that a reader imports a class from; empty for a class of the user's script."""
     top = cls.__module__.partition(".")[0]
-    package = sys.modules[top]
+    package = sys.modules[top]  # not imported: no module depends on our table of contents
     if hasattr(package, "__path__") and getattr(package, cls.__name__, None) is cls:
         return top
     return cls.__module__ if top == "hf_dynprune" else ""

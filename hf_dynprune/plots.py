@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from .report import PruningReport, differences, in_percent
+from .report import PruningReport, by_seed, in_percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -403,18 +403,9 @@ def _by_name(reports: Reports) -> dict[str, list[PruningReport]]:
     """The reports of each name. ValueError unless they differ only in their seed."""
     if not reports:
         raise ValueError("reports is empty: expected name -> report with at least one run.")
-    runs = {
-        name: [given] if isinstance(given, PruningReport) else list(given)
-        for name, given in reports.items()
-    }
-    for name, seeds in runs.items():
-        if not seeds:
-            raise ValueError(f"There is no report of the run {name!r}: expected at least one.")
-        if differing := differences(seeds):
-            raise ValueError(
-                f"The runs called {name!r} differ in more than the seed ({differing}): give them "
-                "different names."
-            )
+    runs = {name: by_seed(f"the run {name!r}", given) for name, given in reports.items()}
+    if empty := [name for name, seeds in runs.items() if not seeds]:
+        raise ValueError(f"There is no report of the run {empty[0]!r}: expected at least one.")
     return runs
 
 

@@ -49,14 +49,7 @@ def passes(forward: float, backward: float, scoring: float = 0) -> float:
 
 
 class Stopwatch:
-    """Add wall-clock seconds to the phases of a running epoch.
-
-    ```python
-    watch = Stopwatch()
-    watch.start(record.seconds)
-    watch.lap("choosing")  # record.seconds["choosing"] grows by the time since `start`
-    ```
-    """
+    """Add wall-clock seconds to the phases of a running epoch, lap by lap."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
@@ -424,6 +417,22 @@ def differences(reports: Sequence[PruningReport]) -> str:
         others = [one.get(name) for one in every[1:]]
         found += [f"{name}: {first} and {other}" for other in others if other != first]
     return "; ".join(found)
+
+
+def by_seed(name: str, reports: PruningReport | Sequence[PruningReport]) -> list[PruningReport]:
+    """The reports of runs that differ only in their seed, in the order of the seeds.
+
+    Raises:
+        ValueError: If the runs differ in more. `name` says what they are, for the message.
+    """
+    given = [reports] if isinstance(reports, PruningReport) else reports
+    runs = sorted(given, key=lambda report: report.seed)
+    if differing := differences(runs):
+        raise ValueError(
+            f"The reports of {name} differ in more than the seed ({differing}): expected runs with "
+            "the same settings."
+        )
+    return runs
 
 
 def chance_of(kept_shares: Iterable[float], before: np.ndarray = _NO_CHOICE) -> np.ndarray:

@@ -571,6 +571,7 @@ def test_loading_snippet_names_the_repository(trainer, monkeypatch):
 def test_repeating_snippet_repeats_the_run(trainer, data, tmp_path, monkeypatch):
     _, repeat = snippets(card_of_trainer(trainer))
     assert "pruning=UCB(keep_ratio=0.25, c=2.0)," in repeat
+    assert "per_sample_loss_fn" not in repeat
     monkeypatch.chdir(tmp_path)
     names = {
         "model": tiny_bert(),
@@ -584,6 +585,23 @@ def test_repeating_snippet_repeats_the_run(trainer, data, tmp_path, monkeypatch)
     torch.testing.assert_close(
         again.pruner.table["mean"], trainer.pruner.table["mean"], equal_nan=True
     )
+
+
+def test_a_loss_of_the_user_is_in_the_snippet(data, tmp_path):
+    def losses(outputs, inputs):
+        return torch.nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+
+    run = DynamicPruningTrainer(
+        model=tiny_bert(),
+        args=TrainingArguments(
+            str(tmp_path), max_steps=1, report_to="none", dataloader_pin_memory=False
+        ),
+        train_dataset=data,
+        pruning=RandomPruning(keep_ratio=0.5),
+        per_sample_loss_fn=losses,
+    )
+    run.train()
+    assert "    per_sample_loss_fn=per_sample_loss_fn,\n" in snippets(card_of_trainer(run))[-1]
 
 
 def test_command_line_of_a_recipe():

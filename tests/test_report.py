@@ -16,6 +16,7 @@ from hf_dynprune.report import (
     EpochRecord,
     PruningReport,
     Stopwatch,
+    by_seed,
     chance_of,
     describe_environment,
     differences,
@@ -426,6 +427,17 @@ def test_differences_beyond_the_seed():
     assert differences([report(0, scores="a.safetensors"), report(1, scores="b.safetensors")]) == ""
     assert differences([report(0), report(1, keep_ratio=0.5)]) == "keep_ratio: 0.3 and 0.5"
     assert differences([report(0), report(1, c=2.0)]) == "c: None and 2.0"
+
+
+def test_runs_by_seed():
+    def report(seed, **policy):
+        return PruningReport({"name": "ucb", **policy}, 10, seed, seed)
+
+    assert [run.seed for run in by_seed("x", [report(2), report(0), report(1)])] == [0, 1, 2]
+    assert by_seed("x", report(3)) == [report(3)]
+    assert by_seed("x", ()) == []
+    with pytest.raises(ValueError, match=r"the run.*c: None and 2\.0"):
+        by_seed("the run", [report(0), report(1, c=2.0)])
 
 
 def test_environment():
