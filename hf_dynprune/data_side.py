@@ -437,7 +437,7 @@ class PrunedDataMixin(UpstreamMends):
         """Write the card, `report.json` and, if matplotlib is installed, a picture.
 
         The card states the Trainer's facts, what was pruned, what it cost and how to repeat it.
-        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.card_of_trainer`]:
+        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.CardArguments`]:
         `full=` and `short=`, reports to compare with, and `other_seeds=`.
         """
         if not self._has_record():
