@@ -1,4 +1,4 @@
-"""Tiny models, data and trainers for the tests: from configs, on the CPU, a few thousand parameters."""
+"""Tiny models, data and trainers: from configs, on the CPU, with a few thousand parameters."""
 
 import os
 import signal
@@ -18,6 +18,10 @@ from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
 from hf_dynprune import DynamicPruningTrainer, EpochPlan, ScoredPolicy
 from hf_dynprune.table import MovingMean
 
+# Seconds after which a test gives up on a process that hangs: far more than any needs, even on a
+# machine that is busy with other work. No test may depend on how fast a machine is.
+PATIENCE = 3600
+
 
 def images(n=40, classes=4, seed=0, size=8):
     """A `datasets.Dataset` of n random images with labels."""
@@ -33,7 +37,7 @@ def images(n=40, classes=4, seed=0, size=8):
 
 
 def vit(classes=4, seed=0, dropout=0.0):
-    """A ViT of about 3,000 parameters: the stock Trainer normalises its loss rightly."""
+    """A ViT of about 3,000 parameters. The stock Trainer normalises its loss correctly."""
     torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=16,
@@ -92,7 +96,10 @@ def t5(seed=0):
 
 
 class FixedNormForImageClassification(transformers.ResNetForImageClassification):
-    """Its BatchNorm does not look at the batch, so that a sample's loss is its own. (The name tells which loss it has.)"""
+    """Its BatchNorm ignores the batch, so the loss of a sample does not depend on the others.
+
+    Its loss follows from the end of its name.
+    """
 
     def train(self, mode=True):
         super().train(mode)
@@ -111,16 +118,18 @@ def resnet(classes=4, seed=0):
 
 
 def texts(task="single label", n=30, seed=0, padded=False):
-    """A `datasets.Dataset` of n random texts of 4 to 12 tokens with what the task wants of each; a text has few labels or
-    many. `padded`: all to the same length, for the default collator."""
+    """A `datasets.Dataset` of n random texts of 4 to 12 tokens, with the labels of the task.
+
+    Args:
+        task: Which labels a text has. Some texts have many, others few.
+        padded: Whether all texts have the same length, for the default collator.
+    """
     generator = np.random.default_rng(seed)
     rows = []
     for length in generator.integers(4, 13, n):
         tokens = generator.integers(1, VOCAB, length)
         some = generator.random(length) < generator.uniform(0.2, 1)
-        some[generator.integers(1, length)] = (
-            True  # causal models predict nothing at the first place
-        )
+        some[generator.integers(1, length)] = True  # causal models predict no first token
         other = generator.integers(1, VOCAB, generator.integers(1, 8))
         start, end = np.sort(generator.integers(0, length, 2))
         wanted = {
@@ -142,7 +151,10 @@ def texts(task="single label", n=30, seed=0, padded=False):
 
 
 def tiny_models(n=30):
-    """name -> (makes the model, n samples for the default collator); no dropout, a batch does not change a sample's loss."""
+    """name -> (makes the model, n samples for the default collator).
+
+    No model has dropout, and in none does the batch change the loss of a sample.
+    """
     return {
         "bert": (bert, texts(n=n, padded=True)),
         "llama classification": (lambda: llama("SequenceClassification"), texts(n=n, padded=True)),
@@ -154,7 +166,7 @@ def tiny_models(n=30):
 
 
 class KnownLoss(torch.nn.Module):
-    """The loss of a sample is its `value`, whatever the weight, which gets a gradient of 0."""
+    """The loss of a sample is its `value`. The only weight gets a gradient of 0."""
 
     def __init__(self):
         super().__init__()
@@ -170,7 +182,7 @@ def known_losses(outputs, inputs):
 
 
 def values(n=30):
-    """Sample i has the value i + 1, and so, with `KnownLoss`, the loss i + 1."""
+    """Sample i has the value i + 1, which with `KnownLoss` is its loss."""
     return datasets.Dataset.from_dict({"value": [float(i + 1) for i in range(n)]}).with_format(
         "torch"
     )
@@ -201,7 +213,12 @@ def trainer(
     extra=None,
     **settings,
 ):
-    """A trainer of a tiny ViT on random images; `settings` are TrainingArguments, `extra` the trainer's own."""
+    """A trainer, by default of a tiny ViT on random images.
+
+    Args:
+        extra: Arguments of the trainer.
+        settings: TrainingArguments.
+    """
     return cls(
         model=vit() if model is None and "model_init" not in (extra or {}) else model,
         args=arguments(folder, **settings),
@@ -211,10 +228,14 @@ def trainer(
     )
 
 
-def torchrun(script, *arguments, ranks, timeout=300):
-    """Runs a program on so many real processes that talk by gloo. Where they are not done in time the error says where each
-    of them was."""
-    with socket.socket() as free:  # a port that nobody listens on
+def torchrun(script, *arguments, ranks, timeout=PATIENCE):
+    """Run a program on that many processes that talk by gloo.
+
+    Raises:
+        AssertionError: If the processes are not done after `timeout` seconds. The message has the
+            stack of each.
+    """
+    with socket.socket() as free:  # a free port
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
@@ -252,7 +273,7 @@ def same_weights(a, b):
 
 
 def recorded(run):
-    """Notes the sample indices of each trained batch."""
+    """A list to which each trained batch adds its sample indices."""
     batches = []
     original = type(run).compute_loss
 
@@ -266,17 +287,15 @@ def recorded(run):
 
 
 def comparable(report):
-    """A report without what may differ: measured seconds, the machine, and the list of restarts."""
+    """A report without what may differ: seconds, the machine, and the list of resumptions."""
     values = report.to_dict()
     for part in (values, values["totals"], *values["epochs"]):
         for name in ("seconds", "environment", "resumed"):
             part.pop(name, None)
         if "metrics" in part:
-            part["metrics"] = {
-                k: v
-                for k, v in part["metrics"].items()
-                if not k.endswith(("_runtime", "_per_second"))
-            }
+            speed = ("_runtime", "_per_second")
+            metrics = part["metrics"].items()
+            part["metrics"] = {k: v for k, v in metrics if not k.endswith(speed)}
     return values
 
 
@@ -293,16 +312,18 @@ def assert_same_run(part, whole):
 
 
 def every_checkpoint(make, folder):
-    """Trains a whole run, which saves at each step, and resumes it from each of its checkpoints but the last; yields each
-    resumed run, which came out the same."""
+    """Train a run that saves at each step, and resume it from each checkpoint but the last.
+
+    Yields:
+        Each resumed run. It was compared with the uninterrupted one.
+    """
     whole = make(folder / "whole")
     whole.train()
     assert whole.state.global_step > 1
     for step in range(1, whole.state.global_step):
         part = make(folder / "part")
-        part.args.save_strategy = (
-            "no"  # to save takes most of the time; test_faults resumes what a resumed run saved
-        )
+        # Saving takes most of the time. test_faults.py resumes what a resumed run saved.
+        part.args.save_strategy = "no"
         part.train(resume_from_checkpoint=str(folder / "whole" / f"checkpoint-{step}"))
         assert_same_run(part, whole)
         assert part.pruning_report.resumed[-1]["step"] == step
@@ -311,7 +332,7 @@ def every_checkpoint(make, folder):
 
 @dataclass(frozen=True)
 class Shares(ScoredPolicy):
-    """Keeps a different share in each epoch; the sizes are known beforehand or not."""
+    """Keeps a different share in each epoch; its sizes are known beforehand or not."""
 
     shares: tuple = (1.0, 0.5, 0.3, 0.8)
     known: bool = True
