@@ -27,10 +27,10 @@ options are for the runs of this rule only. Options may also follow the name of 
 at each learning rate. --tune first tunes only the first rule, for all rules. The tuning runs hold
 out --validation_share of the training data, always the same part, and are evaluated on it. If the
 best rate of a method is the lowest or highest, the next one beyond is tried, too. All other runs
-use the best rates: runs that make scores the one of the full run, static pruning by scores the one
-of the first rule. They see the test set once, at their end. --rates_of takes the rates that
-another study chose, for example those of a short run for a long one. A rule that was not tuned
-there takes the rate of the same policy without fields, or of the first rule.
+use the best rates, and see the test set once, at their end. The runs that make scores use the rate
+of the full run. A method that was not tuned uses the rate of the same policy without fields, or of
+the first rule. --rates_of takes the rates that another study chose, for example those of short runs
+for a study of long runs.
 
 For choices other than learning rates give --validation_share to the recipe. Then all runs of the
 study are evaluated on the part that is held out.
@@ -39,16 +39,16 @@ Each run is a program that leaves its report and its log in a folder of the stud
 command again, with more seeds, rules, costs or rates if you like: the study continues with the
 runs that are not finished. The finished runs are summarised in:
 
-    table_0.3.md      one per cost: mean and standard deviation of the last evaluation over the
-                      seeds; differences to the short run and to dynamic random pruning, paired
-                      by seed, with a 95 % interval
-    picture_0.3.png   the same, drawn
-    selection_0.3.png how often each rule (the nine best) kept the samples, beside chance
-    picture.png       what was reached against cost
-    targets.md, .png  the cost at which a method reaches a value, on the line through its means; if
-                      a method has several costs, or with --targets
-    tuning.md         what was reached at which learning rate on the data held out
-    summary.json      all of it
+    table_0.3.md       for each cost: mean and standard deviation of the last evaluation over the
+                       seeds; differences to the short run and to dynamic random pruning, paired
+                       by seed, with a 95 % interval
+    picture_0.3.png    the values of each seed and their means
+    selection_0.3.png  how often the nine best rules kept the samples, and how often by chance
+    picture.png        the value that each method reached at each cost
+    targets.md, .png   the cost at which a method reaches a value, on the line through its means;
+                       made if a method has several costs, or with --targets
+    tuning.md          the value at each learning rate, on the data held out
+    summary.json       all of it
 
 --output_dir alone renews these files.
 """

@@ -258,7 +258,7 @@ def compare(
     return rows
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -286,6 +286,11 @@ def main() -> None:
             f"--samples {options.samples} is too small: expected 4 steps of --batch_size "
             f"{options.batch_size}"
         )
+    return options
+
+
+def main() -> None:
+    options = parse()
     if not options.default_allocator:
         common.keep_freed_memory()
     datasets.disable_progress_bars()

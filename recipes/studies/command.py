@@ -60,21 +60,22 @@ def check(plan: Plan, recipe: Sequence[str]) -> None:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options. Defaults are those of [`Plan`]."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 
-    def add(name: str, text: str | None = None, **settings) -> None:
+    def add(name: str, text: str, **settings) -> None:
         if hasattr(Plan, name):
             settings["default"] = getattr(Plan, name)
         parser.add_argument(f"--{name}", help=text, **settings)
 
     floats = {"type": float, "nargs": "*"}
     add("output_dir", "folder of the study", type=Path, required=True)
-    add("rules", "see above", nargs="*")
+    add("rules", "policies, see above", nargs="*")
     add("scores", f"for static pruning: {', '.join(METHODS)}", nargs="*")
     add("costs", "planned costs in (0, 1), in full runs", type=float, nargs="+")
-    add("seeds", type=int, nargs="+")
+    add("seeds", "seeds of the runs that are compared", type=int, nargs="+")
     add("learning_rates", "rates to choose from; default: the recipe's rate, no tuning", **floats)
     add("rates_of", "folder of a study whose learning rates are used, instead of tuning", type=Path)
     add("tune", "tune each rule, or only the first one for all rules", choices=("each", "first"))
@@ -83,6 +84,6 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("metric", "metric of the last evaluation", default="eval_accuracy")
     add("lower_is_better", "a low value of the metric is good", action="store_true")
     add("targets", "values of the metric that methods should reach", default=[], **floats)
-    text = "runs at a time. They share the cores, or take one GPU each; so do their seconds"
+    text = "runs at a time, on shared cores or one GPU each; their seconds are of a shared machine"
     add("jobs", text, type=int, default=1)
     return parser

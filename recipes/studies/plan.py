@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 from scipy import optimize
@@ -112,13 +112,6 @@ def label(name: str, settings: Mapping[str, Any]) -> str:
     return f"{name} ({words})" if words else name
 
 
-class Method(Protocol):
-    """What is compared: it has a name and gives a run of any cost and seed."""
-
-    def __str__(self) -> str: ...
-    def run(self, cost: float, seed: int, full: RunShape) -> Run: ...
-
-
 class ShortRun:
     """All data for fewer epochs, to which the learning rate schedule is compressed."""
 
@@ -172,6 +165,9 @@ class Rule:
         if self.fields:
             options["pruning_kwargs"] = json.dumps(self.fields)
         return Run(str(self), cost, seed, options={**options, **self.options})
+
+
+Method = ShortRun | Rule  # has a name, and a run for each cost and seed
 
 
 def full_run(seed: int) -> Run:
