@@ -112,7 +112,8 @@ def start_workers(loader: DataLoader) -> None:
 
     Such workers draw their seed once, when they start. In a run that was never interrupted that was
     in its first epoch. In a resumed run they would start in a later one, draw another seed, and
-    move the global random state, so that dropout differs from then on.
+    move the global random state, so that dropout differs from then on. What workers draw
+    themselves, such as augmentation, is not restored.
 
     Thread: no public thread found.
     """

@@ -92,45 +92,39 @@ def test_policy_leaves_the_arguments_as_they_are():
 
 @pytest.mark.parametrize("text", ["{period: 10}", "period=10", "{", "{'period': 10}"])
 def test_kwargs_that_are_no_json_are_named(text):
-    with pytest.raises(ValueError, match="is not JSON") as caught:
+    with pytest.raises(ValueError, match="JSON") as caught:
         PruningArguments("ucb", pruning_kwargs=text)
     assert repr(text) in str(caught.value)
 
 
 @pytest.mark.parametrize("value", ["[1]", "10", '"x"', [1], 3])
 def test_kwargs_that_are_no_mapping_are_named(value):
-    with pytest.raises(
-        ValueError, match=r"pruning_kwargs=.* must be a mapping, such as \{\"period\": 10\}"
-    ):
+    with pytest.raises(ValueError, match="pruning_kwargs="):
         PruningArguments("ucb", pruning_kwargs=value)
 
 
 def test_keep_ratio_given_twice():
-    with pytest.raises(
-        ValueError, match=r"keep_ratio is given twice: 0.3 by itself, 0.4 in pruning_kwargs"
-    ):
+    with pytest.raises(ValueError, match=r"keep_ratio.*0\.3.*0\.4"):
         PruningArguments("ucb", 0.3, {"keep_ratio": 0.4}).policy()
 
 
 @pytest.mark.parametrize("settings", [{"keep_ratio": 0.3}, {"pruning_kwargs": {"period": 10}}])
 def test_settings_without_a_policy(settings):
-    with pytest.raises(
-        ValueError, match=r"has no effect with pruning='none': choose a policy \(full, random"
-    ):
+    with pytest.raises(ValueError, match=r"'none'.*full, random"):
         PruningArguments(**settings).policy()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("ucbb",), "no policy 'ucbb': did you mean 'ucb'"),
-        (("ucb", 3.0), "keep_ratio=3.0 is out of range"),
-        (("full", 0.3), "Policy 'full' has no field 'keep_ratio'"),
+        (("ucbb",), "'ucbb'.*'ucb'"),
+        (("ucb", 3.0), r"keep_ratio=3\.0"),
+        (("full", 0.3), "'full'.*'keep_ratio'"),
         (
             ("ucb", None, {"periode": 3}),
-            "Policy 'ucb' has no field 'periode': did you mean 'period'",
+            "'periode'.*'period'",
         ),
-        (("ucb", None, {"period": 0}), "period=0 is out of range"),
+        (("ucb", None, {"period": 0}), "period=0 "),
     ],
 )
 def test_what_does_not_fit_together(arguments, message):

@@ -1,4 +1,4 @@
-"""The loss of one sample, against the models' own loss, and the signals against numbers worked out by hand."""
+"""The loss of one sample against the models' own loss; signals against numbers by hand."""
 
 import functools
 import math
@@ -15,11 +15,13 @@ from transformers.trainer_pt_utils import LabelSmoother
 from hf_dynprune.losses import (
     RULES,
     SIGNALS,
+    LossRule,
     SampleLosses,
     check_signals,
     derive_rule,
     logits_of,
     observe_signals,
+    unwrapped,
 )
 
 B, T, VOCAB = 5, 7, 40
@@ -78,7 +80,7 @@ def images():
 
 
 def token_labels(classes):
-    """Of different numbers in different rows; the first and the last position are valid somewhere and ignored elsewhere."""
+    """Rows with different numbers of labels; first and last positions are valid in some of them."""
     labels = torch.randint(0, classes, (B, T))
     labels[0, 3:] = -100
     labels[1, :2] = -100
@@ -337,10 +339,7 @@ def test_conditional_generation_shifts_without_an_encoder(encoder_decoder, rule)
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2))])
 def test_unknown_model_names_the_way_out(model):
-    with pytest.raises(
-        ValueError,
-        match=rf"No loss .* {type(model).__name__}: pass `per_sample_loss_fn=`.*'single_label'",
-    ):
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}.*'single_label'"):
         derive_rule(model)
 
 
@@ -351,11 +350,20 @@ def test_rule_by_name(name):
 
 
 def test_unknown_rule_lists_the_rules():
-    with pytest.raises(
-        ValueError,
-        match=r"per_sample_loss_fn='singel' is no known rule; the rules are single_label, class",
-    ):
+    with pytest.raises(ValueError, match=r"'singel'.*'single_label'.*classification"):
         derive_rule(nn.Linear(2, 2), "singel")
+
+
+def test_a_rule_of_ones_own_is_taken_as_it_is():
+    rule = LossRule("mine", lambda *given: None)
+    assert derive_rule(bert("SequenceClassification"), rule) is rule
+    assert rule.matches_model
+
+
+def test_a_wrapped_model_is_known_by_what_it_wraps():
+    wrapped = SimpleNamespace(get_base_model=lambda: "base")
+    assert unwrapped(wrapped) == "base"
+    assert unwrapped("plain") == "plain"
 
 
 def test_function_of_ones_own_is_taken_before_the_models_rule():
@@ -386,10 +394,7 @@ def test_function_of_ones_own_is_taken_before_the_models_rule():
 )
 def test_function_of_ones_own_must_give_one_loss_a_sample(result, message):
     rule = derive_rule(nn.Linear(2, 2), lambda outputs, inputs: result)
-    with pytest.raises(
-        ValueError,
-        match=rf"per_sample_loss_fn returned {message}; wanted is a tensor of shape \(batch size,\)",
-    ):
+    with pytest.raises(ValueError, match=message):
         rule.losses({}, {}, 0.0, None)
 
 
@@ -421,15 +426,13 @@ def test_logits_are_found(outputs):
     ],
 )
 def test_missing_logits_name_the_ways_out(outputs):
-    with pytest.raises(
-        ValueError, match=r"no logits.*fused_linear_cross_entropy.*per_sample_loss_fn="
-    ):
+    with pytest.raises(ValueError, match=r"fused_linear_cross_entropy.*per_sample_loss_fn="):
         logits_of(outputs)
 
 
 def test_mixed_labels_are_refused_with_a_reason():
     mixed = {"labels": torch.tensor([[0.7, 0.3], [0.0, 1.0]])}
-    with pytest.raises(ValueError, match="mixup and cutmix"):
+    with pytest.raises(ValueError, match="mixup"):
         RULES["single_label"].losses({"logits": torch.zeros(2, 2)}, mixed, 0.0, None)
 
 
@@ -449,7 +452,7 @@ def test_batch_mean_gives_each_sample_the_loss_of_its_batch():
 
 @pytest.mark.parametrize("rule", ["single_label", "classification", "tokens", "shifted_tokens"])
 def test_missing_labels_are_named(rule):
-    with pytest.raises(ValueError, match=r"no 'labels' \(it has 'input_ids', 'target'\)"):
+    with pytest.raises(ValueError, match=r"'labels'.*'input_ids', 'target'"):
         RULES[rule].losses({"logits": LOGITS}, {"input_ids": 1, "target": 2}, 0.0, None)
 
 
@@ -547,15 +550,12 @@ def test_check_signals():
         check_signals((), rule)
     check_signals(tuple(SIGNALS), RULES["single_label"])
     check_signals(tuple(SIGNALS), RULES["classification"])
-    with pytest.raises(ValueError, match="no signal 'los'; the signals are 'loss', 'el2n'"):
+    with pytest.raises(ValueError, match=r"'los'.*'loss', 'el2n'"):
         check_signals(("loss", "los"), RULES["single_label"])
     for task in ("tokens", "shifted_tokens", "question_answering"):
-        with pytest.raises(
-            ValueError,
-            match=f"'margin' is defined for single-label .* task is '{task}': use the signal 'loss'",
-        ):
+        with pytest.raises(ValueError, match=f"'margin'.*'{task}'"):
             check_signals(("margin",), RULES[task])
-    with pytest.raises(ValueError, match="this task is 'custom'"):
+    with pytest.raises(ValueError, match="'custom'"):
         check_signals(("el2n",), derive_rule(nn.Linear(2, 2), lambda outputs, inputs: None))
 
 
@@ -564,5 +564,5 @@ def test_check_signals():
 def test_signals_of_classes_are_refused_where_there_are_none(name, signal):
     rule, model, batch, outputs = example(name)
     losses = rule.losses(outputs, batch, 0.0, model.config)
-    with pytest.raises(ValueError, match=f"{signal}.*single-label"):
+    with pytest.raises(ValueError, match=f"'{signal}'"):
         observe_signals((signal,), outputs, batch, losses)
