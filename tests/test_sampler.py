@@ -1,4 +1,4 @@
-"""Order, sizes and padding of an epoch, and batches that know their samples whatever loads them."""
+"""Order, sizes and padding of an epoch, and batches that know their samples."""
 
 import multiprocessing
 import pickle
@@ -30,6 +30,7 @@ from hf_dynprune.sampler import (
     epoch_order,
     fit_to_batches,
 )
+from hf_dynprune.schedule import RunShape
 
 # ---- order ---------------------------------------------------------------------------------------
 
@@ -51,10 +52,8 @@ def test_all_data_is_ordered_as_by_accelerate(n, seed):
     stock = SeedableRandomSampler(range(n), data_seed=seed)
     for epoch in range(3):  # it counts the epochs itself
         assert epoch_order(n, None, seed, epoch).tolist() == list(stock)
-        assert (
-            epoch_order(n, torch.arange(n), seed, epoch).tolist()
-            == epoch_order(n, None, seed, epoch).tolist()
-        )
+        everything = epoch_order(n, torch.arange(n), seed, epoch)
+        assert torch.equal(everything, epoch_order(n, None, seed, epoch))
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
@@ -89,10 +88,10 @@ def test_every_kept_sample_once_and_every_rank_as_many_batches(data):
     if drop_last or ranks > 1:
         assert len(yielded) % whole == 0
 
-    # accelerate deals the batches out; whatever it is set to, it neither adds nor drops any
+    # accelerate deals the batches out. With no setting does it add or drop any.
     batches = BatchSampler(sampler, batch, drop_last)
     shares = [list(batches)]
-    if ranks > 1:  # on one it adds no shard
+    if ranks > 1:  # on one rank accelerate makes no shards
         shares = [
             list(BatchSamplerShard(batches, ranks, rank, even_batches=even_batches))
             for rank in range(ranks)
@@ -115,16 +114,8 @@ def test_every_kept_sample_once_and_every_rank_as_many_batches(data):
 def test_padding_by_hand():
     order = torch.tensor([4, 0, 7])
     assert fit_to_batches(order, 4, ranks=2, drop_last=False).tolist() == [4, 0, 7, ~4]
-    assert fit_to_batches(order, 8, ranks=2, drop_last=False).tolist() == [
-        4,
-        0,
-        7,
-        ~4,
-        ~0,
-        ~7,
-        ~4,
-        ~0,
-    ]  # more than there are
+    padded = fit_to_batches(order, 8, ranks=2, drop_last=False).tolist()
+    assert padded == [4, 0, 7, ~4, ~0, ~7, ~4, ~0]  # more copies than samples
     assert fit_to_batches(order, 4, ranks=1, drop_last=False).tolist() == [4, 0, 7]
     assert fit_to_batches(order, 2, ranks=2, drop_last=True).tolist() == [4, 0]
     assert fit_to_batches(order, 3, ranks=3, drop_last=False).tolist() == [4, 0, 7]
@@ -147,7 +138,7 @@ def test_sampler_is_what_accelerate_leaves_alone():
 
 
 def test_iterating_twice_or_at_once_gives_the_same():
-    sampler = PruningSampler(200_000)  # more than the block in which it hands out
+    sampler = PruningSampler(200_000)  # more than one block of indices
     sampler.set_epoch_order(epoch_order(200_000, None, 3, 1))
     one, two = list(sampler), list(sampler)
     assert one == two == epoch_order(200_000, None, 3, 1).tolist()
@@ -171,7 +162,7 @@ N = 23
 
 
 class ListDataset:
-    """Map-style, of dicts, no subclass of anything."""
+    """A map-style dataset of dicts without a base class."""
 
     def __len__(self):
         return N
@@ -183,17 +174,17 @@ class ListDataset:
 
 
 class BatchedDataset(ListDataset):
-    """Hands out whole batches."""
+    """Has `__getitems__`, which returns whole batches."""
 
     def __getitem__(self, i):
-        raise AssertionError("__getitems__ was to be used")
+        raise AssertionError("__getitems__ should be used")
 
     def __getitems__(self, indices):
         return [{"x": torch.tensor(100 + i)} for i in indices]
 
 
 class ColumnDataset(BatchedDataset):
-    """Hands out what only its own collator understands."""
+    """Its `__getitems__` returns what only `as_columns` understands."""
 
     def __getitems__(self, indices):
         return torch.tensor(indices) + 100
@@ -234,7 +225,8 @@ class TensorAsDict(TensorDataset):
         return {"x": super().__getitem__(i)[0]}
 
 
-# torch's on a machine of one core, and Python's (from 3.12 on) where another library has started a thread.
+# torch warns on a machine with one core, and Python, from 3.12 on, if another library has started a
+# thread.
 with_workers = pytest.mark.filterwarnings(
     "ignore:This DataLoader will create:UserWarning",
     r"ignore:This process .* is multi-threaded:DeprecationWarning",
@@ -253,14 +245,15 @@ KINDS = [
 
 
 def run_epoch(dataset, loader, pruner, epoch):
-    """Goes through an epoch; asserts that each index belongs to the data beside it."""
+    """Train an epoch and check that each index belongs to the data beside it."""
     pruner.begin_epoch(epoch)
     seen = []
     for batch in loader:
         index = batch[SAMPLE_INDEX]
         assert index.dtype == torch.int64
-        whole = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])
-        assert batch["x"].tolist() == [int(sample["x"]) for sample in whole(index.tolist())]
+        one_by_one = lambda indices: [dataset[i] for i in indices]  # noqa: E731
+        whole = getattr(dataset, "__getitems__", one_by_one)(index.tolist())
+        assert batch["x"].tolist() == [int(sample["x"]) for sample in whole]
         seen += index.tolist()
     assert seen == list(pruner.sampler)
     return seen
@@ -270,7 +263,7 @@ def run_epoch(dataset, loader, pruner, epoch):
 def test_index_belongs_to_the_data(kind):
     dataset = make_dataset(kind)
     assert len(dataset) == N
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=4, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.6), RunShape(N, batch_size=4, num_epochs=2))
     loader = pruner.dataloader(dataset)
     first, second = run_epoch(dataset, loader, pruner, 0), run_epoch(dataset, loader, pruner, 1)
     assert len(first) == len(second) == 14
@@ -282,7 +275,7 @@ def test_index_belongs_to_the_data(kind):
 @pytest.mark.parametrize("persistent", [False, True])
 def test_index_belongs_to_the_data_with_workers(kind, persistent):
     dataset = make_dataset(kind)
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=3, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.6), RunShape(N, batch_size=3, num_epochs=2))
     loader = pruner.dataloader(
         dataset,
         num_workers=2,
@@ -298,7 +291,7 @@ def test_index_belongs_to_the_data_with_workers(kind, persistent):
 def test_index_belongs_to_the_data_with_spawned_workers():
     assert "spawn" in multiprocessing.get_all_start_methods()
     dataset = ListDataset()
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=3, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.6), RunShape(N, batch_size=3, num_epochs=2))
     loader = pruner.dataloader(
         dataset, num_workers=2, persistent_workers=True, multiprocessing_context="spawn"
     )
@@ -308,7 +301,7 @@ def test_index_belongs_to_the_data_with_spawned_workers():
 
 def test_two_loaders_of_one_pruner_give_the_same():
     dataset = ListDataset()
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=4, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.6), RunShape(N, batch_size=4, num_epochs=2))
     one, two = pruner.dataloader(dataset), pruner.dataloader(dataset)
     pruner.begin_epoch(0)
     for a, b in zip(one, two, strict=True):
@@ -316,7 +309,8 @@ def test_two_loaders_of_one_pruner_give_the_same():
 
 
 def test_drop_last_leaves_the_tail_out():
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=4, num_epochs=1, drop_last=True)
+    shape = RunShape(N, batch_size=4, num_epochs=1, drop_last=True)
+    pruner = DynamicPruner(RandomPruning(0.6), shape)
     loader = pruner.dataloader(ListDataset())
     pruner.begin_epoch(0)
     assert len(loader) == 3
@@ -328,15 +322,14 @@ def test_accelerate_leaves_the_order_alone():
     from accelerate.state import AcceleratorState
 
     dataset = ListDataset()
-    pruner = DynamicPruner(RandomPruning(0.6), N, batch_size=4, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.6), RunShape(N, batch_size=4, num_epochs=2))
     loader = Accelerator(cpu=True).prepare(pruner.dataloader(dataset))
     assert [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)] == [14, 14]
-    AcceleratorState._reset_state(
-        reset_partial_state=True
-    )  # it is shared by the process, and other tests choose their own
+    # The process shares the state, and other tests choose theirs.
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_collator_of_the_data_sets_own_batches():
+def test_collator_for_the_batches_of_a_dataset():
     loader = DataLoader(
         IndexedDataset(ColumnDataset()), batch_size=5, collate_fn=IndexedCollator(as_columns)
     )
@@ -360,7 +353,7 @@ def test_collator_of_transformers():
     assert encoding[SAMPLE_INDEX].tolist() == [4, 1]
 
 
-def test_padding_is_a_copy_that_says_so():
+def test_padding_is_a_copy_with_index_minus_1():
     indexed = IndexedDataset(ListDataset()).__getitems__([3, 22, ~22, ~0])
     assert [int(d["x"]) for d in indexed.data] == [103, 122, 122, 100]
     batch = IndexedCollator(lambda data: {"x": torch.stack([d["x"] for d in data])})(indexed)
@@ -378,7 +371,7 @@ def test_padding_is_a_copy_that_says_so():
     ],
 )
 def test_collator_must_return_a_dict(result, kind):
-    with pytest.raises(TypeError, match=f"data collator returned a {kind}. Wanted is a dict"):
+    with pytest.raises(TypeError, match=rf"\b{kind}\b"):
         IndexedCollator(lambda data: result)(IndexedDataset([1, 2]).__getitems__([0]))
 
 
@@ -388,23 +381,22 @@ def tuple_collator(data):
 
 @with_workers
 def test_collator_must_return_a_dict_in_a_worker_too():
-    pruner = DynamicPruner(RandomPruning(0.5), N, batch_size=4, num_epochs=1)
+    pruner = DynamicPruner(RandomPruning(0.5), RunShape(N, batch_size=4, num_epochs=1))
     loader = pruner.dataloader(
         ListDataset(), tuple_collator, num_workers=1, multiprocessing_context="fork"
     )
     pruner.begin_epoch(0)
-    with pytest.raises(TypeError, match="data collator returned a tuple") as caught:
+    with pytest.raises(TypeError, match="tuple") as caught:
         next(iter(loader))
-    traceback.clear_frames(
-        caught.tb
-    )  # they hold the worker, which is waited for in vain when a cycle is collected
+    # The frames hold the worker, for which a collection of garbage would wait without end.
+    traceback.clear_frames(caught.tb)
 
 
-def test_data_with_a_sample_index_of_its_own_is_refused():
-    pruner = DynamicPruner(RandomPruning(0.5), N, batch_size=4, num_epochs=1)
+def test_data_with_a_column_sample_index_are_refused():
+    pruner = DynamicPruner(RandomPruning(0.5), RunShape(N, batch_size=4, num_epochs=1))
     loader = pruner.dataloader([{SAMPLE_INDEX: i} for i in range(N)])
     pruner.begin_epoch(0)
-    with pytest.raises(TypeError, match="'sample_index' of its own: rename or remove"):
+    with pytest.raises(TypeError, match="'sample_index'"):
         next(iter(loader))
 
 
@@ -420,7 +412,7 @@ class StreamOfKnownLength(Stream):
 
 @pytest.mark.parametrize("dataset", [Stream(), StreamOfKnownLength(), iter([1, 2]), {1, 2}])
 def test_streams_are_refused(dataset):
-    with pytest.raises(TypeError, match=f"{type(dataset).__name__}.*map-style"):
+    with pytest.raises(TypeError, match=type(dataset).__name__):
         IndexedDataset(dataset)
 
 
@@ -451,7 +443,8 @@ def global_states():
 
 def test_no_global_random_state_is_read_or_changed():
     def choices():
-        pruner = DynamicPruner(UCB(0.5, epsilon=0.2), 50, batch_size=4, num_epochs=3, seed=1)
+        shape = RunShape(50, batch_size=4, num_epochs=3)
+        pruner = DynamicPruner(UCB(0.5, epsilon=0.2), shape, seed=1)
         loader = pruner.dataloader([{"x": i} for i in range(50)])
         kept = []
         for epoch in range(3):
