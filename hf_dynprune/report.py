@@ -462,9 +462,8 @@ def selection_of(times_kept: np.ndarray, chance: np.ndarray) -> dict[str, Any]:
 
     Returns:
         JSON values: `choices` (C); `histogram` (C + 1,), samples that were kept 0, ..., C times;
-            `chance`
-        (C + 1,), the same expected by chance; `always`, `sometimes`, `never`, shares of the
-        samples; `chance_shares`, the same expected by chance.
+        `chance` (C + 1,), the same expected by chance; `always`, `sometimes`, `never`, shares of
+        the samples; `chance_shares`, the same expected by chance.
 
     Cost: O(N + C).
     """
