@@ -1,9 +1,10 @@
-"""What the recipes share: their arguments, from the command line or a YAML file; mistakes told before anything is trained;
-and what follows the training."""
+"""What the recipes share: arguments, checks before the training, and what follows the training.
+
+Arguments come from the command line or from a YAML file.
+"""
 
 import atexit
 import ctypes
-import difflib
 import gc
 import json
 import sys
@@ -21,56 +22,55 @@ from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, data
-from hf_dynprune.report import in_percent
+from hf_dynprune.checks import did_you_mean
+from hf_dynprune.files import REPORT_FILE, TABLE_FILE
+from hf_dynprune.report import shown_metric
+
+
+def option(default: Any, help: str) -> Any:
+    """Make a command-line option: a field of a dataclass with a default and a help text."""
+    return field(default=default, metadata={"help": help})
 
 
 def computes_in_bf16() -> bool:
-    """Whether bfloat16 is computed in here. Where it is emulated, as by a CPU without AVX-512, autocast takes many times as
-    long as float32: the recipes' --bf16 is off there, unless the user says otherwise."""
+    """Whether this machine computes in bfloat16.
+
+    If it only emulates bfloat16, as a CPU without AVX-512 does, autocast takes many times as long
+    as float32. The recipes' --bf16 is off by default then.
+    """
     if torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.accelerator.is_available() or torch.backends.cpu.get_cpu_capability() not in (
-        "DEFAULT",
-        "NO AVX",
-        "AVX2",
-    )
+    if torch.accelerator.is_available():
+        return True
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX", "AVX2")
 
 
-BF16 = {
-    "default": computes_in_bf16(),
-    "metadata": {"help": "bfloat16 autocast; so where it is computed in, not emulated."},
-}
+BF16_HELP = "bfloat16 autocast; default: True if the hardware computes in it (not by emulation)."
+
+
+# ---- arguments -----------------------------------------------------------------------------------
 
 
 @dataclass
 class DataArguments:
-    """The data; a recipe gives `dataset` its default."""
+    """The data; a recipe sets the default of `dataset`."""
 
     _argument_group_name = "data"
 
-    dataset: str = field(default="", metadata={"help": "Hub id or local path of the dataset."})
-    dataset_config: str | None = field(
-        default=None, metadata={"help": "Configuration of a dataset that has several."}
+    dataset: str = option("", "Hub id or local path of the dataset.")
+    dataset_config: str | None = option(None, "Configuration of a dataset that has several.")
+    train_split: str = option("train", "Split to train on, such as train or train[:10%%].")
+    eval_split: str | None = option(
+        None, "Split to evaluate on; default: validation, or test if there is no validation."
     )
-    train_split: str = field(
-        default="train", metadata={"help": "Split to train on, such as train or train[:10%%]."}
-    )
-    eval_split: str | None = field(
-        default=None,
-        metadata={
-            "help": "Split to evaluate on; default: validation, else test, where there is one."
-        },
-    )
-    validation_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Evaluate on that share of the training split, which is held out for it (the same rows each time), and "
-            "leave the test set alone: for whatever is chosen by trying."
-        },
+    validation_share: float = option(
+        0.0,
+        "Hold out this share of the training split (the same rows in each run) and evaluate on it. "
+        "The test set is not used. Set it to choose settings.",
     )
 
     def load_splits(self) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-        """Training split, split to evaluate on."""
+        """Load the training split and the split to evaluate on."""
         return data.load_splits(
             self.dataset,
             self.dataset_config,
@@ -82,47 +82,37 @@ class DataArguments:
 
 @dataclass
 class RunArguments:
-    """The run, beside what the Trainer's arguments say of it."""
+    """The run, besides the Trainer's arguments."""
 
     _argument_group_name = "run"
 
-    overwrite: bool = field(
-        default=False, metadata={"help": "Write into an output folder that holds a run already."}
-    )
-    advise: bool = field(
-        default=False,
-        metadata={
-            "help": "Do not train: print what the run would take, on all data and pruned, by a dry run of some batches."
-        },
+    overwrite: bool = option(False, "Write into an output folder that contains a run.")
+    advise: bool = option(
+        False,
+        "Do not train. Train a few batches, and print how long the run would take on all data and "
+        "pruned.",
     )
 
 
 @dataclass
 class ModelArguments(RunArguments):
-    """A model of text, pretrained or from scratch, and the run; a recipe gives `model` its default."""
+    """A text model, pretrained or not, and the run; a recipe sets the default of `model`."""
 
     _argument_group_name = "model and run"
 
-    model: str = field(
-        default="",
-        metadata={
-            "help": "Hub id or local path of a model: of its weights, configuration and tokenizer."
-        },
+    model: str = option(
+        "", "Hub id or local path of a model; gives weights, configuration and tokenizer."
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights."})
-    model_config: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "A model from scratch with this configuration in place of that of --model, as JSON, such as "
-            '\'{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}\'.'
-        },
+    from_scratch: bool = option(False, "Start from random weights.")
+    model_config: dict[str, Any] | str | None = option(
+        None,
+        "Train a model from scratch with this configuration instead of that of --model. JSON, such "
+        'as \'{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}\'.',
     )
-    tokenizer_vocabulary: int | None = field(
-        default=None,
-        metadata={
-            "help": "Train a tokenizer (byte-level BPE) of so many tokens on the training texts, in place of that of "
-            "--model; for a model from scratch."
-        },
+    tokenizer_vocabulary: int | None = option(
+        None,
+        "Train a tokenizer (byte-level BPE) with this many tokens on the training texts, instead "
+        "of using that of --model. Only for a model from scratch.",
     )
 
     def __post_init__(self) -> None:
@@ -136,68 +126,71 @@ class ModelArguments(RunArguments):
         if self.model_config is not None:
             if not isinstance(self.model_config, dict) or "model_type" not in self.model_config:
                 raise ValueError(
-                    f"model_config={self.model_config!r} is no mapping with a model_type, such as "
-                    '{"model_type": "llama", "hidden_size": 128}.'
+                    f"model_config={self.model_config!r} is not a mapping with a model_type: "
+                    'expected one such as {"model_type": "llama", "hidden_size": 128}.'
                 )
             self.from_scratch = True
         if self.tokenizer_vocabulary is not None and self.tokenizer_vocabulary < 1:
             raise ValueError(
-                f"tokenizer_vocabulary={self.tokenizer_vocabulary} is no number of tokens, such as 8000."
+                f"tokenizer_vocabulary={self.tokenizer_vocabulary} is out of range: expected a "
+                "number of tokens, such as 8000."
             )
         if self.tokenizer_vocabulary is not None and not self.from_scratch:
             raise ValueError(
-                f"tokenizer_vocabulary={self.tokenizer_vocabulary} trains a tokenizer that the pretrained weights of "
-                f"{self.model} do not know: start with --from_scratch True or --model_config, or leave it out."
+                f"tokenizer_vocabulary={self.tokenizer_vocabulary} trains a new tokenizer, which "
+                f"does not match the pretrained weights of {self.model}: set --from_scratch True "
+                "or --model_config, or leave it out."
             )
 
 
 @dataclass
 class TrainerArguments(TrainingArguments):
-    """The Trainer's arguments, where they run on a CPU, too; a recipe gives its own defaults."""
+    """The Trainer's arguments, with defaults that also work on a CPU."""
 
     _argument_group_name = "all arguments of the Trainer"
 
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(),
-        metadata={"help": "Train on the CPU; so where there is no other."},
+    # transformers allows bf16 on a CPU only if this is set.
+    use_cpu: bool = option(
+        not torch.accelerator.is_available(),
+        "Train on the CPU; default: True if there is no accelerator.",
     )
-    dataloader_pin_memory: bool = field(
-        default=torch.cuda.is_available(),
-        metadata={"help": "Load into pinned memory, from which CUDA copies faster."},
+    dataloader_pin_memory: bool = option(
+        torch.cuda.is_available(), "Load into pinned memory, from which CUDA copies faster."
     )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
+    save_strategy: SaveStrategy | str = option(
+        "no", "When to write checkpoints: no, epoch or steps."
     )
 
 
 def keep_freed_memory() -> None:
-    """Where a CPU trains: lets glibc keep what a step frees for the next one. It would return the activations to the system
-    and have them mapped and zeroed anew in each step, page by page; recipes/benchmarks/LOG.md says what that costs."""
+    """On a CPU, let glibc keep the memory that a step frees for the next step.
+
+    By default it returns the activations to the system, which maps and zeroes them again in each
+    step, page by page. recipes/benchmarks/LOG.md says what that costs.
+    """
     if sys.platform != "linux" or torch.accelerator.is_available():
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
     if mallopt is not None:
         m_trim_threshold, m_mmap_threshold, m_arena_max = -1, -3, -8
         mallopt(m_trim_threshold, 2**31 - 1)
-        mallopt(m_mmap_threshold, 2**30) or mallopt(
-            m_mmap_threshold, 2**25
-        )  # the most that an older glibc takes
-        mallopt(
-            m_arena_max, 1
-        )  # the heaps of other threads are given back whatever the thresholds are
+        if not mallopt(m_mmap_threshold, 2**30):
+            mallopt(m_mmap_threshold, 2**25)  # the most that an older glibc takes
+        # The memory of other threads' arenas is returned whatever the thresholds are.
+        mallopt(m_arena_max, 1)
 
 
 def parse(description: str, *groups: Any) -> tuple[Any, ...]:
-    """An object of each dataclass, from `script.py [config.yaml] [--option value ...]`; options override the file.
+    """Parse `script.py [config.yaml] [--option value ...]` into an object of each dataclass.
 
-    A mistake ends the program with status 2 and a message, before anything heavy happens.
+    Options override the file. A mistake ends the program with status 2 and a message, before
+    anything expensive happens.
     """
     parser = HfArgumentParser(
         groups,
         usage="%(prog)s [config.yaml] [--option value ...]",
         description=description.partition("\n\n")[0].replace("\n", " "),
-        epilog="Options override those of the YAML file, which is a mapping of the same names.",
+        epilog="The YAML file maps names of options to values. Options override it.",
     )
     keep_freed_memory()
     arguments = sys.argv[1:]
@@ -208,6 +201,7 @@ def parse(description: str, *groups: Any) -> tuple[Any, ...]:
 
 
 def _settings(parser: HfArgumentParser, file: str, groups: tuple[Any, ...]) -> dict[str, Any]:
+    """Read a YAML file of options."""
     known = [field.name for group in groups for field in fields(group) if field.init]
     try:
         settings = yaml.safe_load(Path(file).read_text())
@@ -215,25 +209,31 @@ def _settings(parser: HfArgumentParser, file: str, groups: tuple[Any, ...]) -> d
         parser.error(f"the configuration {file} cannot be read: {error}")
     if not isinstance(settings, dict):
         parser.error(
-            f"the configuration {file} is no mapping of names to values, such as `keep_ratio: 0.3`."
+            f"the configuration {file} is not a mapping of names to values, such as "
+            "`keep_ratio: 0.3`."
         )
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            meant = f"did you mean {close[0]!r}?" if close else "--help lists them."
-            parser.error(f"{file} has the unknown field {name!r}; {meant}")
+            meant = did_you_mean(name, known) or "--help lists the known ones."
+            parser.error(f"{file} has the unknown field {name!r}: {meant}")
     return settings
+
+
+# ---- checks --------------------------------------------------------------------------------------
 
 
 @contextmanager
 def user_mistakes(parser: HfArgumentParser | None = None) -> Iterator[None]:
-    """What is wrong with arguments, paths or columns: a message and status 2, not a traceback. Never around the training."""
+    """End the program with a message and status 2 if arguments, paths or columns are wrong.
+
+    Do not use it around the training: an error there needs its traceback.
+    """
     try:
         yield
     except (ValueError, TypeError, OSError) as error:
-        _fail(f"{Path(sys.argv[0]).name}: error: {error}") if parser is None else parser.error(
-            str(error)
-        )
+        if parser is not None:
+            parser.error(str(error))
+        _fail(f"{Path(sys.argv[0]).name}: error: {error}")
 
 
 def _fail(message: str) -> NoReturn:
@@ -242,41 +242,40 @@ def _fail(message: str) -> NoReturn:
 
 
 def check_output(args: Any, run: RunArguments) -> None:
-    """An output folder that holds a run is written to only if that is continued, or if the user says so.
+    """Raise FileExistsError if the output folder contains a run that would be overwritten.
 
-    `args` have `output_dir`, and `resume_from_checkpoint` where a run can be continued.
+    It may be resumed, or overwritten with --overwrite. With --advise nothing is written.
+
+    Args:
+        args: Has `output_dir`, and `resume_from_checkpoint` if the recipe can resume.
+        run: The recipe's options.
     """
     if run.advise and not isinstance(args, TrainingArguments):
-        raise ValueError(
-            "--advise True lets a Trainer train some batches, and this recipe has none: leave it out."
-        )
+        raise ValueError("--advise True needs a Trainer, and this recipe has none: leave it out.")
     folder, can_resume = Path(args.output_dir), hasattr(args, "resume_from_checkpoint")
-    found = [
-        path.name
-        for pattern in ("report.json", "checkpoint-*")
-        for path in sorted(folder.glob(pattern))
-    ]
-    if can_resume and args.resume_from_checkpoint in (
-        "True",
-        "true",
-    ):  # the Trainer's way to say: the newest
+    # The Trainer takes True for the newest checkpoint; the command line gives a string.
+    if can_resume and args.resume_from_checkpoint in ("True", "true"):
         args.resume_from_checkpoint = True
-    if (
-        found
-        and not run.overwrite
-        and not run.advise
-        and not (can_resume and args.resume_from_checkpoint)
-    ):
-        way_on = "continue it with --resume_from_checkpoint True, " if can_resume else ""
+    if run.overwrite or run.advise or (can_resume and args.resume_from_checkpoint):
+        return
+    found = [*sorted(folder.glob(REPORT_FILE)), *sorted(folder.glob("checkpoint-*"))]
+    if found:
+        resume = "resume it with --resume_from_checkpoint True, " if can_resume else ""
         raise FileExistsError(
-            f"{folder} holds a run already ({', '.join(found[:3])}): choose another --output_dir, {way_on}"
-            "or write over it with --overwrite True."
+            f"{folder} contains a run ({', '.join(path.name for path in found[:3])}): choose "
+            f"another --output_dir, {resume}or overwrite it with --overwrite True."
         )
+
+
+# ---- training ------------------------------------------------------------------------------------
 
 
 class SharedStatistics(TrainerCallback):
-    """Before a model is evaluated or saved all ranks get the BatchNorm statistics of rank 0, which are saved: so they
-    evaluate what is saved. (Each rank updates its own; the next training step would share them as well.)"""
+    """Give all ranks the BatchNorm statistics of rank 0 before the model is evaluated or saved.
+
+    Each rank updates its own statistics, and those of rank 0 are saved. So the ranks evaluate what
+    is saved. DDP shares the same statistics in the next training step anyway.
+    """
 
     def on_step_end(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
@@ -302,11 +301,18 @@ def train(
     evaluate_also: Callable[[], None] | None = None,
     advise: bool = False,
 ) -> None:
-    """Trains, evaluates at the end if the last epoch was not, and writes model, card, report.json and
-    table.safetensors (what is known of each sample); pushes if told to.
+    """Train, evaluate, and write the model, its card, report.json and table.safetensors.
 
-    `evaluate_also` is called after that evaluation: what it adds to the report is in all that is written. With `advise`
-    nothing is trained or written, but what the run would take is printed.
+    The table contains what is known of each sample. The model is pushed to the Hub if the
+    arguments say so.
+
+    Args:
+        trainer: The trainer. Its arguments say where to write and what to resume.
+        dataset: Hub id or local path, for the card.
+        task: For the card, such as `"image-classification"`.
+        metric: The metric to print, without `eval_`.
+        evaluate_also: Called after the last evaluation. What it adds to the report is in all files.
+        advise: Train and write nothing, but print how long the run would take.
     """
     args = trainer.args
     if advise:
@@ -321,38 +327,41 @@ def train(
     if evaluate_also is not None:
         evaluate_also()
     if trainer.is_world_process_zero():
-        report.save(Path(args.output_dir) / "report.json")
-        trainer.pruner.table.save(Path(args.output_dir) / "table.safetensors")
+        report.save(Path(args.output_dir) / REPORT_FILE)
+        trainer.pruner.table.save(Path(args.output_dir) / TABLE_FILE)
     trainer.save_model()
-    # On the card a path of this machine would be of no use to others.
-    words = {
-        "dataset": Path(dataset).resolve().name if Path(dataset).exists() else dataset,
-        "tasks": task,
-    }
-    trainer.create_model_card(**words)
+    # A local path would be of no use to readers of the card.
+    name = Path(dataset).resolve().name if Path(dataset).exists() else dataset
+    about = {"dataset": name, "tasks": task}
+    trainer.create_model_card(**about)
     if trainer.is_world_process_zero():
-        seconds = report.totals["seconds"]
-        value = report.metrics.get(f"eval_{metric}")
-        reached = ""
-        if value is not None:
-            shown = f"{100 * value:.2f} %" if in_percent(metric, [value]) else f"{value:.4f}"
-            reached = f"{metric} {shown} (last epoch), "
-        print(
-            f"{report.policy['name']}: {reached}cost {report.cost_ratio:.4f} of the full run of {report.num_epochs:g} "
-            f"epochs, {report.totals['optimizer_steps']} steps, {seconds['training']:.1f} s training, "
-            f"{seconds['choosing']:.2f} s choosing. Written to {args.output_dir}."
-        )
+        print(f"{_in_a_line(report, metric)} Written to {args.output_dir}.")
     if args.push_to_hub:
-        trainer.push_to_hub(**words)
+        trainer.push_to_hub(**about)
     leave_together()
 
 
-def leave_together() -> None:
-    """To be called when a run is done: at the program's end its ranks wait for each other, then close their group.
+def _in_a_line(report: hf_dynprune.PruningReport, metric: str) -> str:
+    """Describe a run in one sentence."""
+    value = report.metrics.get(f"eval_{metric}")
+    reached = ""
+    if value is not None:
+        reached = f"{metric} {shown_metric(metric, value)} (last epoch), "
+    seconds = report.totals["seconds"]
+    return (
+        f"{report.policy['name']}: {reached}cost {report.cost_ratio:.4f} of the full run of "
+        f"{report.num_epochs:g} epochs, {report.totals['optimizer_steps']} steps, "
+        f"{seconds['training']:.1f} s training, {seconds['choosing']:.2f} s choosing."
+    )
 
-    A rank that leaves while another one still talks can be aborted. Not before the end, when `main`'s variables are gone:
-    where the group is closed first, it goes with the last model in DDP, which waits for gloo's threads and holds the GIL.
-    A thread that needs the GIL to drop a tensor then waits for ever (pytorch).
+
+def leave_together() -> None:
+    """At the end of the program, let the ranks wait for each other and then close their group.
+
+    Call it when a run is done. A rank that leaves while another one still communicates can be
+    aborted. The group must not be closed before the variables of `main` are gone: it would end with
+    the last model in DDP, which waits for gloo's threads and holds the GIL. A thread of gloo that
+    needs the GIL to drop a tensor would then wait forever (seen in PyTorch).
     """
     if torch.distributed.is_initialized():
         atexit.register(_close_group)

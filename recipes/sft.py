@@ -1,15 +1,16 @@
-"""Supervised fine-tuning by trl's SFTTrainer, on all data or on a part that changes.
+"""Supervised fine-tuning with trl's SFTTrainer, on all data or on a changing subset.
 
     python recipes/sft.py --pruning infobatch --output_dir runs/sft
-    accelerate launch recipes/sft.py --dataset path/to/conversations --pruning ucb --keep_ratio 0.3 --use_peft True \\
-        --lora_target_modules all-linear --learning_rate 2e-4
+    accelerate launch recipes/sft.py --dataset path/to/conversations --pruning ucb \\
+        --keep_ratio 0.3 --use_peft True --lora_target_modules all-linear --learning_rate 2e-4
 
-`--dataset` is a Hub id or a local path, of conversations, prompts with completions, or texts, as the SFTTrainer takes them;
-questions with answers become prompts with completions. All arguments of SFTConfig and of trl's ModelConfig hold. Writes
-report.json, model, tokenizer and card to `--output_dir`.
+`--dataset` is a Hub id or a local path. It contains conversations, prompts with completions, or
+texts, as the SFTTrainer takes them; questions with answers become prompts with completions. All
+arguments of SFTConfig and of trl's ModelConfig are accepted. Writes report.json, model, tokenizer
+and card to `--output_dir`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import common
 import datasets
@@ -25,9 +26,7 @@ GSM8K = "openai/gsm8k"
 
 @dataclass
 class DataArguments(common.DataArguments):
-    dataset: str = field(
-        default=GSM8K, metadata={"help": f"Hub id or local path of the dataset, such as {GSM8K}."}
-    )
+    dataset: str = common.option(GSM8K, f"Hub id or local path of the dataset, such as {GSM8K}.")
 
     def __post_init__(self) -> None:
         if self.dataset == GSM8K:
@@ -38,37 +37,35 @@ class DataArguments(common.DataArguments):
 class ModelArguments(ModelConfig):
     _argument_group_name = "model"
 
-    model_name_or_path: str | None = field(
-        default="HuggingFaceTB/SmolLM2-135M",
-        metadata={"help": "Hub id or local path of the model."},
+    model_name_or_path: str | None = common.option(
+        "HuggingFaceTB/SmolLM2-135M", "Hub id or local path of the model."
     )
 
 
 @dataclass
 class SFTArguments(SFTConfig):
-    """SFTConfig, where it runs on a CPU too."""
+    """SFTConfig, with defaults that also work on a CPU."""
 
     _argument_group_name = "all arguments of SFTConfig"
 
-    output_dir: str | None = field(default="runs/sft", metadata={"help": "Where to write."})
-    # transformers wants to be told before it lets a CPU have bf16.
-    use_cpu: bool = field(
-        default=not torch.accelerator.is_available(),
-        metadata={"help": "Train on the CPU; so where there is no other."},
+    output_dir: str | None = common.option("runs/sft", "Output folder.")
+    # transformers allows bf16 on a CPU only if this is set.
+    use_cpu: bool = common.option(
+        not torch.accelerator.is_available(),
+        "Train on the CPU; default: True if there is no accelerator.",
     )
-    bf16: bool | None = field(
-        default=None if common.computes_in_bf16() else False,
-        metadata={
-            "help": "bfloat16 autocast; so where it is computed in, not emulated, and --fp16 is not asked for."
-        },
+    bf16: bool | None = common.option(
+        None if common.computes_in_bf16() else False,
+        "bfloat16 autocast; default: True if the hardware computes in it (not by emulation) and "
+        "--fp16 is not set.",
     )
-    save_strategy: SaveStrategy | str = field(
-        default="no", metadata={"help": "When to write checkpoints: no, epoch, steps."}
+    save_strategy: SaveStrategy | str = common.option(
+        "no", "When to write checkpoints: no, epoch or steps."
     )
 
 
 def prompts(split: datasets.Dataset) -> datasets.Dataset:
-    """Questions with answers as prompts with completions; all else as it is."""
+    """Turn questions with answers into prompts with completions; keep everything else."""
     if not {"question", "answer"} <= set(split.column_names):
         return split
     return split.map(

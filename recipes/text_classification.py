@@ -1,20 +1,22 @@
-"""Text classification with any encoder, on all data or on a part that changes.
+"""Text classification with any encoder, on all data or on a changing subset.
 
     python recipes/text_classification.py --pruning ucb --keep_ratio 0.5 --output_dir runs/ucb
-    python recipes/text_classification.py --dataset nyu-mll/glue --dataset_config mrpc --text_column sentence1 \\
-        --text_pair_column sentence2 --model FacebookAI/roberta-base --pruning random --keep_ratio 0.5
+    python recipes/text_classification.py --dataset nyu-mll/glue --dataset_config mrpc \\
+        --text_column sentence1 --text_pair_column sentence2 --model FacebookAI/roberta-base \\
+        --pruning random --keep_ratio 0.5
     accelerate launch recipes/text_classification.py recipes/configs/text_classification_pruned.yaml
-    python recipes/text_classification.py --dataset path/to/banking77 --tokenizer_vocabulary 4000 --learning_rate 1e-3 \\
-        --model_config '{"model_type": "bert", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2,
-        "num_attention_heads": 2}'
+    python recipes/text_classification.py --dataset path/to/banking77 --learning_rate 1e-3 \\
+        --tokenizer_vocabulary 4000 --model_config '{"model_type": "bert", "hidden_size": 128,
+        "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}'
 
-`--dataset` and `--model` are Hub ids or local paths. The last command needs neither the Hub nor a pretrained model. The
-short run, the baseline to beat, is `--pruning full` with fewer epochs. AdamW, LR warm-up, then linear to zero. Writes
-report.json, model, tokenizer and card to `--output_dir`; `pipeline("text-classification")` loads them.
+`--dataset` and `--model` are Hub ids or local paths. The last command needs neither the Hub nor a
+pretrained model. The short run, the baseline to beat, is `--pruning full` with fewer epochs. The
+optimizer is AdamW; the learning rate warms up, then falls linearly to zero. Writes report.json,
+model, tokenizer and card to `--output_dir`; `pipeline("text-classification")` loads them.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import common
@@ -39,66 +41,52 @@ from hf_dynprune.data import class_names, find_column
 
 @dataclass
 class DataArguments(common.DataArguments):
-    dataset: str = field(
-        default="PolyAI/banking77",
-        metadata={"help": "Hub id or local path of the dataset, such as PolyAI/banking77."},
+    dataset: str = common.option(
+        "PolyAI/banking77", "Hub id or local path of the dataset, such as PolyAI/banking77."
     )
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column of the texts; default: the only one, or text."}
+    text_column: str | None = common.option(
+        None, "Column of the texts; default: the only one, or text."
     )
-    text_pair_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of second texts, where pairs of texts are classified."},
+    text_pair_column: str | None = common.option(
+        None, "Column of the second texts, to classify pairs of texts."
     )
-    label_column: str | None = field(
-        default=None,
-        metadata={"help": "Column of the labels; default: the only ClassLabel column, or label."},
+    label_column: str | None = common.option(
+        None, "Column of the labels; default: the only ClassLabel column, or label."
     )
 
 
 @dataclass
 class RecipeArguments(common.ModelArguments):
-    model: str = field(
-        default="distilbert/distilbert-base-uncased",
-        metadata={
-            "help": "Hub id or local path of an encoder: of its weights, configuration and tokenizer."
-        },
+    model: str = common.option(
+        "distilbert/distilbert-base-uncased",
+        "Hub id or local path of an encoder; gives weights, configuration and tokenizer.",
     )
-    max_length: int = field(default=128, metadata={"help": "Tokens after which a text is cut."})
+    max_length: int = common.option(128, "Tokens after which a text is cut.")
 
 
 @dataclass
 class TextTrainingArguments(common.TrainerArguments):
-    """The Trainer's arguments, with the defaults of fine-tuning."""
+    """The Trainer's arguments, with defaults for fine-tuning."""
 
-    output_dir: str = field(
-        default="runs/text_classification", metadata={"help": "Where to write."}
+    output_dir: str = common.option("runs/text_classification", "Output folder.")
+    num_train_epochs: float = common.option(10.0, "Number of epochs.")
+    per_device_train_batch_size: int = common.option(32, "Training batch size per rank.")
+    per_device_eval_batch_size: int = common.option(128, "Evaluation batch size per rank.")
+    learning_rate: float = common.option(5e-5, "Peak learning rate of AdamW.")
+    weight_decay: float = common.option(0.01, "Weight decay, not on norms and biases.")
+    warmup_steps: float = common.option(
+        0.1, "Learning-rate warm-up: a share of the run if below 1, else steps."
     )
-    num_train_epochs: float = field(default=10.0, metadata={"help": "Epochs."})
-    per_device_train_batch_size: int = field(
-        default=32, metadata={"help": "Training batch of one rank."}
-    )
-    per_device_eval_batch_size: int = field(
-        default=128, metadata={"help": "Evaluation batch of one rank."}
-    )
-    learning_rate: float = field(default=5e-5, metadata={"help": "Peak learning rate of AdamW."})
-    weight_decay: float = field(
-        default=0.01, metadata={"help": "Weight decay, not on norms and biases."}
-    )
-    warmup_steps: float = field(
-        default=0.1, metadata={"help": "LR warm-up: a share below 1, or steps."}
-    )
-    lr_scheduler_type: SchedulerType | str = field(
-        default="linear", metadata={"help": "Schedule behind the warm-up."}
-    )
-    logging_steps: float = field(default=100, metadata={"help": "Log every so many steps."})
+    lr_scheduler_type: SchedulerType | str = common.option("linear", "Schedule after the warm-up.")
+    logging_steps: float = common.option(100, "Steps between two log entries.")
 
 
 def make_tokenizer(recipe: RecipeArguments, texts: Iterable[str]) -> PreTrainedTokenizerBase:
-    """The model's own, or one that is trained on the texts.
+    """Load the model's tokenizer, or train one on the texts.
 
-    Byte-level BPE, since from the same texts it gives the same vocabulary each time: ranks and resumed runs agree.
-    WordPiece does not (`tokenizers` numbers its first letters in the order of a hash table).
+    It is byte-level BPE, which gives the same vocabulary each time it is trained on the same texts,
+    so ranks and resumed runs agree. WordPiece does not: `tokenizers` numbers its first letters in
+    the order of a hash table.
     """
     if recipe.tokenizer_vocabulary is not None:
         tokenizer = RobertaTokenizer(add_prefix_space=True).train_new_from_iterator(
@@ -109,7 +97,7 @@ def make_tokenizer(recipe: RecipeArguments, texts: Iterable[str]) -> PreTrainedT
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     if tokenizer.pad_token is None:
         raise ValueError(
-            f"The tokenizer of {recipe.model} has no padding token: choose an encoder as --model."
+            f"The tokenizer of {recipe.model} has no padding token: choose an encoder, --model."
         )
     return tokenizer
 
@@ -117,7 +105,7 @@ def make_tokenizer(recipe: RecipeArguments, texts: Iterable[str]) -> PreTrainedT
 def make_config(
     recipe: RecipeArguments, tokenizer: PreTrainedTokenizerBase, names: list[str]
 ) -> PreTrainedConfig:
-    """The model's configuration, for these classes; from scratch also for this tokenizer."""
+    """Make the model's configuration for these classes; from scratch also for this tokenizer."""
     changes: dict[str, Any] = {
         "id2label": dict(enumerate(names)),
         "label2id": {name: i for i, name in enumerate(names)},
@@ -133,12 +121,58 @@ def make_config(
     else:
         config = AutoConfig.from_pretrained(recipe.model, **changes)
     limits = (tokenizer.model_max_length, getattr(config, "max_position_embeddings", 0))
-    longest = min(limit for limit in limits if limit > 0)  # XLNet says -1, which is none
+    longest = min(limit for limit in limits if limit > 0)  # XLNet has -1, which means no limit
     if not 1 <= recipe.max_length <= longest:
         raise ValueError(
-            f"max_length={recipe.max_length}: wanted is from 1 to {longest}, what the model takes."
+            f"max_length={recipe.max_length} is out of range: the model takes 1 to {longest} "
+            "tokens."
         )
     return config
+
+
+@dataclass
+class Texts:
+    """The tokenized splits, and what is needed to make a model for them."""
+
+    train: datasets.Dataset
+    test: datasets.Dataset | None
+    tokenizer: PreTrainedTokenizerBase
+    config: PreTrainedConfig
+
+
+def load_texts(data: DataArguments, recipe: RecipeArguments) -> Texts:
+    """Load and tokenize the splits."""
+    train, test = data.load_splits()
+    columns = [find_column(train.features, "text", data.text_column)]
+    if data.text_pair_column is not None:
+        second = data.text_pair_column
+        columns.append(find_column(train.features, "text", second, argument="text_pair_column"))
+    label = find_column(train.features, "label", data.label_column)
+    names = class_names(train, label)
+    texts = (text for column in columns for text in train[column])
+    tokenizer = make_tokenizer(recipe, texts)
+    config = make_config(recipe, tokenizer, names)
+
+    def tokenize(rows: dict[str, list]) -> dict[str, Any]:
+        first_and_second = (rows[column] for column in columns)
+        tokens = tokenizer(*first_and_second, truncation=True, max_length=recipe.max_length)
+        return {**tokens, "labels": rows[label]}
+
+    def tokenized(split: datasets.Dataset) -> datasets.Dataset:
+        options = {"remove_columns": split.column_names, "desc": "Tokenizing"}
+        return split.map(tokenize, batched=True, **options)
+
+    return Texts(tokenized(train), None if test is None else tokenized(test), tokenizer, config)
+
+
+def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Module:
+    """Make a model from random or pretrained weights."""
+    if recipe.from_scratch:
+        return AutoModelForSequenceClassification.from_config(config)
+    # In float32, whatever the file holds: bfloat16 weights would lose the small steps of AdamW.
+    return AutoModelForSequenceClassification.from_pretrained(
+        recipe.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+    )
 
 
 def main() -> None:
@@ -149,52 +183,16 @@ def main() -> None:
         policy = pruning.policy() or FullData()
         common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
-            train, test = data.load_splits()
-            columns = [find_column(train.features, "text", data.text_column)]
-            if data.text_pair_column is not None:
-                columns.append(
-                    find_column(
-                        train.features, "text", data.text_pair_column, argument="text_pair_column"
-                    )
-                )
-            label = find_column(train.features, "label", data.label_column)
-            names = class_names(train, label)
-            tokenizer = make_tokenizer(
-                recipe, (text for column in columns for text in train[column])
-            )
-            config = make_config(recipe, tokenizer, names)
-
-            def tokenized(split: datasets.Dataset) -> datasets.Dataset:
-                return split.map(
-                    lambda rows: {
-                        **tokenizer(
-                            *(rows[column] for column in columns),
-                            truncation=True,
-                            max_length=recipe.max_length,
-                        ),
-                        "labels": rows[label],
-                    },
-                    batched=True,
-                    remove_columns=split.column_names,
-                    desc="Tokenizing",
-                )
-
-            train, test = tokenized(train), None if test is None else tokenized(test)
+            texts = load_texts(data, recipe)
         set_seed(args.seed)
-        if recipe.from_scratch:
-            model = AutoModelForSequenceClassification.from_config(config)
-        else:  # in float32, whatever it was saved in: small steps of AdamW are lost on bfloat16 weights
-            model = AutoModelForSequenceClassification.from_pretrained(
-                recipe.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
-            )
-
+        model = make_model(recipe, texts.config)
     trainer = DynamicPruningTrainer(
         model=model,
         args=args,
-        train_dataset=train,
-        eval_dataset=test,
-        processing_class=tokenizer,
-        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=texts.train,
+        eval_dataset=texts.test,
+        processing_class=texts.tokenizer,
+        data_collator=DataCollatorWithPadding(texts.tokenizer),
         compute_metrics=accuracy_and_f1(),
         preprocess_logits_for_metrics=best_classes,
         pruning=policy,

@@ -1,4 +1,4 @@
-"""The recipes run as a person runs them: as programs."""
+"""The recipes as a user runs them: as programs. Later runs of a recipe are in this process."""
 
 import json
 import os
@@ -17,18 +17,14 @@ from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
 from hf_dynprune import SampleTable
-from hf_dynprune.vision import (
-    CIFAR_MEAN,
-    CIFAR_STD,
-    ImageCache,
-)  # and the pipeline knows the architectures
+from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # also for `pipeline`
 from recipes.metrics import accuracy_of
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*command, cwd=ROOT):
-    """Runs Python; what fails shows its output. The package is this folder's, installed or not."""
+    """Run Python with this folder's package. An assertion error contains the output."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *map(str, command)],
@@ -69,7 +65,7 @@ def test_quickstart(tmp_path):
     assert "`keep_ratio=0.4`" in card
     assert "python recipes/quickstart.py --output_dir" in card
     assert "| short run" in card
-    # The card's own words load the model; then it classifies an image.
+    # The card's code loads the model.
     load = re.search(r"```python\n(import hf_dynprune.vision.*?)```", card, flags=re.DOTALL)[1]
     assert "AutoModelForImageClassification" in load
     use = "import torch; print(model(torch.zeros(1, 1, 8, 8)).logits.shape)"
@@ -111,14 +107,8 @@ def small_cifar(tmp_path_factory):
     }
 
 
-LITTLE = [
-    "--model",
-    "resnet8_cifar",
-    "--num_train_epochs",
-    "2",
-    "--per_device_train_batch_size",
-    "16",
-]
+LITTLE = ["--model", "resnet8_cifar", "--num_train_epochs", "2"]
+LITTLE += ["--per_device_train_batch_size", "16"]
 
 
 def test_cifar(small_cifar, tmp_path):
@@ -130,10 +120,8 @@ def test_cifar(small_cifar, tmp_path):
     assert report["policy"]["name"] == "ucb"
     assert report["cost_ratio"] == pytest.approx(0.5)
     assert 0 <= report["metrics"]["eval_accuracy"] <= report["metrics"]["eval_top5_accuracy"] <= 1
-    assert [bool(epoch["metrics"]) for epoch in report["epochs"]] == [
-        True,
-        True,
-    ]  # every 3 of 6 steps
+    evaluated = [bool(epoch["metrics"]) for epoch in report["epochs"]]
+    assert evaluated == [True, True]  # after steps 3 and 6
     assert "ucb" in (tmp_path / "README.md").read_text()
     classify = pipeline("image-classification", model=str(tmp_path))
     image = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")[0]["img"]
@@ -159,8 +147,8 @@ def test_cifar_100_under_accelerate_launch_and_from_yaml(small_cifar, tmp_path):
     assert len(json.loads((tmp_path / "out" / "config.json").read_text())["label_names"]) == 20
 
 
-def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
-    """Noisy labels for the training images, and for those of them that are held out; the test set keeps its own."""
+def test_cifar_with_other_labels(small_cifar, tmp_path, recipe):
+    """Training and held-out images have the other labels; the test set keeps its labels."""
     cifar = recipe("cifar")
     noisy = np.random.default_rng(1).integers(0, 10, 96)
     datasets.Dataset.from_dict({"worse": noisy, "few": [11] * 96}).to_parquet(
@@ -177,23 +165,18 @@ def test_cifar_with_labels_of_others(small_cifar, tmp_path, recipe):
 
     tuning = cifar.load_images(cifar.DataArguments(**data, **labels, validation_share=0.25), 0)
     assert (len(tuning.train), len(tuning.test)) == (72, 24)
-    of_image = {
-        image.numpy().tobytes(): label for image, label in zip(own.train.images, noisy, strict=True)
-    }
+    names = [image.numpy().tobytes() for image in own.train.images]
+    label_of = dict(zip(names, noisy, strict=True))
     for part in (tuning.train, tuning.test):
-        found = [of_image[image.numpy().tobytes()] for image in part.images]
+        found = [label_of[image.numpy().tobytes()] for image in part.images]
         assert part.labels.tolist() == found
 
     wrong = cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="few")
-    with pytest.raises(
-        ValueError,
-        match=r"96 labels from 11 to 11 in its column 'few': wanted is one of 10 classes .* 96 images",
-    ):
+    with pytest.raises(ValueError, match=r"96 labels from 11 to 11 .*'few'"):
         cifar.load_images(wrong, 0)
-    with pytest.raises(ValueError, match="train_label_column"):
-        cifar.load_images(
-            cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors"), 0
-        )
+    unknown = cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="wors")
+    with pytest.raises(ValueError, match=r"'wors'.*train_label_column="):
+        cifar.load_images(unknown, 0)
 
 
 def test_cifar_at_a_smaller_size(small_cifar, recipe):
@@ -210,110 +193,53 @@ def test_cifar_at_a_smaller_size(small_cifar, recipe):
     assert torch.allclose(*means, atol=2)  # the same images in the same order
 
 
-def test_cifar_tells_how_many_of_the_kept_samples_have_another_label(small_cifar, tmp_path, recipe):
+def test_cifar_reports_the_share_of_relabelled_samples(small_cifar, tmp_path, recipe):
     own = datasets.load_dataset(str(small_cifar["cifar10"]), split="train")["label"][:]
     noisy = [(label + (i < 24)) % 10 for i, label in enumerate(own)]  # a quarter of 96
     datasets.Dataset.from_dict({"worse": noisy}).to_parquet(
         tmp_path / "labels/train-00000-of-00001.parquet"
     )
-    options = [
-        "--dataset",
-        str(small_cifar["cifar10"]),
-        "--model",
-        "resnet8_cifar",
-        "--num_train_epochs",
-        "2",
-    ]
-    options += [
-        "--train_labels",
-        str(tmp_path / "labels"),
-        "--train_label_column",
-        "worse",
-        "--bf16",
-        "False",
-    ]
-    options += [
-        "--per_device_train_batch_size",
-        "16",
-        "--pruning",
-        "epsilon-greedy",
-        "--keep_ratio",
-        "0.5",
-    ]
+    options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", "False"]
+    options += ["--train_labels", tmp_path / "labels", "--train_label_column", "worse"]
+    options += ["--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
     recipe("cifar", *options, "--output_dir", tmp_path / "run")
     kept = SampleTable.load(tmp_path / "run" / "table.safetensors")["times_kept"]
-    found = json.loads((tmp_path / "run" / "report.json").read_text())["metrics"][
-        "train_relabelled_share"
-    ]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    found = report["metrics"]["train_relabelled_share"]
     assert found == pytest.approx(int(kept[:24].sum()) / int(kept.sum()))
 
 
 def test_cifar_resumes(small_cifar, tmp_path, recipe):
-    data = [
-        "--dataset",
-        str(small_cifar["cifar10"]),
-        *LITTLE,
-        "--pruning",
-        "epsilon-greedy",
-        "--keep_ratio",
-        "0.5",
-    ]
-    save = ["--save_strategy", "steps", "--save_steps", "1", "--bf16", "False"]
-    recipe("cifar", *data, *save, "--output_dir", tmp_path / "a")
-    resume = ["--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-4")]
-    run(
-        "recipes/cifar.py",
-        *data,
-        *save,
-        *resume,
-        "--output_dir",
-        str(tmp_path / "b"),
-        "--dataloader_num_workers",
-        "2",
-    )
-    assert (tmp_path / "a" / "model.safetensors").read_bytes() == (
-        tmp_path / "b" / "model.safetensors"
-    ).read_bytes()
+    options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", "False"]
+    options += ["--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
+    options += ["--save_strategy", "steps", "--save_steps", "1"]
+    recipe("cifar", *options, "--output_dir", tmp_path / "a")
+    resume = ["--resume_from_checkpoint", tmp_path / "a" / "checkpoint-4"]
+    resume += ["--dataloader_num_workers", "2", "--output_dir", tmp_path / "b"]
+    run("recipes/cifar.py", *options, *resume)
+    whole, resumed = (tmp_path / name / "model.safetensors" for name in ("a", "b"))
+    assert whole.read_bytes() == resumed.read_bytes()
 
 
 def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
-    """In the middle of an epoch, and at its end; of 40 images none is counted twice."""
-    data = [
-        "--dataset",
-        str(small_cifar["cifar10"]),
-        *LITTLE,
-        "--pruning",
-        "random",
-        "--keep_ratio",
-        "0.9",
-        "--bf16",
-        "False",
-    ]
-    data += [
-        "--per_device_eval_batch_size",
-        "20",
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "2",
-        "--max_steps",
-        "3",
-    ]
-    data += ["--eval_strategy", "steps", "--eval_steps", "2", "--output_dir", str(tmp_path)]
-    done = torchrun(ROOT / "recipes/cifar.py", *data, ranks=2)
+    """In the middle of an epoch, and at its end. None of the 40 images is counted twice."""
+    options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", "False"]
+    options += ["--pruning", "random", "--keep_ratio", "0.9", "--max_steps", "3"]
+    options += ["--per_device_eval_batch_size", "20", "--eval_strategy", "steps"]
+    options += ["--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    done = torchrun(ROOT / "recipes/cifar.py", *options, "--output_dir", tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["environment"]["ranks"] == 2
     split = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")
     images = ImageCache.from_dataset(split, mean=CIFAR_MEAN, std=CIFAR_STD)
     log = json.loads((tmp_path / "checkpoint-3" / "trainer_state.json").read_text())["log_history"]
-    told = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
+    logged = {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry}
     for step in (2, 3):
-        model = AutoModelForImageClassification.from_pretrained(
-            tmp_path / f"checkpoint-{step}"
-        ).eval()
+        folder = tmp_path / f"checkpoint-{step}"
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
         with torch.no_grad():
             loss = model(**images.__getitems__(list(range(40)))).loss.item()
-        assert told[step] == pytest.approx(loss, rel=1e-5)
+        assert logged[step] == pytest.approx(loss, rel=1e-5)
 
 
 LEAVING = """
@@ -321,7 +247,7 @@ import time
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional  # imported later, it would hold the group by a default argument
+import torch.distributed.nn.functional  # if imported later, it would hold the group
 from torch.nn.parallel import DistributedDataParallel
 
 from recipes.common import leave_together
@@ -332,13 +258,13 @@ def main():
     model = DistributedDataParallel(torch.nn.Linear(2, 2))
     model(torch.ones(1, 2)).sum().backward()
     tensor = torch.ones(3)
-    if dist.get_rank() == 0:  # here a thread of gloo will drop the tensor last, for which it needs the GIL
+    if dist.get_rank() == 0:  # a thread of gloo drops the tensor last, and needs the GIL for it
         work = dist.all_reduce(tensor, async_op=True)
         del tensor, work
     else:
         time.sleep(1)
         dist.all_reduce(tensor)
-    leave_together()  # with dist.destroy_process_group() here rank 0 never ends
+    leave_together()  # with dist.destroy_process_group() here, rank 0 would never end
 
 
 main()
@@ -352,19 +278,10 @@ def test_ranks_leave_together_while_gloo_still_holds_a_tensor(tmp_path):
 
 
 def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
-    data = ["--dataset", str(small_cifar["cifar10"]), *LITTLE]
-    score = [
-        "--score",
-        "el2n",
-        "--score_runs",
-        "1",
-        "--score_epochs",
-        "1",
-        "--output_dir",
-        str(tmp_path / "el2n"),
-    ]
-    out = run("recipes/cifar.py", *data, *score)
-    assert "el2n: 128 passes" in out  # 96 trained, and 96 forward
+    data = ["--dataset", small_cifar["cifar10"], *LITTLE]
+    score = ["--score", "el2n", "--score_runs", "1", "--score_epochs", "1"]
+    out = run("recipes/cifar.py", *data, *score, "--output_dir", tmp_path / "el2n")
+    assert "el2n: 128 passes" in out  # 96 samples trained, and 96 forward
     static = json.dumps({"scores": str(tmp_path / "el2n" / "scores.safetensors")})
     pruning = ["--pruning", "static", "--keep_ratio", "0.5", "--pruning_kwargs", static]
     recipe("cifar", *data, *pruning, "--output_dir", tmp_path / "static")
@@ -376,7 +293,7 @@ def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
 @pytest.mark.parametrize(
     ("capability", "expected"), [("AVX512", True), ("AVX2", False), ("DEFAULT", False)]
 )
-def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recipe, monkeypatch):
+def test_bf16_is_the_default_if_the_cpu_computes_in_it(capability, expected, recipe, monkeypatch):
     common = recipe("common")
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -384,7 +301,7 @@ def test_bf16_is_the_default_where_it_is_computed_in(capability, expected, recip
     assert common.computes_in_bf16() is expected
 
 
-def test_bf16_is_off_where_a_gpu_emulates_it(recipe, monkeypatch):
+def test_bf16_is_off_if_a_gpu_emulates_it(recipe, monkeypatch):
     common = recipe("common")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(

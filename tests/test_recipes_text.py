@@ -1,4 +1,7 @@
-"""recipes/text_classification.py and recipes/accelerate_loop.py, run as a person runs them, and beside the Trainer."""
+"""recipes/text_classification.py and recipes/accelerate_loop.py as a user runs them.
+
+The loop trains what the Trainer trains.
+"""
 
 import json
 import os
@@ -29,10 +32,11 @@ from recipes.metrics import accuracy_and_f1
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
+LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 
 
 def child(*command, environment=None):
-    """Runs Python in a process of its own; what fails shows its output."""
+    """Run Python in a new process. An assertion error contains the output."""
     environment = {
         **(environment or os.environ),
         "PYTHONPATH": str(ROOT),
@@ -46,12 +50,13 @@ def child(*command, environment=None):
 
 @pytest.fixture
 def program(monkeypatch):
-    """`program(recipe, *arguments)` runs it in this process, as `python recipes/recipe.py` does, at a tenth of the time."""
+    """`program(recipe, *arguments)` runs `python recipes/recipe.py` in this process.
+
+    A new process would take ten times as long.
+    """
 
     def run(recipe, *arguments):
-        AcceleratorState._reset_state(
-            reset_partial_state=True
-        )  # of what ran before in this process
+        AcceleratorState._reset_state(reset_partial_state=True)  # of earlier runs in this process
         monkeypatch.setattr(sys, "argv", [str(RECIPES / recipe), *map(str, arguments)])
         monkeypatch.syspath_prepend(RECIPES)
         runpy.run_path(str(RECIPES / recipe), run_name="__main__")
@@ -71,7 +76,7 @@ INTENTS = ("lost card", "top up", "exchange rate")
 
 @pytest.fixture(scope="module")
 def intents(tmp_path_factory):
-    """(folder of a dataset of single texts and of pairs, folder of a tiny encoder with its tokenizer)"""
+    """(folder of a dataset of single texts and pairs, folder of a tiny encoder and tokenizer)"""
     folder = tmp_path_factory.mktemp("intents")
     generator = np.random.default_rng(0)
     words = [f"w{i}" for i in range(20)]
@@ -95,7 +100,7 @@ def intents(tmp_path_factory):
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
     )
     fast.save_pretrained(folder / "model")
-    bert(num_labels=2).save_pretrained(folder / "model")  # the head is made anew for three classes
+    bert(num_labels=2).save_pretrained(folder / "model")  # the recipe makes a head for 3 classes
     return folder / "data", folder / "model"
 
 
@@ -106,39 +111,16 @@ SMALL_BERT = {
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
 }
-# From scratch, the tokenizer trained on the spot; two steps an epoch where half is kept.
-SCRATCH = [
-    "--text_column",
-    "text",
-    "--model_config",
-    json.dumps(SMALL_BERT),
-    "--tokenizer_vocabulary",
-    "300",
-]
-LITTLE = [
-    "--num_train_epochs",
-    "1",
-    "--per_device_train_batch_size",
-    "6",
-    "--report_to",
-    "none",
-    "--disable_tqdm",
-    "True",
-]
+# From scratch, with a new tokenizer; two steps per epoch if half of the data is kept.
+SCRATCH = ["--text_column", "text", "--model_config", json.dumps(SMALL_BERT)]
+SCRATCH += ["--tokenizer_vocabulary", "300"]
+LITTLE = ["--num_train_epochs", "1", "--per_device_train_batch_size", "6"]
+LITTLE += ["--report_to", "none", "--disable_tqdm", "True"]
 
 
 def test_a_text_classifier_from_scratch(intents, tmp_path, program, capsys):
-    pruning = ["--pruning", "ucb", "--keep_ratio", "0.5"]
-    program(
-        "text_classification.py",
-        "--dataset",
-        intents[0],
-        *SCRATCH,
-        *LITTLE,
-        *pruning,
-        "--output_dir",
-        tmp_path,
-    )
+    given = ["--dataset", intents[0], *SCRATCH, *LITTLE, "--pruning", "ucb", "--keep_ratio", "0.5"]
+    program("text_classification.py", *given, "--output_dir", tmp_path)
     assert "ucb: accuracy " in capsys.readouterr().out
     report = report_of(tmp_path)
     assert report.totals["optimizer_steps"] == 2
@@ -149,68 +131,37 @@ def test_a_text_classifier_from_scratch(intents, tmp_path, program, capsys):
     classify = pipeline("text-classification", model=str(tmp_path))
     (answer,) = classify("where is my lost card")
     assert answer["label"] in ("lost_card", "top_up", "exchange_rate")
-    assert (
-        260 < classify.model.config.vocab_size == len(classify.tokenizer) <= 300
-    )  # 256 bytes, and what is frequent
+    # 256 bytes and frequent pairs.
+    assert 260 < classify.model.config.vocab_size == len(classify.tokenizer) <= 300
     assert classify.tokenizer.model_max_length == 128
 
 
-def test_a_run_with_a_tokenizer_trained_on_the_spot_resumes(intents, tmp_path, program):
-    """Bit for bit: the tokenizer is trained once more, to the same vocabulary (which WordPiece would not give)."""
-    given = [
-        "--dataset",
-        intents[0],
-        *SCRATCH,
-        *LITTLE,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "1",
-    ]
-    program("text_classification.py", *given, "--output_dir", tmp_path / "whole")
-    resume = [
-        "--resume_from_checkpoint",
-        tmp_path / "whole" / "checkpoint-2",
-        "--output_dir",
-        tmp_path / "resumed",
-    ]
-    program("text_classification.py", *given, *resume)
-    assert report_of(tmp_path / "resumed").resumed == [{"epoch": 0, "step": 2}]
+def test_a_run_with_a_new_tokenizer_resumes(intents, tmp_path, program):
+    """Bit for bit: the tokenizer is trained again and has the same vocabulary."""
     whole, resumed = tmp_path / "whole", tmp_path / "resumed"
-    vocabularies = [
-        json.loads((folder / "tokenizer.json").read_text())["model"] for folder in (whole, resumed)
-    ]
-    assert vocabularies[0] == vocabularies[1]
-    assert (whole / "model.safetensors").read_bytes() == (
-        resumed / "model.safetensors"
-    ).read_bytes()
+    given = ["--dataset", intents[0], *SCRATCH, *LITTLE]
+    given += ["--save_strategy", "steps", "--save_steps", "1"]
+    program("text_classification.py", *given, "--output_dir", whole)
+    resume = ["--resume_from_checkpoint", whole / "checkpoint-2", "--output_dir", resumed]
+    program("text_classification.py", *given, *resume)
+    assert report_of(resumed).resumed == [{"epoch": 0, "step": 2}]
+    tokenizers = [json.loads((run / "tokenizer.json").read_text()) for run in (whole, resumed)]
+    assert tokenizers[0]["model"] == tokenizers[1]["model"]
+    weights = [(run / "model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert weights[0] == weights[1]
 
 
 def test_pairs_and_a_pretrained_encoder_from_the_hub_under_accelerate_launch(intents, tmp_path):
     data, model = intents
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "recipes/text_classification.py",
-    ]
-    pair = ["--text_column", "text", "--text_pair_column", "second", "--max_length", "16"]
+    given = ["--dataset", "me/intents", "--model", "me/encoder", "--text_column", "text"]
+    given += ["--text_pair_column", "second", "--max_length", "16", *LITTLE]
     with Hub() as hub:
-        hub.files["me/intents"] = {
-            path.name: path.read_bytes() for path in sorted(data.parent.glob("*.csv"))
-        }
+        tables = sorted(data.parent.glob("*.csv"))
+        hub.files["me/intents"] = {path.name: path.read_bytes() for path in tables}
         hub.files["me/encoder"] = {path.name: path.read_bytes() for path in model.iterdir()}
-        names = ["--dataset", "me/intents", "--model", "me/encoder", *pair]
-        child(
-            *launch,
-            *names,
-            *LITTLE,
-            "--output_dir",
-            tmp_path / "out",
-            environment=hub.environment(tmp_path / "home"),
-        )
+        environment = hub.environment(tmp_path / "home")
+        command = [*LAUNCH, "recipes/text_classification.py", *given]
+        child(*command, "--output_dir", tmp_path / "out", environment=environment)
     assert report_of(tmp_path / "out").policy["name"] == "full"
     (answer,) = pipeline("text-classification", model=str(tmp_path / "out"))(
         [{"text": "top up", "text_pair": "w1"}]
@@ -219,21 +170,9 @@ def test_pairs_and_a_pretrained_encoder_from_the_hub_under_accelerate_launch(int
 
 
 def test_a_text_classifier_on_two_ranks(intents, tmp_path):
-    settings = [
-        "--dataset",
-        intents[0],
-        *SCRATCH,
-        *LITTLE,
-        "--pruning",
-        "random",
-        "--keep_ratio",
-        "0.5",
-        "--seed",
-        "1",
-    ]
-    done = torchrun(
-        RECIPES / "text_classification.py", *settings, "--output_dir", tmp_path, ranks=2
-    )
+    given = ["--dataset", intents[0], *SCRATCH, *LITTLE, "--seed", "1", "--output_dir", tmp_path]
+    given += ["--pruning", "random", "--keep_ratio", "0.5"]
+    done = torchrun(RECIPES / "text_classification.py", *given, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     report = report_of(tmp_path)
     assert report.environment["ranks"] == 2
@@ -245,70 +184,54 @@ def test_a_text_classifier_on_two_ranks(intents, tmp_path):
     ("changes", "message"),
     [
         (["--dataset", "/no/such/place"], "/no/such/place"),
-        (["--text_column", "txet"], "no column 'txet'"),
-        (
-            ["--text_pair_column", "secnod"],
-            "text_pair_column= must name one; did you mean 'second'",
-        ),
-        (["--label_column", "text"], "The labels in 'text'"),
-        (["--model_config", "{hidden_size: 1}"], "is not JSON"),
-        (["--model_config", '{"hidden_size": 16}'], "no mapping with a model_type"),
+        (["--text_column", "txet"], "'txet'"),
+        (["--text_pair_column", "secnod"], "did you mean 'second'? Set text_pair_column="),
+        (["--label_column", "text"], "'text'"),
+        (["--model_config", "{hidden_size: 1}"], "model_config='{hidden_size: 1}'"),
+        (["--model_config", '{"hidden_size": 16}'], "model_config={'hidden_size': 16}"),
         (["--model_config", '{"model_type": "brt"}'], "brt"),
-        (["--max_length", "600"], "max_length=600: wanted is from 1 to 512"),
+        (["--max_length", "600"], "max_length=600"),
         (["--keep_ratio", "2", "--pruning", "ucb"], "keep_ratio=2.0"),
-        (["--output_dir", "."], "holds a run already (report.json)"),
+        (["--output_dir", "."], "(report.json)"),
     ],
 )
-def test_a_mistake_in_text_classification_is_told(
+def test_a_mistake_in_text_classification_ends_it(
     changes, message, intents, tmp_path, monkeypatch, program, capsys
 ):
     (tmp_path / "report.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     given = ["--dataset", str(intents[0]), *SCRATCH, *LITTLE, "--output_dir", "out", *changes]
-    told_without_a_traceback(program, capsys, message, "text_classification.py", *given)
+    ends_with_a_message(program, capsys, message, "text_classification.py", *given)
 
 
-def told_without_a_traceback(program, capsys, message, *arguments):
+def ends_with_a_message(program, capsys, message, *arguments):
     with pytest.raises(SystemExit) as ended:
         program(*arguments)
     assert ended.value.code == 2
-    told = capsys.readouterr().err
-    assert message in told
-    assert "Traceback" not in told
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert "Traceback" not in printed
 
 
-def test_a_tokenizer_is_trained_for_models_from_scratch_alone(intents, program, capsys):
-    given = [
-        "--dataset",
-        intents[0],
-        "--model",
-        intents[1],
-        "--text_column",
-        "text",
-        "--tokenizer_vocabulary",
-        "300",
-        *LITTLE,
-    ]
-    message = (
-        "the pretrained weights of "
-        + str(intents[1])
-        + " do not know: start with --from_scratch True"
-    )
-    told_without_a_traceback(program, capsys, message, "text_classification.py", *given)
+def test_a_tokenizer_is_trained_only_for_models_from_scratch(intents, program, capsys):
+    given = ["--dataset", intents[0], "--model", intents[1], "--text_column", "text", *LITTLE]
+    given += ["--tokenizer_vocabulary", "300"]
+    for message in ("tokenizer_vocabulary=300", str(intents[1]), "--from_scratch True"):
+        ends_with_a_message(program, capsys, message, "text_classification.py", *given)
 
 
-def test_an_unknown_field_of_a_configuration_is_told(tmp_path, program, capsys):
+def test_an_unknown_field_of_a_configuration_ends_the_program(tmp_path, program, capsys):
     for recipe, field, meant in (
         ("text_classification", "keep_ration", "keep_ratio"),
         ("accelerate_loop", "epoch", "epochs"),
     ):
         (tmp_path / "run.yaml").write_text(f"{field}: 1\n")
-        message = f"has the unknown field '{field}'; did you mean '{meant}'?"
-        told_without_a_traceback(program, capsys, message, f"{recipe}.py", tmp_path / "run.yaml")
+        message = f"'{field}': did you mean '{meant}'"
+        ends_with_a_message(program, capsys, message, f"{recipe}.py", tmp_path / "run.yaml")
 
 
 @pytest.mark.parametrize("recipe", ["text_classification", "accelerate_loop"])
-def test_the_configurations_of_a_pair_differ_in_the_pruning_alone(recipe):
+def test_the_configurations_of_a_pair_differ_only_in_the_pruning(recipe):
     full, pruned = (
         yaml.safe_load((RECIPES / "configs" / f"{recipe}_{name}.yaml").read_text())
         for name in ("full", "pruned")
@@ -320,17 +243,8 @@ def test_the_configurations_of_a_pair_differ_in_the_pruning_alone(recipe):
 
 def test_the_configuration_of_the_pruned_text_classifier_runs(intents, tmp_path, program):
     data, model = intents
-    changes = [
-        "--dataset",
-        data,
-        "--model",
-        model,
-        "--text_column",
-        "text",
-        "--max_length",
-        "16",
-        *LITTLE,
-    ]
+    changes = ["--dataset", data, "--model", model, "--text_column", "text", *LITTLE]
+    changes += ["--max_length", "16"]
     config = RECIPES / "configs" / "text_classification_pruned.yaml"
     program("text_classification.py", config, *changes, "--output_dir", tmp_path)
     assert report_of(tmp_path).policy["name"] == "ucb"
@@ -340,7 +254,7 @@ def test_the_configuration_of_the_pruned_text_classifier_runs(intents, tmp_path,
 def test_macro_f1_counts_each_class_the_same():
     best = np.array([[0, 1], [0, 2], [1, 0], [0, 1]])
     metrics = accuracy_and_f1()(EvalPrediction(predictions=best, label_ids=np.array([0, 0, 1, 2])))
-    # Of class 0 precision 2/3 and recall 1, of class 1 both are 1, of class 2 both are 0.
+    # Precision and recall: 2/3 and 1 of class 0, 1 and 1 of class 1, 0 and 0 of class 2.
     assert metrics == pytest.approx({"accuracy": 0.75, "macro_f1": (0.8 + 1 + 0) / 3})
 
 
@@ -349,7 +263,7 @@ def test_macro_f1_counts_each_class_the_same():
 
 @pytest.fixture(scope="module")
 def small_cifar(tmp_path_factory):
-    """72 and 20 images as CIFAR-10 has them, brighter from class to class."""
+    """72 and 20 images in the format of CIFAR-10; each class is brighter than the one before."""
     folder = tmp_path_factory.mktemp("cifar")
     for split, n in (("train", 72), ("test", 20)):
         generator = np.random.default_rng(n)
@@ -369,7 +283,7 @@ def small_cifar(tmp_path_factory):
 
 @pytest.fixture
 def plans(monkeypatch):
-    """What UCB chose, each time in turn."""
+    """The plans that UCB made, in their order."""
     chosen, original = [], UCB.plan
 
     def plan(self, *args, **kwargs):
@@ -385,30 +299,18 @@ LOOP = ["--model", "resnet8_cifar", "--epochs", "4", "--seed", "3"]
 
 @pytest.mark.parametrize("scoring", ["trained", "dropped"])
 def test_the_loop_trains_what_the_trainer_trains(scoring, small_cifar, tmp_path, plans, program):
-    kwargs = ["--pruning_kwargs", json.dumps({"first": 1, "scoring": scoring})]
-    pruning = [
-        "--pruning",
-        "ucb",
-        "--keep_ratio",
-        "0.4",
-        *kwargs,
-        "--batch_size",
-        "8",
-        "--output_dir",
-        tmp_path / "loop",
-    ]
-    program("accelerate_loop.py", "--dataset", small_cifar, *LOOP, *pruning)
+    pruning = ["--pruning", "ucb", "--keep_ratio", "0.4"]
+    pruning += ["--pruning_kwargs", json.dumps({"first": 1, "scoring": scoring})]
+    given = ["--dataset", small_cifar, *LOOP, "--batch_size", "8", *pruning]
+    program("accelerate_loop.py", *given, "--output_dir", tmp_path / "loop")
     by_loop, plans[:] = plans.copy(), []
 
     data = datasets.load_dataset(str(small_cifar), split="train")
     train = ImageCache.from_dataset(data, mean=CIFAR_MEAN, std=CIFAR_STD, augment=True, seed=3)
     set_seed(3)
+    statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     model = create_timm_model(
-        "resnet8_cifar",
-        label_names=train.label_names,
-        image_size=32,
-        mean=CIFAR_MEAN,
-        std=CIFAR_STD,
+        "resnet8_cifar", label_names=train.label_names, image_size=32, **statistics
     )
     settings = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
     trainer = DynamicPruningTrainer(
@@ -433,9 +335,8 @@ def test_the_loop_trains_what_the_trainer_trains(scoring, small_cifar, tmp_path,
     for ours, theirs in zip(by_loop, plans, strict=True):
         assert torch.equal(ours.indices, theirs.indices)
     report = report_of(tmp_path / "loop")
-    assert (
-        len({tuple(plan.indices.sort().values.tolist()) for plan in plans}) == 3
-    )  # the kept samples do change
+    kept = {tuple(plan.indices.sort().values.tolist()) for plan in plans}
+    assert len(kept) == 3  # the kept samples change
     for ours, theirs in zip(report.epochs, trainer.pruning_report.epochs, strict=True):
         assert ours.samples == theirs.samples
         assert ours.optimizer_steps == theirs.optimizer_steps
@@ -446,28 +347,22 @@ def test_the_loop_trains_what_the_trainer_trains(scoring, small_cifar, tmp_path,
 
 
 def test_the_loop_on_two_ranks_trains_what_it_trains_on_one(small_cifar, tmp_path, program):
-    """With half the batch on each, and a model without BatchNorm, whose statistics are each rank's own."""
+    """With half the batch per rank. No BatchNorm: each rank would have other statistics."""
     pruning = ["--pruning", "ucb", "--keep_ratio", "0.4", "--learning_rate", "0.01"]
     settings = ["--dataset", small_cifar, *LOOP, "--model", "test_convnext", *pruning]
-    program("accelerate_loop.py", *settings, "--batch_size", 8, "--output_dir", tmp_path / "1")
-    done = torchrun(
-        RECIPES / "accelerate_loop.py",
-        *settings,
-        "--batch_size",
-        4,
-        "--output_dir",
-        tmp_path / "2",
-        ranks=2,
-    )
+    one, two = tmp_path / "1", tmp_path / "2"
+    program("accelerate_loop.py", *settings, "--batch_size", 8, "--output_dir", one)
+    halves = [*settings, "--batch_size", 4, "--output_dir", two]
+    done = torchrun(RECIPES / "accelerate_loop.py", *halves, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    one, two = report_of(tmp_path / "1"), report_of(tmp_path / "2")
+    one, two = report_of(one), report_of(two)
     assert (one.environment["ranks"], two.environment["ranks"]) == (1, 2)
     assert two.selection == one.selection
     assert two.metrics == one.metrics
     for ours, theirs in zip(two.epochs, one.epochs, strict=True):
         assert (ours.samples, ours.optimizer_steps) == (theirs.samples, theirs.optimizer_steps)
         assert ours.scores == pytest.approx(theirs.scores, rel=1e-3)
-    assert two.passes == 4 * 32  # of each epoch's 29 samples the last batch is padded
+    assert two.passes == 4 * 32  # 29 samples per epoch, and the last batch is padded
     weights = load_file(tmp_path / "2" / "model.safetensors")
     for name, weight in load_file(tmp_path / "1" / "model.safetensors").items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-3, atol=1e-4)
@@ -475,26 +370,9 @@ def test_the_loop_on_two_ranks_trains_what_it_trains_on_one(small_cifar, tmp_pat
 
 def test_the_loop_under_accelerate_launch_from_a_configuration(small_cifar, tmp_path):
     config = RECIPES / "configs" / "accelerate_loop_pruned.yaml"
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "1",
-        "recipes/accelerate_loop.py",
-        config,
-    ]
-    given = [
-        "--dataset",
-        small_cifar,
-        "--model",
-        "resnet8_cifar",
-        "--epochs",
-        "2",
-        "--batch_size",
-        "24",
-    ]
-    out = child(*launch, *given, "--output_dir", tmp_path)
+    given = ["--dataset", small_cifar, "--model", "resnet8_cifar", "--epochs", "2"]
+    given += ["--batch_size", "24", "--output_dir", tmp_path]
+    out = child(*LAUNCH, "recipes/accelerate_loop.py", config, *given)
     assert "cost 0.3056" in out  # 22 of 72
     assert report_of(tmp_path).totals["optimizer_steps"] == 2
     (best, *_) = pipeline("image-classification", model=str(tmp_path))(Image.new("RGB", (32, 32)))
@@ -505,23 +383,21 @@ def test_the_loop_under_accelerate_launch_from_a_configuration(small_cifar, tmp_
     ("changes", "message"),
     [
         (["--dataset", "/no/such/place"], "/no/such/place"),
-        (["--train_split", "trian"], "has no split 'trian'"),
-        (["--model", "resnet9_cifar"], "no architecture 'resnet9_cifar'; close: ["),
+        (["--train_split", "trian"], "'trian'"),
+        (["--model", "resnet9_cifar"], "'resnet9_cifar'"),
         (["--mixed_precision", "bf17"], "bf17"),
-        (
-            ["--output_dir", "."],
-            "holds a run already (report.json): choose another --output_dir, or write over it",
-        ),
+        (["--output_dir", "."], "(report.json)"),
+        (["--advise", "True"], "--advise"),
     ],
 )
-def test_a_mistake_in_the_loop_is_told(
+def test_a_mistake_in_the_loop_ends_it(
     changes, message, small_cifar, tmp_path, monkeypatch, program, capsys
 ):
     (tmp_path / "report.json").write_text("{}")
     monkeypatch.chdir(tmp_path)
     given = ["--dataset", small_cifar, *LOOP, "--output_dir", "out", *changes]
-    told_without_a_traceback(program, capsys, message, "accelerate_loop.py", *given)
+    ends_with_a_message(program, capsys, message, "accelerate_loop.py", *given)
 
 
 def test_the_loop_is_short():
-    assert len((RECIPES / "accelerate_loop.py").read_text().splitlines()) < 80
+    assert len((RECIPES / "accelerate_loop.py").read_text().splitlines()) < 100
