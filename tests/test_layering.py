@@ -1,4 +1,11 @@
-"""Imports point one way, and the core needs torch alone: proved in a fresh process, and that the proof can fail."""
+"""Imports point one way, and the core needs torch alone. Proved in a fresh process, and by sources.
+
+    core            ──▶ torch, NumPy, file formats
+    Trainer's side  ──▶ core, transformers
+    tools           ──▶ everything above; no module below imports a tool
+
+Each check is also given something wrong, to show that it can fail.
+"""
 
 import ast
 import json
@@ -8,23 +15,58 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from tiny import PATIENCE
 
 import hf_dynprune
 
 PACKAGE = Path(hf_dynprune.__file__).parent
 
-# Each module of the core and the others of ours that it may import.
+# Each room of the core, and the others of ours that it may import. A folder is one room.
 CORE = {
-    "scores": set(),
-    "policies": {"scores"},
-    "sampler": {"policies"},
-    "losses": set(),
-    "distributed": {"policies", "scores"},
-    "report": set(),
-    "pruner": {"distributed", "policies", "report", "sampler", "scores"},
+    "checks": set(),
+    "files": set(),
+    "selection": set(),
+    "schedule": {"checks"},
+    "table": {"files"},
+    "scores": {"files"},
+    "policies": {"checks", "schedule", "scores", "selection", "table"},
+    "sampler": {"selection"},
+    "distributed": {"policies", "table"},
+    "report": {"files", "policies"},
+    "observations": {"distributed", "selection", "table"},
+    "pruner": {
+        "distributed",
+        "files",
+        "observations",
+        "policies",
+        "report",
+        "sampler",
+        "schedule",
+        "selection",
+        "table",
+    },
 }
-ORDER = ["scores", "policies", "sampler", "pruner", "trainer"]
-TOOLS = {"cli"}  # imported by nothing
+TRAINER = [
+    "upstream",
+    "checkpoints",
+    "arguments",
+    "losses",
+    "scoring",
+    "data_side",
+    "loss_side",
+    "trainer",
+    "sft",
+    "scoring_runs",
+    "data",
+    "vision",
+]
+TOOLS = ["plots", "model_card", "hub", "advice", "cli"]
+# Lowest first: a module imports only modules before it. A new module needs a place here.
+ORDER = [*CORE, *TRAINER, *TOOLS]
+# (importing, imported) pairs that point up, each with a reason.
+UPWARD = {
+    ("data_side", "model_card"),  # Trainer.create_model_card writes our card; imported when called
+}
 HEAVY = [
     "transformers",
     "accelerate",
@@ -36,11 +78,16 @@ HEAVY = [
     "pyarrow",
     "torchvision",
 ]
+FACADE = "__init__"
 
 
 @cache
 def imported_by(*modules: str) -> dict[str, list[str]]:
-    """For each module, in turn, which heavy packages a fresh process has imported after it."""
+    """Import the modules one after the other in a fresh process.
+
+    Returns:
+        For each module, the heavy packages that the process has imported after it.
+    """
     code = (
         "import importlib, json, sys\n"
         f"heavy, seen = {['torch', *HEAVY]}, {{}}\n"
@@ -55,61 +102,31 @@ def imported_by(*modules: str) -> dict[str, list[str]]:
         text=True,
         check=True,
         cwd=PACKAGE.parent,
-        timeout=120,
+        timeout=PATIENCE,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def test_package_itself_imports_nothing():
-    assert imported_by("hf_dynprune", "hf_dynprune.scores")["hf_dynprune"] == []
+    assert imported_by("hf_dynprune", "hf_dynprune.table")["hf_dynprune"] == []
 
 
 def test_core_imports_torch_alone():
     seen = imported_by(*(f"hf_dynprune.{name}" for name in CORE))
-    assert seen == {f"hf_dynprune.{name}": ["torch"] for name in CORE}
+    assert set(map(tuple, seen.values())) == {(), ("torch",)}
+    assert seen["hf_dynprune.checks"] == []
 
 
 def test_the_proof_can_fail():
-    assert {"torch", "transformers", "accelerate", "datasets"} <= set(
-        imported_by("hf_dynprune.trainer")["hf_dynprune.trainer"]
-    )
+    seen = imported_by("hf_dynprune.trainer")["hf_dynprune.trainer"]
+    assert {"torch", "transformers", "accelerate", "datasets"} <= set(seen)
 
 
 # ---- the sources ---------------------------------------------------------------------------------
 
 
-def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
-    """(modules of ours, top-level names of others) that a module imports anywhere, also inside functions.
-
-    The modules of a folder are `folder.part`, and its `__init__` is `folder.__init__`; imported, that one is `folder`.
-    """
-    package = ["hf_dynprune", *module.split(".")[:-1]]
-    ours, others = set(), set()
-    for node in ast.walk(ast.parse(source)):
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = [*package[: len(package) - node.level + 1]] if node.level else []
-            base += [node.module] if node.module else []
-            dotted = ".".join(base)
-            names = (
-                [f"{dotted}.{alias.name}" for alias in node.names]
-                if dotted == "hf_dynprune"
-                else [dotted]
-            )
-        for name in names:
-            top, _, rest = name.partition(".")
-            if top != "hf_dynprune":
-                others.add(top)
-            elif rest and rest not in ("__version__",):
-                ours.add(
-                    hf_dynprune._MODULE_OF.get(rest, rest)
-                )  # a public name stands for its module
-    return ours, others
-
-
 def sources() -> dict[str, str]:
+    """The source of each module but the facade; those of a folder are `folder.module`."""
     paths = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
     return {
         ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path.read_text()
@@ -117,21 +134,69 @@ def sources() -> dict[str, str]:
     }
 
 
-# Each file and those that it imports; and the same for the rooms, where a folder is one.
+MODULES = {name.removesuffix(".__init__") for name in sources()}
+
+
+def names_in(node: ast.AST, package: list[str]) -> list[str]:
+    """The dotted names that an import statement in a module of that package imports."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
+    base = package[: len(package) - node.level + 1] if node.level else []
+    base = [*base, *([node.module] if node.module else [])]
+    if base != ["hf_dynprune"]:
+        return [".".join(base)]
+    return [f"hf_dynprune.{alias.name}" for alias in node.names]
+
+
+def imports_of(source: str, module: str) -> tuple[set[str], set[str]]:
+    """What a module imports anywhere, also inside functions.
+
+    Returns:
+        The modules of ours, with `FACADE` for a public name of the package; and the top-level
+        names of others.
+    """
+    package = ["hf_dynprune", *module.split(".")[:-1]]
+    ours, others = set(), set()
+    for node in ast.walk(ast.parse(source)):
+        for name in names_in(node, package):
+            top, _, rest = name.partition(".")
+            if top != "hf_dynprune":
+                others.add(top)
+            elif rest != "__version__":
+                ours.add(rest if rest in MODULES else FACADE)
+    return ours, others
+
+
+def rooms_of(files: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same graph, with each folder as one room."""
+    graph: dict[str, set[str]] = {}
+    for file, imported in files.items():
+        room = file.split(".")[0]
+        graph.setdefault(room, set()).update({name.split(".")[0] for name in imported} - {room})
+    return graph
+
+
 FILES = {
-    name.removesuffix(".__init__"): {
-        ours.removesuffix(".__init__") for ours in imports_of(source, name)[0]
-    }
+    name.removesuffix(".__init__"): imports_of(source, name)[0]
     for name, source in sources().items()
 }
-GRAPH: dict[str, set[str]] = {}
-for file, imported in FILES.items():
-    room = file.split(".")[0]
-    GRAPH.setdefault(room, set()).update({name.split(".")[0] for name in imported} - {room})
+GRAPH = rooms_of(FILES)
+
+
+def upward(graph: dict[str, set[str]], order: list[str]) -> set[tuple[str, str]]:
+    """The (importing, imported) pairs in which the imported room does not come before."""
+    return {
+        (room, other)
+        for room, imported in graph.items()
+        for other in imported
+        if order.index(other) >= order.index(room)
+    }
 
 
 def cycle_in(graph: dict[str, set[str]]) -> list[str]:
-    """A path that leads back to where it began; empty where there is none."""
+    """A path that leads back to where it began; empty if there is none."""
 
     def search(path):
         for following in sorted(graph.get(path[-1], ())):
@@ -146,21 +211,30 @@ def cycle_in(graph: dict[str, set[str]]) -> list[str]:
 
 def test_imports_are_read_from_sources():
     source = (
-        "import torch.nn as nn, os\nfrom . import distributed, __version__\nfrom .policies import UCB\n"
-        "def f():\n    from safetensors.torch import save_file\n    import hf_dynprune.trainer\n"
-        "    from hf_dynprune import plots, PruningReport\n    from hf_dynprune.cli import main\n"
+        "import torch.nn as nn, os\n"
+        "from . import distributed, __version__\n"
+        "from .policies import UCB\n"
+        "def f():\n"
+        "    from safetensors.torch import save_file\n"
+        "    import hf_dynprune.trainer\n"
+        "    from hf_dynprune import plots\n"
+        "    from hf_dynprune.cli import main\n"
     )
     ours, others = imports_of(source, "pruner")
-    assert ours == {"distributed", "policies", "trainer", "plots", "cli", "report"}
+    assert ours == {"distributed", "policies", "trainer", "plots", "cli"}
     assert others == {"torch", "os", "safetensors"}
-    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.rules")[0] == {
-        "policies.base",
-        "scores",
-    }
-    assert imports_of("from .base import X\nfrom ..scores import Y", "policies.__init__")[0] == {
-        "policies.base",
-        "scores",
-    }
+    for module in ("policies.random", "policies.__init__"):
+        source = "from .base import X\nfrom ..table import Y"
+        assert imports_of(source, module)[0] == {"policies.base", "table"}
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["import hf_dynprune", "from hf_dynprune import UCB", "from . import UCB", "from . import *"],
+)
+def test_imports_of_the_facade_are_found(source):
+    assert imports_of(source, "pruner")[0] == {FACADE}
+    assert imports_of("from . import __version__", "report")[0] == set()
 
 
 def test_cycles_are_found():
@@ -168,49 +242,55 @@ def test_cycles_are_found():
     assert cycle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
+def test_imports_that_point_up_are_found():
+    graph = {"a": set(), "b": {"a"}, "c": {"a", "b"}}
+    assert upward(graph, ["a", "b", "c"]) == set()
+    assert upward(graph, ["b", "a", "c"]) == {("b", "a")}
+
+
+def test_every_module_has_a_place():
+    assert set(GRAPH) == set(ORDER)
+    assert len(ORDER) == len(set(ORDER))
+
+
 @pytest.mark.parametrize("module", CORE)
 def test_core_imports_what_it_may(module):
-    assert module in GRAPH
     assert GRAPH[module] <= CORE[module]
 
 
-def test_imports_point_one_way():
-    for number, module in enumerate(ORDER):
-        assert not GRAPH[module] & set(ORDER[number + 1 :])
-    assert {"scores"} <= GRAPH["policies"]
-    assert {"scores", "policies", "sampler"} <= GRAPH["pruner"]
-    assert "pruner" in GRAPH["trainer"]
+def test_imports_point_down():
+    assert FACADE not in set().union(*FILES.values())
+    assert upward(GRAPH, ORDER) == UPWARD
 
 
 def test_no_circles():
     assert cycle_in(GRAPH) == []
     assert cycle_in(FILES) == []
-    assert {"policies", "policies.base", "policies.bandits", "policies.rivals"} <= set(FILES)
+    assert {"policies", "policies.base", "policies.guards", "policies.static"} <= set(FILES)
 
 
-def test_tools_are_imported_by_nothing():
-    for module, ours in GRAPH.items():
-        if module not in TOOLS:
-            assert not ours & TOOLS, module
+def test_tools_are_imported_by_tools_alone():
+    for module in set(ORDER) - set(TOOLS):
+        imported = GRAPH[module] & set(TOOLS)
+        assert {(module, tool) for tool in imported} <= UPWARD, module
 
 
-def test_losses_join_at_scoring_and_the_trainers():
-    assert {module for module, ours in GRAPH.items() if "losses" in ours} <= {
-        "trainer",
-        "scoring",
-        "sft",
-    }
+def test_the_command_line_is_imported_by_nothing():
+    assert not any("cli" in imported for imported in GRAPH.values())
+
+
+def test_the_data_side_needs_no_losses():
+    assert not GRAPH["data_side"] & {"losses", "scoring", "loss_side"}
 
 
 def test_only_one_module_talks_to_other_ranks():
     for module, source in sources().items():
-        if module != "distributed":
-            assert "torch.distributed" not in {
-                name.name if isinstance(node, ast.Import) else node.module
-                for node in ast.walk(ast.parse(source))
-                if isinstance(node, ast.Import | ast.ImportFrom)
-                for name in node.names
-            }, module
+        if module == "distributed":
+            continue
+        imported = []
+        for node in ast.walk(ast.parse(source)):
+            imported += names_in(node, ["hf_dynprune"])
+        assert not [name for name in imported if name.startswith("torch.distributed")], module
 
 
 def test_core_imports_no_more_than_torch_numpy_and_file_formats():
@@ -218,11 +298,13 @@ def test_core_imports_no_more_than_torch_numpy_and_file_formats():
         (module, source) for module, source in sources().items() if module.split(".")[0] in CORE
     ]
     assert len(files) > len(CORE)  # a folder has several
+    allowed = {"torch", "numpy", "safetensors", "pyarrow", *sys.stdlib_module_names}
     for module, source in files:
         _, others = imports_of(source, module)
-        assert others - set(sys.stdlib_module_names) <= {
-            "torch",
-            "numpy",
-            "safetensors",
-            "pyarrow",
-        }, module
+        assert others <= allowed, module
+
+
+def test_schedule_and_checks_need_no_torch():
+    for module in ("schedule", "checks"):
+        _, others = imports_of(sources()[module], module)
+        assert others <= set(sys.stdlib_module_names), module
