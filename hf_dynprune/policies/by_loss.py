@@ -55,10 +55,11 @@ class LastLoss(ScoredPolicy):
 class EpsilonGreedy(_ByMean, KeepsShare):
     """ε-greedy dynamic pruning: mostly the samples of highest loss, and a random share of the rest.
 
-        on each observation u_i of a sample     m_i <- (1 - a) m_i + a u_i;  the first sets m_i =
-        u_i at each choice, K = round(keep_ratio * N), R = round(epsilon * K)
-            S = the K - R samples of highest m_i  ∪  R drawn uniformly without replacement from the
-                rest
+        on each observation u_i of a sample     m_i <- (1 - a) m_i + a u_i;
+                                                the first sets m_i = u_i
+        at each choice, K = round(keep_ratio * N), R = round(epsilon * K)
+            S = the K - R samples of highest m_i
+                ∪  R drawn uniformly without replacement from the rest
         never observed = +inf: such samples come first, ties broken at random
 
     Reconstructed: the paper's full text was not at hand. The formula and the defaults of `epsilon`
@@ -155,8 +156,9 @@ class UCB(KeepsShare, ScoredPolicy):
 class LossProportional(_ByMean, KeepsShare):
     """Loss-proportional sampling: K samples drawn without replacement in proportion to mean loss.
 
-        on each observation u_i of a sample     m_i <- (1 - a) m_i + a u_i;  the first sets m_i =
-        u_i at each choice, K = round(keep_ratio * N)
+        on each observation u_i of a sample     m_i <- (1 - a) m_i + a u_i;
+                                                the first sets m_i = u_i
+        at each choice, K = round(keep_ratio * N)
             S = K samples drawn one after the other, with probabilities proportional to m_i^alpha
         never observed = +inf: such samples come first, ties broken at random
 
