@@ -450,9 +450,9 @@ def _first_looks(advice: Advice) -> str:
         return ""
     return (
         f"Cannot act: {', '.join(idle)}. Samples that were never observed come first, and "
-        f"{advice.full.epochs} epochs do not suffice to observe all samples: scores decide almost "
-        "nothing, so each is as good as RandomPruning. Set scoring='all', first=1 (start with a "
-        "full-data epoch), more epochs or a larger keep_ratio."
+        f"{advice.full.epochs} epochs are too few to observe all samples and then choose by their "
+        "scores: the choice is as random as RandomPruning's. Set scoring='all' or first=1 (start "
+        "with a full-data epoch), or use more epochs or a larger keep_ratio."
     )
 
 

@@ -12,18 +12,8 @@ from test_cli import hf_dynprune
 from hf_dynprune.cli import main
 
 images, texts = test_cli.images, test_cli.texts  # the fixtures
-RUN = [
-    "--num_train_epochs",
-    2,
-    "--per_device_train_batch_size",
-    8,
-    "--use_cpu",
-    True,
-    "--report_to",
-    "none",
-    "--batches",
-    4,
-]
+RUN = ["--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--use_cpu", True]
+RUN += ["--report_to", "none", "--batches", 4]
 
 
 def test_advice_on_images(images, tmp_path):
@@ -83,28 +73,11 @@ def test_a_recipe_advises(images, tmp_path):
     """Nothing is trained or written, even if the output folder contains a run."""
     (tmp_path / "report.json").write_text("{}")
     root = Path(__file__).parents[1]
-    data = [
-        "--dataset",
-        images[1],
-        "--eval_split",
-        "train[:8]",
-        "--model",
-        "resnet8_cifar",
-        "--output_dir",
-        tmp_path,
-    ]
-    command = [
-        sys.executable,
-        root / "recipes/cifar.py",
-        *data,
-        "--num_train_epochs",
-        2,
-        "--advise",
-        "True",
-    ]
-    done = subprocess.run(
-        list(map(str, command)), cwd=root, capture_output=True, text=True, timeout=300
-    )
+    data = ["--dataset", images[1], "--eval_split", "train[:8]", "--model", "resnet8_cifar"]
+    run = ["--num_train_epochs", 2, "--output_dir", tmp_path, "--advise", "True"]
+    command = [sys.executable, root / "recipes/cifar.py", *data, *run]
+    command = list(map(str, command))
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Answer: " in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
