@@ -32,6 +32,7 @@ class LoopArguments(common.RunArguments, common.DataArguments):
 
 
 def main() -> None:
+    """Train. One long function on purpose: it is meant to be read from top to bottom."""
     args, pruning = common.parse(__doc__, LoopArguments, PruningArguments)
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     with common.user_mistakes():
