@@ -13,7 +13,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart check test versions torture reliability quality format clean
+.PHONY: help quickstart check test versions docs torture reliability quality format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ versions: $(VERSIONS)/lowest $(VERSIONS)/newest  ## run the trainer's tests on o
 	    PYTHONPATH=$$folder $(PYTEST) $(SEAMS:%=tests/test_%.py) $(ARGS) || exit 1; \
 	done
 
+docs: $(READY)  ## build the site into docs/_build (warnings are errors)
+	$(BIN)/python -m sphinx -q -n -W --keep-going docs docs/_build $(ARGS)
+
 # What was tried is noted even if it failed, and shown in the table of the docs.
 RECORD := recipes/results/reliability.json
 
@@ -77,7 +80,7 @@ format: $(READY)  ## repair what can be repaired of the style
 	$(BIN)/ruff format .
 
 clean:  ## remove caches and build products (not .venv, not runs/)
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf build dist docs/_build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,9 +1,10 @@
-"""The record of reliability: what was tried, how often, what was promised, what happened. The table in the README.
+"""The record of reliability: what was tried, how often, what was promised, what happened.
 
-    python tests/reliability.py    # renders recipes/results/reliability.json into the README
+    python tests/reliability.py    # recipes/results/reliability.json -> docs/reliability.md
 
-Tests say what they tried by the fixture `reliability` (conftest.py), tests/torture.py by `--write`; `make reliability` and
-`make torture` run them and this program. No figure of the table is written by hand.
+Tests say what they tried through the fixture `reliability` (conftest.py), tests/torture.py through
+`--write`. `make reliability` and `make torture` run them and this program. No number of the table
+is written by hand.
 """
 
 import json
@@ -13,43 +14,48 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-README, RECORD = ROOT / "README.md", ROOT / "recipes" / "results" / "reliability.json"
+PAGE, RECORD = ROOT / "docs" / "reliability.md", ROOT / "recipes" / "results" / "reliability.json"
 
 
 class Row(NamedTuple):
-    """What the count counts, and what was promised; `{field}` in the first is filled in from the record."""
+    """What was tried and what was promised; the record fills in `{field}`."""
 
     tried: str
     promised: str
 
 
-SAME_RUN = "the same weights, scores, samples and learning rates, bit for bit, as the run that was never interrupted"
+SAME_RUN = (
+    "the same weights, scores, samples and learning rates, bit for bit, as the run that was never "
+    "interrupted"
+)
 
 # In the order of the table.
 ROWS = {
     "torture": Row(
-        "training killed (SIGKILL) at a random moment, {in_checkpoint} times inside the write of a checkpoint, and resumed",
-        f"{SAME_RUN}; nothing lost but what came after the last checkpoint",
+        "training killed (SIGKILL) at a random moment, {in_checkpoint} times while a checkpoint "
+        "was written, and resumed",
+        f"{SAME_RUN}; only what came after the last checkpoint is lost",
     ),
-    "resume": Row("resuming from each checkpoint of a run in turn", SAME_RUN),
+    "resume": Row("resuming from every checkpoint of a run", SAME_RUN),
     "resume policies": Row("the same, each policy with its options", SAME_RUN),
     "resume workers": Row("the same, with loader workers", SAME_RUN),
     "resume ranks": Row("the same, on two processes, without and with loader workers", SAME_RUN),
     "files": Row(
         "a file of a checkpoint truncated, bit-flipped, emptied, foreign or missing",
-        "skipped with a warning, or refused where it was named; never trained from",
+        "skipped with a warning, or refused if it was named; never trained from",
     ),
     "refused": Row(
         "resuming with another policy, field, number of samples, dataset or global batch",
-        "refused before anything is trained; the message has both values",
+        "refused before anything is trained; the error names both values",
     ),
     "dying rank": Row(
-        "one of two processes killed, or raising an error, in mid-epoch",
-        "the whole run ends with an error within 60 s, and no process stays",
+        "one of two processes killed, or raising an error, in the middle of an epoch",
+        "the whole run ends with an error within 60 s, and no process is left",
     ),
     "soak": Row(
         "epochs of one long run, checked against a slow reference in plain Python",
-        "the right choice and scores in every epoch; memory and files do not grow, checkpoints by their report alone",
+        "the right choice and scores in every epoch; memory and files do not grow, except for the "
+        "report in the checkpoints",
     ),
     "ranks": Row(
         "2 and 3 processes against one with the larger batch",
@@ -63,8 +69,9 @@ ROWS = {
         "kinds of model and task, trained with pruning", "each score is the loss of its own sample"
     ),
     "trainer options": Row(
-        "save_only_model, save_total_limit, load_best_model_at_end, hub_strategy, auto_find_batch_size, "
-        "hyperparameter_search, ignore_data_skip, early stopping, a push in mid-run",
+        "save_only_model, save_total_limit, load_best_model_at_end, hub_strategy, "
+        "auto_find_batch_size, hyperparameter_search, ignore_data_skip, early stopping, a push "
+        "during the run",
         "they do what they do in the stock Trainer, and the scores stay right",
     ),
     "properties": Row(
@@ -82,7 +89,8 @@ ROWS = {
 def check_key(key):
     if key not in ROWS:
         raise ValueError(
-            f"There is no row {key!r} in tests/reliability.py; the rows are {', '.join(map(repr, ROWS))}."
+            f"There is no row {key!r} in tests/reliability.py; the rows are "
+            f"{', '.join(map(repr, ROWS))}."
         )
 
 
@@ -95,7 +103,7 @@ def read(path=RECORD):
 
 
 def merge(path, rows):
-    """Puts the rows into the file in place of those of the same keys; the others stay. Written whole or not at all."""
+    """Put the rows into the file, in place of those of the same keys; whole or not at all."""
     path = Path(path)
     record = {**(read(path) if path.exists() else {}), **rows}
     for key in record:
@@ -116,7 +124,7 @@ def happened(failed):
 
 
 def render(record):
-    """The table, for the rows that the record has."""
+    """The table, with the rows that the record has."""
     for key in record:
         check_key(key)
     lines = [
@@ -126,9 +134,8 @@ def render(record):
     for key, (tried, promised) in ROWS.items():
         if key in record:
             row = record[key]
-            lines.append(
-                f"| {tried.format(**row)} | {row['tried']:,} | {promised} | {happened(row['failed'])} |"
-            )
+            cells = (tried.format(**row), f"{row['tried']:,}", promised, happened(row["failed"]))
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -139,16 +146,12 @@ def put_into(text, table, name="reliability"):
         f"{start}\n.*?{end}", lambda _: f"{start}\n{table}\n{end}", text, flags=re.DOTALL
     )
     if found != 1:
-        raise ValueError(
-            f"Wanted is one place for the table, between {start} and {end}; there are {found}."
-        )
+        raise ValueError(f"Expected one {start} ... {end}; the page has {found}.")
     return changed
 
 
 if __name__ == "__main__":
     record = read()
-    README.write_text(put_into(README.read_text(), render(record)))
-    missing = [key for key in ROWS if key not in record]
-    print(
-        f"{len(record)} rows rendered into README.md; not tried yet: {', '.join(missing) or 'none'}"
-    )
+    PAGE.write_text(put_into(PAGE.read_text(), render(record)))
+    missing = ", ".join(key for key in ROWS if key not in record) or "none"
+    print(f"{len(record)} rows rendered into {PAGE.relative_to(ROOT)}; not tried yet: {missing}")

@@ -1,14 +1,15 @@
-"""The table of speed in the README, from the files that recipes/benchmarks/ wrote.
+"""The table of speed in the docs, from the files that recipes/benchmarks/ wrote.
 
-    python tests/speed.py    # renders recipes/results/benchmarks/*.json into the README
+    python tests/speed.py    # renders recipes/results/benchmarks/*.json into docs/speed.md
 
-No figure of the table is written by hand; test_docs.py compares.
+No number of the table is written by hand; test_docs.py compares.
 """
 
 import json
 
-from reliability import README, ROOT, put_into
+from reliability import ROOT, put_into
 
+PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "recipes" / "results" / "benchmarks"
 NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
 RULES = NEEDED | {"loss-proportional": "loss-proportional", "orderdp": "OrderDP"}
@@ -37,7 +38,8 @@ def lines():
     """(what is measured, beside what, figure, file)"""
     for file, row in [(name, row) for name in ("overhead", "overhead_bert") for row in rows(name)]:
         yield (
-            f"optimizer step that scores all it trains, {NAMES[row['model']]}, {row['pairs']} pairs",
+            f"optimizer step that scores every trained sample, {NAMES[row['model']]}, "
+            f"{row['pairs']} pairs",
             f"the stock Trainer's, {row['stock_ms']:.0f} ms",
             f"{row['ratio']:.3f} {interval(*row['ratio_95'])}; memory {row['memory_ratio']:.3f}",
             file,
@@ -46,8 +48,8 @@ def lines():
     jpeg = one("throughput", path="JPEG: bare loop on decoded tensors")
     for path, words, beside in (
         ("cifar.py, Trainer", "images a second of `recipes/cifar.py`, ResNet-8", bare),
-        ("cifar.py, UCB that keeps everything", "the same, all scored", bare),
-        ("stock path (PIL)", "the stock way: PIL and torchvision image by image", bare),
+        ("cifar.py, UCB that keeps everything", "the same, every sample scored", bare),
+        ("stock path (PIL)", "the stock way: PIL and torchvision, image by image", bare),
         ("stock path (PIL), 1 worker", "the same, with a worker", bare),
         ("JPEG: ImageCache, Trainer", "images a second of `recipes/cifar.py`, 64 px", jpeg),
         ("JPEG: stock path (PIL)", "the stock way from JPEG, 64 px", jpeg),
@@ -87,10 +89,11 @@ def lines():
                 for more in ("", ", float32 indices")
             )
             yield (
-                f"what {ranks} ranks (gloo) tell each other in an epoch, 0.3 of {size} samples",
-                f"all-gathers in every step, {each:.2f} s; of one tensor, indices as float32, {packed:.2f} s",
-                f"{ours['ms_an_epoch'] / 1000:.3f} s; {ours['bytes_per_observation']:.2f} bytes an observation of "
-                f"{ours['least']}",
+                f"what {ranks} ranks (gloo) exchange in an epoch, 0.3 of {size} samples",
+                f"all-gathers in every step, {each:.2f} s; of one tensor, indices as float32, "
+                f"{packed:.2f} s",
+                f"{ours['ms_an_epoch'] / 1000:.3f} s; {ours['bytes_per_observation']:.2f} bytes an "
+                f"observation of {ours['least']}",
                 "exchange",
             )
     for role in ("rank 0, which chooses", "another rank"):
@@ -99,14 +102,16 @@ def lines():
         yield (
             f"a billion samples on 1,024 ranks, an epoch on {role}",
             f"extrapolated from {largest / 1e6:.0f} million",
-            f"{row['GB']:.0f} GB of memory, {row['received_GB']:.1f} GB received, {row['total']:.0f} s without the network",
+            f"{row['GB']:.0f} GB of memory, {row['received_GB']:.1f} GB received, "
+            f"{row['total']:.0f} s without the network",
             "scale",
         )
     for name in ("resnet8_cifar", "bert", "causal_lm"):
         row = rows("scoring", model=name)[-1]  # scored in larger batches
         yield (
             f"a scoring pass in batches of {row['scoring_batch']}, {NAMES[name]}",
-            f"training, {row['training_ms']:.3g} ms a sample; inference alone, {row['inference_ms']:.3g}",
+            f"training, {row['training_ms']:.3g} ms a sample; inference alone, "
+            f"{row['inference_ms']:.3g}",
             f"{row['of_training']:.2f} of training, {row['of_inference']:.2f} of inference",
             "scoring",
         )
@@ -121,12 +126,12 @@ def lines():
 
 
 def render():
-    head = ["| what | beside | figure | file |", "| --- | --- | --- | --- |"]
+    head = ["| what | compared with | measured | file |", "| --- | --- | --- | --- |"]
     return "\n".join(
         [
             *head,
             *(
-                f"| {' | '.join(cells)} | [{f}.json](recipes/results/benchmarks/{f}.json) |"
+                f"| {' | '.join(cells)} | [{f}.json](../recipes/results/benchmarks/{f}.json) |"
                 for *cells, f in lines()
             ),
         ]
@@ -134,4 +139,4 @@ def render():
 
 
 if __name__ == "__main__":
-    README.write_text(put_into(README.read_text(), render(), "speed"))
+    PAGE.write_text(put_into(PAGE.read_text(), render(), "speed"))

@@ -1,33 +1,24 @@
-"""The tables of the studies in the README and on the page of the results.
+"""The tables that are made of several studies, from the files of recipes/results/studies.
 
-    python tests/studies.py    # renders recipes/results/studies/*/ into the two pages
+    overview()   what the rules gave
+    claims()     what became of the claims of the central paper
+    settings()   what each setting gave
+    noise()      how the rules fared with wrong labels
 
-The tables of a study, which recipes/compare.py wrote, stand between markers such as
-`<!-- study NAME table_0.3 -->`. Four more tables are made here, from all studies:
-
-    <!-- overview -->   what the rules gave
-    <!-- claims -->     what became of the claims of the central paper
-    <!-- settings -->   what each setting gave
-    <!-- noise -->      how the rules fared with wrong labels
-
-No figure is written by hand. test_docs.py compares the pages with the files, and the summaries with
-the reports.
+fragments.py puts them into the pages. test_docs.py compares the summaries with the reports.
 """
 
 import json
-import re
 import sys
 from statistics import mean
 
-from reliability import README, ROOT, put_into
+from reliability import ROOT
 
 sys.path.insert(0, str(ROOT))
 from recipes.studies.plan import FULL, SHORT
 from recipes.studies.summarise import Metric, markdown
 
-RESULTS = ROOT / "recipes" / "results" / "README.md"
 STUDIES = ROOT / "recipes" / "results" / "studies"
-PAGES = (README, RESULTS)
 # In the order of the overview.
 TITLES = {
     "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
@@ -292,21 +283,3 @@ def noise():
         rows.append([name, *numbers, str(row["seeds"])])
     share = "wrong labels among what it trained on (%)"
     return markdown(["method", "accuracy (%)", "to the short run", share, "seeds"], rows)
-
-
-# ---- pages ---------------------------------------------------------------------------------------
-
-
-def rendered(text):
-    for words in re.findall(r"<!-- (study [\w. ]+) -->", text):
-        _, name, table = words.split()
-        text = put_into(text, (STUDIES / name / f"{table}.md").read_text().strip(), words)
-    for render in (overview, claims, settings, noise):
-        name = render.__name__
-        text = put_into(text, render(), name) if f"<!-- {name} -->" in text else text
-    return text
-
-
-if __name__ == "__main__":
-    for page in PAGES:
-        page.write_text(rendered(page.read_text()))

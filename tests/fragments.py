@@ -1,0 +1,172 @@
+"""The parts of README and docs that are rendered from files: tables, and numbers within sentences.
+
+    python tests/fragments.py    # renders them into all pages
+
+A table stands between `<!-- study NAME table_0.3 -->` and `<!-- /study NAME table_0.3 -->`, or
+between `<!-- overview -->` and `<!-- /overview -->`; the other names are those of `TABLES`.
+
+A number stands between `<!-- value STUDY; COST; METHOD; WHAT -->` and `<!-- /value -->`. WHAT is
+one of
+
+    mean                       what the method reached
+    to short run               its difference to the short run (or: to random, to full run)
+    lost to short run          the same with the other sign
+    interval to short run      the difference with its 95 % interval
+    keep_ratio                 with which it met the cost
+    kept seldom, kept often    % of the samples kept in at most a tenth, at least nine tenths
+
+and `, 0` behind it rounds to whole numbers. Other values: see `value`.
+Accuracies are in points. No number of these is written by hand; test_docs.py compares.
+"""
+
+import json
+import re
+
+import reliability
+import speed
+import studies
+from reliability import ROOT, put_into
+
+from hf_dynprune.report import PruningReport
+from recipes.studies.summarise import Metric, markdown
+
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+RESULTS = ROOT / "recipes" / "results"
+_STUDY = re.compile(r"<!-- (study [\w. ]+) -->")
+_VALUE = re.compile(r"<!-- value ([^>]+?) -->.*?<!-- /value -->", re.DOTALL)
+
+
+# ---- numbers within sentences --------------------------------------------------------------------
+
+
+def _of_study(study, cost, method, what):
+    """One number of a study, as text; see the docstring of the file."""
+    what, _, digits = what.partition(", ")
+    row = studies.rows_at(study, float(cost))[method]
+    scale = Metric.of(studies.summary(study)).scale
+    digits = int(digits or 1)
+    if what == "mean":
+        return f"{scale * row['mean']:.{digits}f}"
+    if what == "keep_ratio":
+        return f"{row['keep_ratio']:.2f}"
+    if what in ("kept seldom", "kept often"):
+        found, _ = studies.kept(study, method, float(cost))
+        return f"{100 * found[what == 'kept often']:.0f}"
+    kind, _, other = what.rpartition("to ")
+    difference = row[f"to_{other.replace(' ', '_')}"]
+    if kind == "interval ":
+        low, high = (f"{scale * end:+.{digits}f}" for end in difference["interval"])
+        return f"{scale * difference['mean']:+.{digits}f} ({low} to {high})"
+    value = scale * difference["mean"]
+    return f"{-value:.{digits}f}" if kind == "lost " else f"{value:+.{digits}f}"
+
+
+def _spread(study, cost, which):
+    """How far the seeds of a method are apart, in points: the least or the most of all methods."""
+    rows = studies.rows_at(study, float(cost))
+    values = [row["values"].values() for name, row in rows.items() if name != "full run"]
+    spreads = [100 * (max(each) - min(each)) for each in values]
+    return f"{(min if which == 'least' else max)(spreads):.0f}"
+
+
+def _tuned(study, method, words):
+    """By how many points one learning rate was better than another on held-out data."""
+    better, worse = map(float, words.split(" over "))
+    rows = studies.summary(study)["tuning"]
+    means = next(dict(row["means"]) for row in rows if row["name"] == method)
+    return f"{100 * (means[better] - means[worse]):.1f}"
+
+
+def _advice(what):
+    """How far off the predictions of `advise` were."""
+    runs = json.loads((RESULTS / "benchmarks" / "advice.json").read_text())["runs"]
+    if what == "runs":
+        return str(len(runs))
+    if what == "rounds":
+        return str(len(runs[0]["rounds"]))
+    if what == "worst":
+        return f"{100 * max(abs(run['error']) for run in runs):.1f}"
+    return f"{100 * max(abs(run['unrest']) for run in runs):.0f}"
+
+
+def _rows(rule, ahead):
+    """In how many rows of accuracy a rule was compared, or was ahead of the short run."""
+    found = [
+        row["to_short_run"]["mean"] > 0
+        for name in studies.TITLES
+        if not studies.summary(name)["lower_is_better"]
+        for row in studies.summary(name)["rows"]
+        if row["name"] == rule
+    ]
+    return str(sum(found) if ahead else len(found))
+
+
+def value(words):
+    """The text between the markers of a value."""
+    match [part.strip() for part in " ".join(words.split()).split(";")]:
+        case ["advice", what]:
+            return _advice(what)
+        case [rule, "rows" | "rows ahead" as what]:
+            return _rows(rule, what == "rows ahead")
+        case [study, "tuning", method, which]:
+            return _tuned(study, method, which)
+        case [study, cost, "spread of seeds", which]:
+            return _spread(study, cost, which)
+        case [study, cost, method, what]:
+            return _of_study(study, cost, method, what)
+    raise ValueError(f"There is no value {words!r}.")
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+
+def tiny_imagenet():
+    """The three runs on Tiny-ImageNet."""
+    rows = []
+    for name, words in (
+        ("full", "full run: all data, 6 epochs"),
+        ("short", "short run: all data, 3 epochs"),
+        ("ucb", "`UCB(0.5)`"),
+    ):
+        report = PruningReport.load(RESULTS / "tiny_imagenet" / f"{name}.json")
+        metrics = report.metrics
+        file = f"[{name}.json](../recipes/results/tiny_imagenet/{name}.json)"
+        numbers = (
+            f"{100 * metrics['eval_top5_accuracy']:.1f} %",
+            f"{100 * metrics['eval_accuracy']:.2f} %",
+            f"{report.cost_against(6):.3f}",
+            f"{report.totals['optimizer_steps']:,}",
+        )
+        rows.append([words, *numbers, file])
+    return markdown(["run", "top-5", "accuracy", "cost", "optimizer steps", "report"], rows)
+
+
+TABLES = {
+    "overview": studies.overview,
+    "claims": studies.claims,
+    "settings": studies.settings,
+    "noise": studies.noise,
+    "tiny_imagenet": tiny_imagenet,
+    "speed": speed.render,
+    "reliability": lambda: reliability.render(reliability.read()),
+}
+
+
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+def rendered(text, tables=TABLES):
+    """A page with its tables and numbers as the files have them."""
+    for words in _STUDY.findall(text):
+        _, name, table = words.split()
+        text = put_into(text, (studies.STUDIES / name / f"{table}.md").read_text().strip(), words)
+    for name, render in tables.items():
+        text = put_into(text, render(), name) if f"<!-- {name} -->" in text else text
+    return _VALUE.sub(
+        lambda found: f"<!-- value {found[1]} -->{value(found[1])}<!-- /value -->", text
+    )
+
+
+if __name__ == "__main__":
+    for page in PAGES:
+        page.write_text(rendered(page.read_text()))
