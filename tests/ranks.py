@@ -1,6 +1,9 @@
-"""What the real processes of test_distributed.py do under torchrun, each on its rank: `torchrun ... tests/ranks.py FOLDER`.
+"""What the processes of test_distributed.py do, each on its rank.
 
-Each scenario returns what its rank saw; of one that fails the text of its error is noted. In a process alone it is one rank.
+    torchrun ... tests/ranks.py FOLDER
+
+Each scenario returns what its rank saw. If it fails, the text of its error is noted instead. In a
+single process there is one rank.
 """
 
 import gc
@@ -30,16 +33,15 @@ from transformers import Trainer
 from hf_dynprune import UCB, FullData
 from hf_dynprune.distributed import world
 from hf_dynprune.pruner import DynamicPruner
+from hf_dynprune.schedule import RunShape
 
 GLOBAL_BATCH = 12
-RANK, RANKS = (
-    int(os.environ.get("RANK", 0)),
-    int(os.environ.get("WORLD_SIZE", 1)),
-)  # as torchrun says
+# As torchrun sets them.
+RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def same_run(folder, accumulation, scoring="trained"):
-    """A run whose global batches are those of any number of ranks."""
+    """A run whose global batches do not depend on the number of ranks."""
     run = trainer(
         folder,
         data=images(45),
@@ -79,7 +81,7 @@ def dropped_scored(folder):
 
 
 def gradients(folder):
-    """Of each optimizer step, for six kinds of model, with and without sample weights."""
+    """The gradient of each optimizer step, for six models, with and without sample weights."""
     seen = {}
     for name in tiny_models():
         for weighted in (False, True):
@@ -92,17 +94,16 @@ def gradients(folder):
                 pruning=Some(weighted=weighted),
                 ddp_find_unused_parameters=False,
             )
-            seen[name, weighted] = [gradient for _, gradient, _ in steps], run.pruner.table["last"]
+            seen[name, weighted] = [gradient for _, gradient, _ in steps], run.pruner.table["loss"]
     return seen
 
 
 def resume_anywhere(folder):
-    """Resumes from every checkpoint of a run on all ranks; their number."""
+    """Resume from every checkpoint of a run on all ranks. Returns how many there were."""
     data, resumed = images(26), 0
     workers = {"dataloader_num_workers": 2}
-    for number, (accumulation, loader) in enumerate(
-        product((1, 3), ({}, workers, {**workers, "dataloader_persistent_workers": True}))
-    ):
+    loaders = {}, workers, {**workers, "dataloader_persistent_workers": True}
+    for number, (accumulation, loader) in enumerate(product((1, 3), loaders)):
 
         def make(place, accumulation=accumulation, loader=loader):
             settings = {
@@ -119,7 +120,7 @@ def resume_anywhere(folder):
 
 
 def newest_checkpoint(folder):
-    """Rank 0 looks for it: one with a broken file of another rank is refused, and passed over, on all."""
+    """A checkpoint with a broken file of another rank is refused or skipped on all ranks."""
     settings = {
         **GRID,
         "per_device_train_batch_size": 2,
@@ -148,22 +149,22 @@ def error_of(make, **settings):
 
 
 def refused(folder):
-    """What cannot go well on several ranks."""
+    """The errors of what several ranks cannot do."""
     options = ("dispatch_batches", "split_batches")
-    errors = {
-        name: error_of(
-            lambda name=name: trainer(folder, pruning=UCB(0.5), accelerator_config={name: True})
+    errors = {}
+    for name in options:
+        config = {name: True}
+        errors[name] = error_of(
+            lambda config=config: trainer(folder, pruning=UCB(0.5), accelerator_config=config)
         )
-        for name in options
-    }
-    shard = images(40).shard(RANKS, RANK)  # its own part of the data on each rank
+    shard = images(40).shard(RANKS, RANK)  # each rank has a part of the data
     errors["shard"] = error_of(lambda: trainer(folder, data=shard, pruning=UCB(0.5)))
     errors["seed"] = error_of(lambda: trainer(folder, pruning=UCB(0.5), seed=RANK))
     return errors
 
 
 def full_data(folder):
-    """The stock Trainer and FullData, where N is a multiple of the global batch."""
+    """The stock Trainer and FullData; N is a multiple of the global batch."""
     runs = []
     for kind in ({"cls": Trainer}, {"pruning": FullData()}):
         settings = {
@@ -179,8 +180,10 @@ def full_data(folder):
 
 
 def sharded(folder):
-    """The core in a loop of one's own, the model under torch's fully_shard (FSDP2). Through the Trainer this cannot be had
-    on CPUs: accelerate has FSDP for accelerators only."""
+    """The core in a plain loop, the model under torch's fully_shard (FSDP2).
+
+    The Trainer cannot do this on CPUs: accelerate has FSDP for accelerators only.
+    """
     torch.manual_seed(0)
     x, y = torch.randn(45, 8), torch.randint(0, 4, (45,))
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
@@ -189,20 +192,16 @@ def sharded(folder):
         for part in (model[0], model):
             fully_shard(part, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    pruner = DynamicPruner(UCB(0.6, first=1), 45, batch_size=8 // RANKS, num_epochs=4)
+    pruner = DynamicPruner(UCB(0.6, first=1), RunShape(45, batch_size=8 // RANKS, num_epochs=4))
     for epoch in range(pruner.num_epochs):
         pruner.begin_epoch(epoch)
-        for number, batch in enumerate(
-            list(BatchSampler(pruner.sampler, pruner.batch_size, False))[RANK::RANKS]
-        ):
+        batches = list(BatchSampler(pruner.sampler, pruner.shape.batch_size, False))[RANK::RANKS]
+        for number, batch in enumerate(batches):
             index = torch.tensor([i if i >= 0 else -1 for i in batch])
             rows = [i if i >= 0 else ~i for i in batch]
             losses = torch.nn.functional.cross_entropy(model(x[rows]), y[rows], reduction="none")
-            loss = (
-                (losses * pruner.weights(index)).sum()
-                * RANKS
-                / pruner.sampler.samples_in(number, 1)
-            )
+            real = pruner.sampler.samples_in(number, 1)  # on all ranks together
+            loss = (losses * pruner.weights(index)).sum() * RANKS / real
             optimizer.zero_grad()
             loss.backward()
             pruner.observe(index, {"loss": losses})
@@ -240,9 +239,8 @@ def main(folder):
         torch.save(seen, folder / f"rank{RANK}.pt")
         torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(
-        0
-    )  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
+    # Skip the interpreter's teardown, in which gloo's threads now and then abort the process.
+    os._exit(0)
 
 
 if __name__ == "__main__":

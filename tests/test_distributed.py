@@ -1,4 +1,7 @@
-"""Two real processes that talk by gloo. All scenarios run in one pair of them; each test reads what both ranks saw."""
+"""Two real processes that talk by gloo.
+
+All scenarios run in one pair of processes. Each test reads what both ranks saw.
+"""
 
 import copy
 import datetime
@@ -12,12 +15,14 @@ import torch.distributed as dist
 import torch.multiprocessing
 from ranks import SCENARIOS as WHOLE_RUNS
 from test_tasks import Some, assert_same_gradient, train
-from tiny import torchrun
+from tiny import PATIENCE, torchrun
 from torch.utils.data import BatchSampler
 
 from hf_dynprune import distributed
+from hf_dynprune.files import STATE_FILE
 from hf_dynprune.policies import UCB, EpochPlan, RandomPruning
-from hf_dynprune.pruner import STATE_FILE, DynamicPruner
+from hf_dynprune.pruner import DynamicPruner
+from hf_dynprune.schedule import RunShape
 
 RANKS = 2
 BIG = 2**24  # float32 does not know BIG + 1
@@ -57,18 +62,15 @@ def failing_plan(rank, folder):
         error = None
     except Exception as caught:
         error = (type(caught).__name__, str(caught))
-    after = distributed.plan_on_rank_0(
-        lambda: EpochPlan(torch.tensor([7]))
-    )  # the ranks are still in step
+    # The ranks are still in step.
+    after = distributed.plan_on_rank_0(lambda: EpochPlan(torch.tensor([7])))
     return error, after.indices.tolist()
 
 
 def gather_unequal(rank, folder):
     index = torch.tensor([[BIG + 1, BIG + 3, 2], [BIG + 2]][rank])
-    loss, margin = (
-        torch.tensor([[0.1, 0.2, 0.3], [1e-30]][rank]),
-        torch.tensor([[1.0, 2.0, 3.0], [-1.0]][rank]),
-    )
+    loss = torch.tensor([[0.1, 0.2, 0.3], [1e-30]][rank])
+    margin = torch.tensor([[1.0, 2.0, 3.0], [-1.0]][rank])
     return distributed.gather_observations(index, {"loss": loss, "margin": margin})
 
 
@@ -90,14 +92,8 @@ def gather_without_signals(rank, folder):
 def sums(rank, folder):
     value = torch.tensor(BIG + rank)
     share = torch.tensor(0.5 + rank, requires_grad=True)
-    total = distributed.sum_over_ranks(share)
-    return (
-        distributed.sum_over_ranks(value),
-        value,
-        total.detach(),
-        total.requires_grad,
-        share.detach(),
-    )
+    total, shares = distributed.sum_over_ranks(value), distributed.sum_over_ranks(share)
+    return total, value, shares.detach(), shares.requires_grad, share.detach()
 
 
 def loss_of(i, epoch):
@@ -106,10 +102,10 @@ def loss_of(i, epoch):
 
 
 def my_batches(pruner):
-    """The batches of this rank, dealt out as accelerate does it: in turn."""
-    return list(BatchSampler(pruner.sampler, pruner.batch_size, pruner.drop_last))[
-        pruner.rank :: pruner.ranks
-    ]
+    """The batches of this rank: accelerate gives each rank every n-th."""
+    shape = pruner.shape
+    batches = list(BatchSampler(pruner.sampler, shape.batch_size, shape.drop_last))
+    return batches[pruner.rank :: shape.ranks]
 
 
 def train_epoch(pruner, epoch, first_batch=0, last_batch=None):
@@ -118,15 +114,14 @@ def train_epoch(pruner, epoch, first_batch=0, last_batch=None):
     for batch in my_batches(pruner)[first_batch:last_batch]:
         index = torch.tensor([i if i >= 0 else -1 for i in batch])
         seen.append((index.tolist(), pruner.weights(index).tolist()))
-        pruner.observe(
-            index,
-            {"loss": torch.tensor([loss_of(i, epoch) if i >= 0 else 1e9 for i in index.tolist()])},
-        )
+        losses = [loss_of(i, epoch) if i >= 0 else 1e9 for i in index.tolist()]
+        pruner.observe(index, {"loss": torch.tensor(losses)})
     return seen
 
 
 def pruner_of(ranks=RANKS, **settings):
-    return DynamicPruner(POLICY, N, batch_size=BATCH * RANKS // ranks, num_epochs=3, **settings)
+    shape = RunShape(N, batch_size=BATCH * RANKS // ranks, num_epochs=3)
+    return DynamicPruner(POLICY, shape, **settings)
 
 
 def outcome(pruner):
@@ -135,20 +130,16 @@ def outcome(pruner):
         part.pop("seconds")
     report.pop("environment")
     report.pop("resumed")
-    return {
-        name: column.nan_to_num(-1).tolist() for name, column in pruner.table.state_dict().items()
-    }, report
+    table = {name: c.nan_to_num(-1).tolist() for name, c in pruner.table.state_dict().items()}
+    return table, report
 
 
 def whole_run(rank, folder):
     pruner = pruner_of()
     epochs = [train_epoch(pruner, epoch) for epoch in range(3)]
     pruner.end_epoch()
-    return (
-        (pruner.rank, pruner.ranks, pruner.global_batch, pruner.clock.total),
-        epochs,
-        outcome(pruner),
-    )
+    shape = pruner.shape
+    return (pruner.rank, shape.ranks, shape.global_batch), epochs, outcome(pruner)
 
 
 def interrupted_run(rank, folder):
@@ -167,7 +158,7 @@ def interrupted_run(rank, folder):
 
 def rank_0_decides(rank, folder):
     """The ranks' tables differ, as sums of floats do on unlike machines."""
-    pruner = DynamicPruner(UCB(0.5), 10, num_epochs=1)
+    pruner = DynamicPruner(UCB(0.5), RunShape(10, num_epochs=1))
     pruner.table["mean"][:] = torch.arange(10.0) * (1 if rank == 0 else -1)
     pruner.table["variance"].zero_()
     pruner.table["last_observed"].zero_()
@@ -176,7 +167,7 @@ def rank_0_decides(rank, folder):
 
 
 def policy_without_signals(rank, folder):
-    pruner = DynamicPruner(RandomPruning(0.5), 10, batch_size=2, num_epochs=2)
+    pruner = DynamicPruner(RandomPruning(0.5), RunShape(10, batch_size=2, num_epochs=2))
     for epoch in range(2):
         pruner.begin_epoch(epoch)
         for batch in my_batches(pruner):
@@ -193,7 +184,8 @@ def empty_epoch(rank, folder):
 
 
 def tail_dropped(rank, folder):
-    pruner = DynamicPruner(RandomPruning(1.0), 11, batch_size=2, num_epochs=1, drop_last=True)
+    shape = RunShape(11, batch_size=2, num_epochs=1, drop_last=True)
+    pruner = DynamicPruner(RandomPruning(1.0), shape)
     pruner.begin_epoch(0)
     return my_batches(pruner), pruner.clock.length
 
@@ -224,7 +216,7 @@ def work(rank, folder):
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
         world_size=RANKS,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=PATIENCE),
     )
     seen = {}
     for scenario in SCENARIOS:
@@ -234,9 +226,8 @@ def work(rank, folder):
             seen[scenario.__name__] = traceback.format_exc()
         torch.save(seen, folder / f"rank{rank}.pt")
         dist.barrier()
-    os._exit(
-        0
-    )  # past the interpreter's teardown, in which gloo's threads abort the process now and then (pytorch)
+    # Skip the interpreter's teardown, in which gloo's threads now and then abort the process.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +276,7 @@ def test_error_of_rank_0_is_raised_on_all(ranks):
     assert first == (("KeyError", "'no such column'"), [7])
     (kind, message), after = second
     assert (kind, after) == ("RuntimeError", [7])
-    assert "Rank 0 could not make a plan" in message
+    assert message.startswith("Rank 0")
 
 
 def test_observations_of_unequal_length(ranks):
@@ -326,7 +317,7 @@ def test_sum_over_ranks(ranks):
 
 def test_whole_run_on_two_ranks(ranks):
     results = ranks("whole_run")
-    assert [settings[:3] for settings, _, _ in results] == [(0, 2, 4), (1, 2, 4)]
+    assert [place for place, _, _ in results] == [(0, 2, 4), (1, 2, 4)]
     (_, first, (table, report)), (_, second, other) = results
     assert other == (table, report)  # same table, same report
     kept = [21, 9, 9]
@@ -337,12 +328,9 @@ def test_whole_run_on_two_ranks(ranks):
         trained = sorted(i for index, _ in batches for i in index if i >= 0)
         assert len(trained) == len(set(trained)) == kept[epoch]
         assert sum(i < 0 for index, _ in batches for i in index) == -kept[epoch] % 4
-        assert all(
-            (weight == 0.0) == (i < 0)
-            for index, weights in batches
-            for i, weight in zip(index, weights, strict=True)
-        )
-    assert [e["forward_passes"] for e in report["epochs"]] == [24, 12, 12]  # padding is paid for
+        for index, weights in batches:
+            assert [weight == 0.0 for weight in weights] == [i < 0 for i in index]
+    assert [e["forward_passes"] for e in report["epochs"]] == [24, 12, 12]  # padding is counted
     assert [e["optimizer_steps"] for e in report["epochs"]] == [6, 3, 3]
     assert [e["nonfinite"] for e in report["epochs"]] == [1, 0, 0]
     assert report["nonfinite_samples"] == [3]
@@ -353,21 +341,19 @@ def test_scores_of_two_ranks_are_those_of_one(ranks):
     alone = pruner_of(ranks=1)
     for epoch in range(3):
         seen = train_epoch(alone, epoch)
-        paired = [
-            i
-            for pair in zip(epochs[epoch], others[epoch], strict=True)
-            for index, _ in pair
-            for i in index
-            if i >= 0
-        ]
-        assert paired == [i for index, _ in seen for i in index]  # the global batches are the same
+        paired = []
+        for pair in zip(epochs[epoch], others[epoch], strict=True):
+            for index, _ in pair:
+                paired += [i for i in index if i >= 0]
+        # The global batches are the same.
+        assert paired == [i for index, _ in seen for i in index]
     alone.end_epoch()
     own, own_report = outcome(alone)
     assert own == table
     assert own_report["selection"] == report["selection"]
 
 
-def test_interrupted_run_goes_on_as_if_it_had_not_been(ranks):
+def test_interrupted_run_ends_as_the_uninterrupted_one(ranks):
     expected = ranks("whole_run")
     for rank, (place, written, epochs, result) in enumerate(ranks("interrupted_run")):
         assert place == (1, 1)
@@ -376,7 +362,7 @@ def test_interrupted_run_goes_on_as_if_it_had_not_been(ranks):
         assert result == expected[rank][2]
 
 
-def test_run_of_two_ranks_goes_on_with_one(ranks):
+def test_run_of_two_ranks_continues_on_one(ranks):
     (_, _, (table, _)), _ = ranks("whole_run")
     ranks("interrupted_run")
     alone = pruner_of(ranks=1)
@@ -411,12 +397,8 @@ def test_tail_is_dropped_on_all_ranks_alike(ranks):
 
 def test_one_rank_gets_back_what_it_gave():
     assert distributed.world() == (0, 1)
-    plan, index, signals, value = (
-        EpochPlan(torch.tensor([1])),
-        torch.tensor([3]),
-        {"loss": torch.ones(1)},
-        torch.tensor(2.0),
-    )
+    plan, index, value = EpochPlan(torch.tensor([1])), torch.tensor([3]), torch.tensor(2.0)
+    signals = {"loss": torch.ones(1)}
     assert distributed.plan_on_rank_0(lambda: plan) is plan
     gathered = distributed.gather_observations(index, signals)
     assert gathered[0] is index
@@ -427,10 +409,9 @@ def test_one_rank_gets_back_what_it_gave():
 def test_states_of_one_rank_and_two_have_one_identity():
     state = copy.deepcopy(pruner_of(ranks=1).state_dict())
     assert state["metadata"]["identity"]["global batch"] == 4
-    with pytest.raises(ValueError, match="global batch: 2 there, 4 here"):
-        pruner_of(ranks=1).load_state_dict(
-            pruner_of(ranks=2).state_dict()
-        )  # batches of 2, on one rank
+    other = pruner_of(ranks=2).state_dict()  # batches of 2 on one rank
+    with pytest.raises(ValueError, match=r"global batch: 2\b.*\b4\b"):
+        pruner_of(ranks=1).load_state_dict(other)
 
 
 # ---- whole runs: tests/ranks.py under torchrun ---------------------------------------------------
@@ -438,7 +419,10 @@ def test_states_of_one_rank_and_two_have_one_identity():
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """number of ranks -> what each rank saw, by scenario; each number is launched once, a single rank in this process."""
+    """A function (number of ranks, scenario) -> what each rank saw.
+
+    Each number of ranks is launched once, a single rank in this process.
+    """
     seen = {}
 
     def launch(ranks, folder):
@@ -465,7 +449,7 @@ def launched(tmp_path_factory):
 def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(
     count, scenario, launched, reliability
 ):
-    """The same samples in the same optimizer steps, also where the last global batch is padded (45 and 27 samples)."""
+    """In the same optimizer steps, also if the last global batch is padded (45, 27 samples)."""
     (one,), several = launched(1, scenario), launched(count, scenario)
     assert one["world"] == ((0, 1), 1)
     assert one["samples"] == one["passes"] == [45, 27, 27, 27]
@@ -473,24 +457,21 @@ def test_several_ranks_train_what_one_rank_trains_with_the_larger_batch(
         assert other["world"] == ((rank, count), count)
         assert other["steps"] == one["steps"]
         assert other["samples"] == one["samples"]
-        assert (
-            other["scored"]
-            == one["scored"]
-            == [0, 0, *([18, 18] if scenario == "dropped_scored" else [0, 0])]
-        )
-        assert other["passes"] == [48, 36, 36, 36]  # padding is paid for, and counted
+        scored = [0, 0, 18, 18] if scenario == "dropped_scored" else [0] * 4
+        assert other["scored"] == one["scored"] == scored
+        assert other["passes"] == [48, 36, 36, 36]  # padding is counted as cost
         assert other["learning rates"] == several[0]["learning rates"]
         for name in ("times_kept", "last_observed"):
             assert torch.equal(one["table"][name], other["table"][name])
         for name, column in several[0]["table"].items():
-            assert torch.equal(column, other["table"][name])  # of all ranks bit for bit
+            assert torch.equal(column, other["table"][name])  # on all ranks bit for bit
         torch.testing.assert_close(
             one["table"]["mean"], other["table"]["mean"], rtol=1e-4, atol=1e-5
         )
         for name, weight in one["weights"].items():
             torch.testing.assert_close(weight, other["weights"][name], rtol=1e-4, atol=1e-5)
     assert several[0]["learning rates"] == one["learning rates"]
-    # What is logged too, each step being one batch: the mean over the ranks.
+    # The logged loss is the mean over the ranks.
     assert several[0]["loss"] == pytest.approx(one["loss"], rel=1e-3)
     reliability("ranks", sum(one["steps"]))
 
@@ -502,7 +483,7 @@ def test_gradients_of_two_ranks_are_those_of_one(launched, tmp_path, reliability
         for gradient, (_, wanted, _) in zip(steps, expected, strict=True):
             assert_same_gradient(gradient, wanted)
         torch.testing.assert_close(
-            last, run.pruner.table["last"], rtol=1e-4, atol=1e-5, equal_nan=True
+            last, run.pruner.table["loss"], rtol=1e-4, atol=1e-5, equal_nan=True
         )
         reliability("accumulation", len(steps))
 
@@ -516,21 +497,19 @@ def test_two_ranks_resume_from_every_checkpoint_bit_for_bit(launched, reliabilit
 @pytest.mark.parametrize("count", [2, 3])
 def test_all_ranks_resume_from_the_same_complete_checkpoint(count, launched, reliability):
     for rank, (error, steps_again) in enumerate(launched(count, "newest_checkpoint")):
-        assert error.startswith(
-            "ValueError: Cannot resume" if rank == 0 else "RuntimeError: Rank 0 failed: ValueError"
-        )
-        assert f"its rng_state_{count - 1}.pth is damaged: 0 bytes" in error
+        kind = "ValueError" if rank == 0 else "RuntimeError: Rank 0 failed: ValueError"
+        assert error.startswith(kind)
+        assert f"rng_state_{count - 1}.pth" in error
         assert steps_again == 1
         reliability("files")
 
 
-def test_what_cannot_go_well_on_several_ranks_is_refused_on_all(launched):
+def test_what_several_ranks_cannot_do_is_refused_on_all(launched):
     for errors in launched(2, "refused"):
         for option in ("dispatch_batches", "split_batches"):
-            assert f"{option}=True does not go with pruning on several ranks" in errors[option]
+            assert f"{option}=True" in errors[option]
         assert "rank 0 has '20 samples, " in errors["shard"]
-        assert "the whole dataset" in errors["shard"]
-        assert "The ranks differ in 'seed': rank 0 has 0, rank 1 has 1" in errors["seed"]
+        assert "'seed': rank 0 has 0, rank 1 has 1" in errors["seed"]
 
 
 def test_full_data_is_the_stock_run_on_two_ranks(launched):
@@ -540,7 +519,7 @@ def test_full_data_is_the_stock_run_on_two_ranks(launched):
             torch.testing.assert_close(weight, ours[name], rtol=1e-4, atol=1e-5)
 
 
-def test_a_sharded_model_trains_the_same_in_a_loop_of_ones_own(launched, reliability):
+def test_a_sharded_model_trains_the_same_in_a_plain_loop(launched, reliability):
     ((_, weights, scores),), several = launched(1, "sharded"), launched(2, "sharded")
     for kind, others, their_scores in several:
         assert kind.startswith("FSDP")
