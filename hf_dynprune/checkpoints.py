@@ -1,5 +1,4 @@
-"""Checkpoints: what makes one complete, which one a run continues from, and where in the run that
-is.
+"""Checkpoints: what makes one complete, which one a run continues from, and at which step.
 
 A checkpoint is the Trainer's folder with our `STATE_FILE` in it. It is written in this order:
 

@@ -96,8 +96,58 @@ def run_shape(
     )
 
 
-class PrunedDataMixin(UpstreamMends):
+class CardMixin(UpstreamMends):
+    """The card of a pruned run, and its upload. Without a run both are the Trainer's."""
+
+    pruner: DynamicPruner | None
+
+    def _has_record(self) -> bool:
+        return (
+            self.pruning is not None and self.pruner is not None and bool(self.pruner.report.epochs)
+        )
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card, `report.json` and, if matplotlib is installed, a picture.
+
+        The card states the Trainer's facts, what was pruned, what it cost and how to repeat it.
+        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.CardArguments`]:
+        `full=` and `short=`, reports to compare with, and `other_seeds=`.
+        """
+        if not self._has_record():
+            return super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            from .model_card import write_card
+
+            write_card(self, Path(self.args.output_dir or "."), *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """Upload the model, its card, `report.json` and the picture.
+
+        Takes the Trainer's arguments, and those of `create_model_card`.
+
+        Raises:
+            RuntimeError: If the upload fails. All files are in `output_dir` by then. The message
+                says how to continue.
+        """
+        if not self._has_record():
+            return super().push_to_hub(*args, **kwargs)
+        # The Trainer asks the Hub for the repository first, and saves then. Without a network
+        # nothing would be saved. Writing twice costs little beside an upload.
+        folder = self.args.output_dir or "."
+        self.save_model(folder, _internal_call=True)
+        stock = inspect.signature(Trainer.push_to_hub).parameters
+        self.create_model_card(**{name: v for name, v in kwargs.items() if name not in stock})
+        repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
+        left_out = ("--exclude", "checkpoint-*", "--exclude", "_*")
+        with uploading(folder, repo_id, "trainer.push_to_hub()", *left_out):
+            return super().push_to_hub(*args, **kwargs)
+
+
+class PrunedDataMixin(CardMixin):
     """Adds `pruning=` to a Trainer, whatever its loss is.
+
+    Longer than other classes, because the loader, the lengths, the rates and the checkpoints of a
+    run are all methods of one Trainer.
 
     Alone it serves policies that observe nothing, such as [`RandomPruning`], and subclasses that
     observe signals of their own. Such a subclass names them in `observed_signals`, takes
@@ -131,7 +181,7 @@ class PrunedDataMixin(UpstreamMends):
 
     def __init__(self, *args: Any, pruning: PruningPolicy | None = None, **kwargs: Any) -> None:
         self.pruning = pruning
-        self.pruner: DynamicPruner | None = None
+        self.pruner = None
         # The last loader of get_train_dataloader, with its pruner. The loop takes them over.
         self._made: tuple[DataLoader, DynamicPruner] | None = None
         if pruning is not None:
@@ -418,56 +468,24 @@ class PrunedDataMixin(UpstreamMends):
         given = self.eval_dataset if eval_dataset is None else eval_dataset
         # Of several datasets each is evaluated by a call of its own, and noted there.
         if self.pruner is not None and not isinstance(given, dict):
-            self.pruner.add_evaluation(metrics)
+            self.pruner.add_evaluation(metrics, best_step=self._best_step())
         return metrics
+
+    def _best_step(self) -> int | None:
+        """The optimizer step of the model's weights if the run has loaded its best ones.
+
+        None if the model has the last weights.
+        """
+        args, state = self.args, self.state
+        loads = args.load_best_model_at_end and state.best_model_checkpoint is not None
+        if self.is_in_train or not loads or state.best_global_step == state.global_step:
+            return None
+        return state.best_global_step
 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.pruning is not None and self.pruner is not None:
             checkpoints.save(self.pruner, output_dir, writes=self.args.should_save, **self._now())
-
-    # ---- card ----
-
-    def _has_record(self) -> bool:
-        return (
-            self.pruning is not None and self.pruner is not None and bool(self.pruner.report.epochs)
-        )
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card, `report.json` and, if matplotlib is installed, a picture.
-
-        The card states the Trainer's facts, what was pruned, what it cost and how to repeat it.
-        Takes the Trainer's arguments, and those of [`hf_dynprune.model_card.CardArguments`]:
-        `full=` and `short=`, reports to compare with, and `other_seeds=`.
-        """
-        if not self._has_record():
-            return super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            from .model_card import write_card
-
-            write_card(self, Path(self.args.output_dir or "."), *args, **kwargs)
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Upload the model, its card, `report.json` and the picture.
-
-        Takes the Trainer's arguments, and those of `create_model_card`.
-
-        Raises:
-            RuntimeError: If the upload fails. All files are in `output_dir` by then. The message
-                says how to continue.
-        """
-        if not self._has_record():
-            return super().push_to_hub(*args, **kwargs)
-        # The Trainer asks the Hub for the repository first, and saves then. Without a network
-        # nothing would be saved. Writing twice costs little beside an upload.
-        folder = self.args.output_dir or "."
-        self.save_model(folder, _internal_call=True)
-        stock = inspect.signature(Trainer.push_to_hub).parameters
-        self.create_model_card(**{name: v for name, v in kwargs.items() if name not in stock})
-        repo_id = self.hub_model_id or self.args.hub_model_id or Path(folder).absolute().name
-        left_out = ("--exclude", "checkpoint-*", "--exclude", "_*")
-        with uploading(folder, repo_id, "trainer.push_to_hub()", *left_out):
-            return super().push_to_hub(*args, **kwargs)
 
 
 # ---- learning rate -------------------------------------------------------------------------------

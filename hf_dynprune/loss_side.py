@@ -1,5 +1,4 @@
-"""SampleLossMixin: the loss of each sample of a batch, the weighted loss to train on, and the
-signals.
+"""SampleLossMixin: the loss of each sample, the weighted loss of a step, and the signals.
 
 An optimizer step minimises one weighted mean, however its samples are spread over micro-batches and
 ranks:
@@ -131,7 +130,7 @@ class SampleLossMixin(PrunedDataMixin):
     def _prepare_observation(self, pruner: DynamicPruner) -> None:
         super()._prepare_observation(pruner)
         self._check_scoring_dataset()
-        needed = self._why_losses(pruner)
+        needed = why_losses(pruner)
         try:
             self.loss_rule = self._derive_rule(self._given_loss)
         except ValueError as error:
@@ -153,23 +152,6 @@ class SampleLossMixin(PrunedDataMixin):
                 f"The scoring_dataset has {given} samples, the training dataset has {expected}: "
                 "expected the same samples in the same order."
             )
-
-    def _why_losses(self, pruner: DynamicPruner) -> str:
-        """Why the run needs the loss of single samples; empty if it does not."""
-        policy, shape = pruner.policy, pruner.shape
-        own = [name for name in pruner.scored_signals if name in SIGNALS]
-        if own:
-            return f"{policy} observes {', '.join(map(repr, own))}"
-        if policy.weighs:
-            return f"{policy} weighs samples"
-        sizes = [planned.size for planned in planned_epochs(policy, shape)]
-        whole = all(size is not None and size % shape.global_batch == 0 for size in sizes)
-        if shape.ranks > 1 and not shape.drop_last and not whole:
-            return (
-                f"{shape.ranks} ranks pad their last batch, and padding must not be trained "
-                "(dataloader_drop_last=True avoids it)"
-            )
-        return ""
 
     # The next three are overridden for a Trainer whose own compute_loss does not give the outputs
     # of its forward pass (`sft.py`).
@@ -220,8 +202,7 @@ class SampleLossMixin(PrunedDataMixin):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Any]:
-        """The batches of an optimizer step, and D: how many loss terms its samples have on all
-        ranks.
+        """The batches of an optimizer step, and D, its number of loss terms on all ranks.
 
         D replaces the Trainer's count, so that a step does not communicate more than it does there.
         """
@@ -313,7 +294,7 @@ class SampleLossMixin(PrunedDataMixin):
             check_unmixed(rule, batch, config)
             _check_shape(losses, size)
             if auxiliary is None and rule.matches_model:
-                self._check_mean(own_loss, losses)
+                _check_mean(own_loss, losses, self)
             self._loss_checked = True
         return losses, extra, outputs
 
@@ -328,23 +309,6 @@ class SampleLossMixin(PrunedDataMixin):
         stock = owner is Trainer and self.compute_loss_func is None
         skips = stock and rule.terms is not None and not rule.from_own_loss
         return model if skips and isinstance(model, PreTrainedModel) else None
-
-    def _check_mean(self, own_loss: torch.Tensor, losses: SampleLosses) -> None:
-        """Raise ValueError unless the mean of our losses is the model's own loss."""
-        ours = losses.train.detach().sum() / losses.terms.sum().clamp(min=1)
-        own = own_loss.detach().float().mean()
-        model = cast(torch.nn.Module, self.model)
-        dtypes = {parameter.dtype for parameter in model.parameters()}
-        half_weights = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        rtol = 2e-2 if self.args.bf16 or self.args.fp16 or half_weights else 1e-3
-        if not torch.isclose(ours, own.to(ours.device), rtol=rtol, atol=1e-6, equal_nan=True):
-            raise ValueError(
-                f"The mean of the per-sample losses on the first batch is {ours.item():.6g}, the "
-                f"loss of {type(unwrapped(model)).__name__} is {own.item():.6g}: pruning "
-                "would train something else. Pass `per_sample_loss_fn=`, a function (outputs, "
-                "inputs) -> losses of shape (batch size,) whose mean is the loss to train. If the "
-                "difference is intended, pass a LossRule with matches_model=False."
-            )
 
     # ---- scoring passes ----
 
@@ -408,6 +372,24 @@ class SampleLossMixin(PrunedDataMixin):
 # ---- helpers -------------------------------------------------------------------------------------
 
 
+def why_losses(pruner: DynamicPruner) -> str:
+    """Why the run needs the loss of single samples; empty if it does not."""
+    policy, shape = pruner.policy, pruner.shape
+    own = [name for name in pruner.scored_signals if name in SIGNALS]
+    if own:
+        return f"{policy} observes {', '.join(map(repr, own))}"
+    if policy.weighs:
+        return f"{policy} weighs samples"
+    sizes = [planned.size for planned in planned_epochs(policy, shape)]
+    whole = all(size is not None and size % shape.global_batch == 0 for size in sizes)
+    if shape.ranks > 1 and not shape.drop_last and not whole:
+        return (
+            f"{shape.ranks} ranks pad their last batch, and padding must not be trained "
+            "(dataloader_drop_last=True avoids it)"
+        )
+    return ""
+
+
 def _auxiliary(outputs: Any) -> torch.Tensor | None:
     if isinstance(outputs, Mapping):
         return outputs.get("aux_loss")
@@ -420,6 +402,24 @@ def _check_shape(losses: SampleLosses, size: int) -> None:
             f"The per-sample loss has shape {tuple(losses.train.shape)}, the batch has {size} "
             f"samples: expected one loss for each sample, shape ({size},). Pass a "
             "`per_sample_loss_fn=` that returns that."
+        )
+
+
+def _check_mean(own_loss: torch.Tensor, losses: SampleLosses, trainer: SampleLossMixin) -> None:
+    """Raise ValueError unless the mean of our losses is the model's own loss."""
+    ours = losses.train.detach().sum() / losses.terms.sum().clamp(min=1)
+    own = own_loss.detach().float().mean()
+    model, args = cast(torch.nn.Module, trainer.model), trainer.args
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    half_weights = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
+    rtol = 2e-2 if args.bf16 or args.fp16 or half_weights else 1e-3
+    if not torch.isclose(ours, own.to(ours.device), rtol=rtol, atol=1e-6, equal_nan=True):
+        raise ValueError(
+            f"The mean of the per-sample losses on the first batch is {ours.item():.6g}, the "
+            f"loss of {type(unwrapped(model)).__name__} is {own.item():.6g}: pruning "
+            "would train something else. Pass `per_sample_loss_fn=`, a function (outputs, "
+            "inputs) -> losses of shape (batch size,) whose mean is the loss to train. If the "
+            "difference is intended, pass a LossRule with matches_model=False."
         )
 
 

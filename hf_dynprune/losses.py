@@ -1,5 +1,4 @@
-"""Outputs and labels -> one number for each sample: the loss to train on, and the signals of
-policies.
+"""Outputs and labels -> numbers for each sample: the loss to train on, the signals of policies.
 
 The loss of a sample is the sum of its terms. A classification has one term for each sample, a token
 task has one for each valid token. An optimizer step minimises

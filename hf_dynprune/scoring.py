@@ -175,16 +175,15 @@ def gradient_norms(
     progress: bool = True,
     **loader: Any,
 ) -> Tensor:
-    """GraNd: the norm of the gradient of each sample's loss, in eval mode and the model's
-    precision.
+    """GraNd: the norm of the gradient of each sample's loss, in eval mode.
 
         g_i = || grad_theta L_i ||_2,    theta all trainable parameters,
                                          L_i the mean over the terms of sample i
 
-    The norms are vectorised over samples (`torch.func`), as many at once as 256 MiB of gradients
-    allow. Some models cannot be vectorised, because their forward pass looks into its data, such as
-    an attention mask. They go backward once for each sample: the same numbers, but slower, and a
-    warning says so.
+    The model keeps its precision. The norms are vectorised over samples (`torch.func`), as many at
+    once as 256 MiB of gradients allow. Some models cannot be vectorised, because their forward pass
+    looks into its data, such as an attention mask. They go backward once for each sample: the same
+    numbers, but slower, and a warning says so.
 
     Args:
         model: Without wrappers for several ranks. Its mode, buffers, gradients and random states

@@ -1,7 +1,7 @@
 """DynamicPruningTrainer: dynamic data pruning inside the Hugging Face Trainer.
 
-    Trainer ◀── UpstreamMends ◀── PrunedDataMixin ◀── SampleLossMixin ◀── DynamicPruningMixin
-                upstream.py       data_side.py        loss_side.py
+    Trainer ◀── UpstreamMends ◀── CardMixin ◀── PrunedDataMixin ◀── SampleLossMixin
+                upstream.py       data_side.py                      loss_side.py
 
 With `pruning=None` every method of these calls the stock one and does nothing else.
 """
@@ -15,8 +15,12 @@ __all__ = ["DynamicPruningMixin", "DynamicPruningTrainer"]
 
 
 class DynamicPruningMixin(SampleLossMixin, PrunedDataMixin):
-    """Adds `pruning=` to a Trainer: `class PrunedSeq2SeqTrainer(DynamicPruningMixin,
-    Seq2SeqTrainer)`.
+    """Adds `pruning=` to a Trainer.
+
+    ```python
+    class PrunedSeq2SeqTrainer(DynamicPruningMixin, Seq2SeqTrainer):
+        pass
+    ```
 
     Args:
         pruning: The policy, such as `UCB(keep_ratio=0.3)`; None is the stock Trainer.

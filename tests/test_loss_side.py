@@ -44,6 +44,7 @@ from hf_dynprune import (
     RandomPruning,
     StaticPruning,
 )
+from hf_dynprune.loss_side import why_losses
 from hf_dynprune.losses import LossRule, SampleLosses
 from hf_dynprune.schedule import RunShape
 
@@ -528,11 +529,10 @@ def test_a_policy_that_needs_a_loss_says_for_what(policy, reason, tmp_path):
         ({"ranks": 1}, False),
     ],
 )
-def test_padding_needs_the_loss_of_each_sample(changes, needed, tmp_path):
-    run = trainer(tmp_path, pruning=RandomPruning(0.5))
-    values = {"samples": 40, "batch_size": 8, "num_epochs": 3, "ranks": 2, **changes}
-    pruner = SimpleNamespace(policy=run.pruning, shape=RunShape(**values), scored_signals=())
-    assert bool(run._why_losses(pruner)) is needed
+def test_padding_needs_the_loss_of_each_sample(changes, needed):
+    shape = RunShape(**{"samples": 40, "batch_size": 8, "num_epochs": 3, "ranks": 2, **changes})
+    pruner = SimpleNamespace(policy=RandomPruning(0.5), shape=shape, scored_signals=())
+    assert bool(why_losses(pruner)) is needed
 
 
 # ---- rules and signals of a user -----------------------------------------------------------------
