@@ -1,9 +1,9 @@
 """What runs of the core chose, on a grid of policies, options and seeds: digests to compare with.
 
     python tests/recorded.py            compare with recorded.json
-    python tests/recorded.py --write    record anew, where a change of the choices is intended
+    python tests/recorded.py --write    record again, after an intended change of the choices
 
-The digests were recorded at commit ebb47b8, before the cuts of the house. They hold the kept
+The digests were recorded at commit ebb47b8, before the core was rearranged. They hold the kept
 samples in their order, their weights, the virtual step of each optimizer step and the factor on the
 learning rate. Columns of the table are noted by their sums: floats may differ in the last bit
 between processors.
@@ -100,12 +100,15 @@ def digest(*parts):
 
 
 def run_of(policy, seed, arguments):
-    """The digest of each epoch of a run, its planned length, and the sums of the columns at its end."""
+    """The digest of each epoch of a run, its planned length, and the final sums of the columns."""
     data_seed = arguments.get("data_seed")
     shape = RunShape(SAMPLES, 8, **{k: v for k, v in arguments.items() if k != "data_seed"})
     pruner = DynamicPruner(policy, shape, seed=seed, data_seed=data_seed)
     epochs, planned = [], [pruner.num_epochs, pruner.clock.total, pruner.clock.mean]
     for epoch in range(pruner.num_epochs):
+        done = pruner.clock.start + -(-pruner.batches_done // shape.accumulation)
+        if shape.budget.is_spent(epoch, done):
+            break
         record = pruner.begin_epoch(
             epoch, scorer=lambda index, epoch=epoch: signals_of(index, epoch + 50, seed)
         )
@@ -135,7 +138,7 @@ def run_of(policy, seed, arguments):
 
 
 def cases():
-    """(name, policy, seed, arguments of the pruner); what a policy does not take is left out."""
+    """(name, policy, seed, arguments of the pruner), without what a policy does not take."""
     for (name, (kind, fields)), (option, (common, scored, arguments)) in product(
         POLICIES.items(), OPTIONS.items()
     ):

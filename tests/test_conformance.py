@@ -27,7 +27,16 @@ from choosing import choice_of, pruner_with
 from threads import on_ranks
 
 from hf_dynprune import distributed, policies
-from hf_dynprune.policies import POLICIES, EpochPlan, PruningPolicy, make_policy
+from hf_dynprune.policies import (
+    IES,
+    KAKURENBO,
+    POLICIES,
+    EpochPlan,
+    InfoBatch,
+    PruningPolicy,
+    SeTa,
+    make_policy,
+)
 from hf_dynprune.pruner import DynamicPruner
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.table import SampleTable
@@ -219,6 +228,56 @@ def test_what_a_policy_declares(case):
 def test_expected_share_is_a_range_of_shares(case, n):
     least, most = policy_of(case).expected_share(n)
     assert 0 < least <= most <= 1
+
+
+# ---- a run that learns ---------------------------------------------------------------------------
+
+
+def shares_of(policy: PruningPolicy, n: int = 300, epochs: int = 30) -> list[float]:
+    """The share of the data of each epoch with a choice. Losses fall, at different rates."""
+    source = torch.Generator().manual_seed(0)
+    rate = 0.05 + 0.6 * torch.rand(n, generator=source)
+    noise = 1 + 0.1 * torch.randn(epochs, n, generator=source)
+    pruner = DynamicPruner(policy, RunShape(n, num_epochs=epochs), seed=1)
+    for epoch in range(epochs):
+        loss = 3 * (-rate * epoch).exp() * noise[epoch]
+        signals = {"loss": loss, "correct": (loss < 1.5).float(), "confidence": (-loss).exp()}
+
+        def observed(index, signals=signals):
+            return {name: values[index] for name, values in signals.items()}
+
+        pruner.begin_epoch(epoch, scorer=observed)
+        index = torch.tensor(list(pruner.sampler))
+        pruner.observe(index, observed(index))
+    return [record.samples / n for record in pruner.report.epochs if not record.full_data]
+
+
+DATA_DEPENDENT = [
+    InfoBatch(),
+    InfoBatch(prune_ratio=0.3),
+    SeTa(),
+    SeTa.paper_like(),
+    KAKURENBO(),
+    IES(),
+]
+
+
+def test_all_policies_whose_size_depends_on_the_data_are_tried():
+    named = {policy_of(case).name for case in CASES if size(policy_of(case), 100) is None}
+    assert {policy.name for policy in DATA_DEPENDENT} == named
+
+
+@pytest.mark.parametrize("policy", DATA_DEPENDENT, ids=str)
+def test_a_run_keeps_the_share_that_is_expected(policy):
+    shares = shares_of(policy)
+    least, most = policy.expected_share(300)
+    assert least <= sum(shares) / len(shares) <= most
+    assert len(set(shares)) > 3
+
+
+def test_kakurenbo_never_keeps_less_than_expected():
+    least, _ = KAKURENBO().expected_share(300)
+    assert min(shares_of(KAKURENBO())) >= least
 
 
 # ---- an interrupted run ends as the uninterrupted one --------------------------------------------

@@ -1,4 +1,4 @@
-"""Choices, weights and clocks are those that were recorded before the cuts of the house."""
+"""Choices, weights and clocks are those that were recorded before the core was rearranged."""
 
 import json
 
@@ -12,7 +12,7 @@ def test_every_case_was_recorded():
     assert set(RECORDED) == {name for name, *_ in cases()}
 
 
-@pytest.mark.parametrize(("name", "policy", "seed", "arguments"), cases())
+@pytest.mark.parametrize(("name", "policy", "seed", "arguments"), list(cases()))
 def test_run_is_as_recorded(name, policy, seed, arguments):
     found = run_of(policy, seed, arguments)
     assert found["planned"] == RECORDED[name]["planned"]
