@@ -1,6 +1,7 @@
-"""Before anything of Hugging Face is imported: no network, no telemetry. On CI, the same inputs on each run.
+"""Settings made before anything of Hugging Face is imported: no network, no telemetry.
 
-And the record of reliability: with RELIABILITY=FILE the session notes there what its tests tried (see reliability.py).
+On CI, Hypothesis draws the same inputs on each run. With RELIABILITY=FILE the session notes there
+what its tests tried (see reliability.py).
 """
 
 import gc
@@ -10,18 +11,17 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # read once, when huggingface_hub is imported; child processes inherit it
-)
+# Read once, when huggingface_hub is imported. Child processes inherit it.
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else tokenizers warn in each forked worker
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warn in each forked worker
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; several test processes share the cores
 
 import pytest
 from hypothesis import HealthCheck, settings
 from reliability import check_key, merge
 
-# No deadline and no complaint of slowness: the first example of a test pays for imports, and machines differ.
+# No limit on time: the first example of a test pays for imports, and machines differ.
 settings.register_profile("local", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile(
     "ci", settings.get_profile("local"), derandomize=True, database=None, print_blob=True
@@ -31,15 +31,20 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 @pytest.fixture
 def caplog(caplog, monkeypatch):
-    """pytest's, which listens at the root: transformers' logger, and ours below it, tell the root nothing by themselves."""
+    """pytest's `caplog`, which listens at the root logger.
+
+    The logger of transformers, and ours below it, do not propagate to the root by themselves.
+    """
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     return caplog
 
 
 @pytest.fixture
 def reliability(request):
-    """`reliability("resume", 12)` says: this test tried 12 times what the row of that name promises. Where the test fails,
-    all of them count as failed."""
+    """A function: `reliability("resume", 12)` notes that this test tried that row 12 times.
+
+    If the test fails, all of them count as failed.
+    """
 
     def tried(row, count=1):
         check_key(row)
@@ -53,7 +58,10 @@ def reliability(request):
 
 
 class Recorder:
-    """Adds up what all tests of the session tried, on the controller where pytest-xdist runs them, and writes it down."""
+    """Adds up what the tests of a session tried, and writes it to a file.
+
+    With pytest-xdist it works on the controller.
+    """
 
     def __init__(self, path):
         self.path, self.counts, self.failed = path, {}, set()
@@ -61,7 +69,7 @@ class Recorder:
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed.add(report.nodeid)
-        # Each phase tells of all that was tried so far: the last one counts.
+        # Each phase reports all that was tried so far, so the last one counts.
         tried = [value for name, value in report.user_properties if name == "reliability"]
         if tried:
             self.counts[report.nodeid] = tried
@@ -84,12 +92,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    gc.freeze()  # what was imported stays; else each run of a Trainer, which collects garbage first, looks through it all
+    # What was imported stays. Each run of a Trainer collects garbage first: it need not look there.
+    gc.freeze()
 
 
 @pytest.fixture
 def recipe(monkeypatch):
-    """recipe("causal_lm") is the module; with options it has run, in this process."""
+    """A function: `recipe("causal_lm")` is the module. With options its `main` has run."""
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "recipes"))
 
     def load(name, *options):
