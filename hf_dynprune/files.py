@@ -6,7 +6,9 @@ killed at any moment, sees the old file or the new one, never a part.
 
 import hashlib
 import json
+import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +32,9 @@ INDEX_COLUMN = "sample_index"
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a place beside `path` to write to; on success flush it to the disk and rename it."""
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # A name that nobody can guess: two threads may write the same file, and in a shared folder
+    # somebody may have put a link in the place of a name that is known beforehand.
+    temporary = path.with_name(f".{path.name[:100]}.{secrets.token_hex(8)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -50,15 +54,83 @@ def checksum(tensors: Mapping[str, Tensor], text: str) -> str:
     return digest.hexdigest()
 
 
+# ---- JSON ----------------------------------------------------------------------------------------
+
+# JSON has no NaN and no infinities. Protocol buffers write them so, too.
+_NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def strict(value: Any) -> Any:
+    """A copy of a JSON value in which numbers that JSON does not have are texts.
+
+    These are `"NaN"`, `"Infinity"` and `"-Infinity"`. [`number`] reads them.
+    """
+    if isinstance(value, dict):
+        return {strict(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def number(value: Any) -> Any:
+    """The number that a text of [`strict`] stands for. Other values are returned as they are."""
+    return _NOT_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def json_text(value: Any, **settings: Any) -> str:
+    """The value as JSON that every program reads, with NaN and infinities as [`strict`] has them.
+
+    Args:
+        value: A JSON value.
+        settings: As in `json.dumps`.
+
+    Raises:
+        TypeError: If it is not a JSON value.
+    """
+    return json.dumps(strict(value), allow_nan=False, **settings)
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: If the text is not JSON, or is nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:  # hides its thousands of frames
+        raise ValueError("its JSON is nested too deeply") from None
+
+
 def save_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a JSON value, indented. The folder is made if need be."""
-    text = json.dumps(value, indent=2) + "\n"
+    text = json_text(value, indent=2) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
+
+
+def load_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON value.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is not JSON. The message does not name the path.
+    """
+    return parse_json(Path(path).read_text(encoding="utf-8"))
 
 
 # ---- safetensors ---------------------------------------------------------------------------------
+
+
+def _metadata(text: str) -> dict[str, Any]:
+    """The metadata of a file of ours. ValueError if it is not a mapping."""
+    metadata = parse_json(text)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"its metadata is a {type(metadata).__name__}, expected a mapping")
+    return metadata
 
 
 def save_tensors(
@@ -67,7 +139,7 @@ def save_tensors(
     """Write CPU tensors and JSON metadata to one safetensors file."""
     from safetensors.torch import save_file
 
-    text = json.dumps(metadata, sort_keys=True)
+    text = json_text(metadata, sort_keys=True)
     stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
     header = {"hf_dynprune": text, "sha256": checksum(stored, text)}
     with atomic(path) as temporary:
@@ -93,7 +165,7 @@ def load_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = header["hf_dynprune"]
         intact = header["sha256"] == checksum(tensors, text)
-        metadata = json.loads(text)
+        metadata = _metadata(text)
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise ValueError(
             f"{path} is not a file of hf_dynprune, or is damaged ({error}). {way_out}"
@@ -113,7 +185,7 @@ def save_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    text = json.dumps(metadata, sort_keys=True)
+    text = json_text(metadata, sort_keys=True)
     n = len(next(iter(columns.values())))
     arrays = {INDEX_COLUMN: pa.array(torch.arange(n).numpy())}
     arrays.update({name: pa.array(column.numpy()) for name, column in columns.items()})
@@ -145,7 +217,7 @@ def load_parquet(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
         columns = {name: torch.tensor(table[name].to_numpy()) for name in table.column_names}
         header = {k.decode(): v.decode() for k, v in (table.schema.metadata or {}).items()}
         text, expected = header["hf_dynprune"], header["sha256"]
-        metadata = json.loads(text)
+        metadata = _metadata(text)
         index = columns.pop(INDEX_COLUMN)
         if index.dtype != torch.int64:
             raise ValueError(f"its {INDEX_COLUMN} is {index.dtype}, expected int64")

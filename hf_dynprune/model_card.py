@@ -7,14 +7,15 @@
 import importlib.util
 import inspect
 import itertools
-import json
 import math
+import os
 import re
 import shlex
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import datasets
 import jinja2
 import transformers
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -29,7 +31,20 @@ from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
 from .arguments import TRAINING_SETTINGS
-from .files import PICTURE_FILE, REPORT_FILE
+from .escape import (
+    Markdown,
+    code,
+    code_cell,
+    fence_of,
+    hide_folders,
+    is_secret,
+    literal,
+    markdown,
+    printable,
+    printable_lines,
+    target,
+)
+from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
 from .losses import RULES, unwrapped
 from .policies import POLICIES, FullData, PruningPolicy, ScoredPolicy, make_policy
 from .report import KEPT, PHASES, PruningReport, by_seed
@@ -51,13 +66,11 @@ SEAMS = {
 # One run, or several that differ only in their seed.
 Reports = PruningReport | Sequence[PruningReport]
 
+CARD_FILE = "README.md"
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # On a command line, the option of a token, in full or as argparse lets it be shortened.
 _TOKEN = re.compile(r"--(push[_-]to[_-])?hub[_-]t\w*")
-# A path that leads out of the working directory, also inside JSON.
-_OUTSIDE = re.compile(r"""(?<![\w.:/-])(?:~|\.\.)?/(?:[^\s"',]*/)?([^\s"',/]+)/?""")
-
 # Arguments that decide what is trained. "How to repeat" shows those that differ from their default.
 # Evaluation is included because it draws from the same random numbers as dropout.
 _ARGUMENTS = (
@@ -74,7 +87,10 @@ _ARGUMENTS = (
 @dataclass
 class CardFacts:
     """What a card says beyond its reports. A trainer knows all of it. With reports alone, set what
-    you know: a section without facts is left out."""
+    you know: a section without facts is left out.
+
+    A text stands in the card as it is. If it is Markdown, wrap it in [`escape.Markdown`].
+    """
 
     data: ModelCardData  # the metadata; the card adds its tags and the block `hf_dynprune`
     policy: PruningPolicy | None = None  # default: the policy of POLICIES that the report names
@@ -202,7 +218,7 @@ def _means(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         if name in first.selection:
             selection[name] = mean(run.selection[name] for run in runs)
     return {
-        "policy": {name: hide_folders(value) for name, value in first.policy.items()},
+        "policy": hide_folders(first.policy),
         "num_samples": first.num_samples,
         "num_epochs": first.num_epochs,
         "seeds": [run.seed for run in runs],
@@ -214,15 +230,22 @@ def _means(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         "spent_seconds": mean(run.spent_seconds for run in runs),
         "results": {name: _spread([values[name] for values in results]) for name in shared},
         "selection": selection,
-        "preparation": first.preparation,
+        "preparation": hide_folders(first.preparation),
         "environment": first.environment,
     }
 
 
 def _spread(values: list[float]) -> dict[str, Any]:
-    """Mean, standard deviation (n - 1) and each value."""
-    std = statistics.stdev(values) if len(values) > 1 else None
-    return {"mean": statistics.fmean(values), "std": std, "values": values}
+    """Mean, standard deviation (n - 1) and each value. NaN where a value is NaN or infinite."""
+    if len(values) == 1:
+        return {"mean": values[0], "std": None, "values": values}
+    if not all(map(math.isfinite, values)):  # `statistics` fails for some of these
+        return {"mean": math.nan, "std": math.nan, "values": values}
+    try:
+        mean, std = statistics.fmean(values), statistics.stdev(values)
+    except OverflowError:  # near the end of the range of floats
+        mean = std = math.inf
+    return {"mean": mean, "std": std, "values": values}
 
 
 def metrics_of(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -269,7 +292,7 @@ def card_of_reports(
     """
     facts = facts_of(reports, full=full, short=short)
     first, seeds = _listed(reports)[0], ", ".join(map(str, facts["seeds"]))
-    policy = about.policy or make_policy(**facts["policy"])
+    policy = about.policy or _policy_of(facts["policy"])
     training = about.training or {"epochs": f"{facts['num_epochs']:g}"}
     if not about.training or len(facts["seeds"]) > 1:
         training = {**training, "seed": seeds}
@@ -280,7 +303,7 @@ def card_of_reports(
     about.data.tags = list(dict.fromkeys([*(about.data.tags or []), *own_tags]))
     about.data["hf_dynprune"] = {
         "version": facts["environment"].get("hf_dynprune"),
-        "policy": facts["policy"],
+        "policy": strict(facts["policy"]),
         "cost_ratio": round(facts["cost_ratio"], 4),
         "passes": round(facts["passes"]),
         **{name: facts[name] for name in ("num_samples", "num_epochs", "seeds")},
@@ -288,14 +311,16 @@ def card_of_reports(
     text = render(
         _TEMPLATE,
         card_data=about.data.to_yaml(),
-        model_name=about.data.get("model_name", "Model"),
+        model_name=about.data.get("model_name") or "Model",
+        command=printable_lines(about.command),
+        fence=fence_of(about.command),
         about=about,
         facts=facts,
         comparison=_comparison(facts),
         report=first,
         policy=policy,
-        summary=_summary(policy),
-        fields=fields_in_words(facts["policy"]),
+        summary=Markdown(_summary(policy)),
+        fields=Markdown(fields_in_words(facts["policy"])),
         is_full=isinstance(policy, FullData),
         is_scored=isinstance(policy, ScoredPolicy),
         training=training,
@@ -306,20 +331,44 @@ def card_of_reports(
     return ModelCard(text)
 
 
+def _policy_of(values: Mapping[str, Any]) -> PruningPolicy:
+    """The policy that a report names. No file of scores is read: the card does not need it."""
+    if isinstance(values.get("scores"), str):
+        # Nothing can be below this path.
+        nowhere = os.path.join(os.devnull, "scores.safetensors")
+        values = {**values, "scores": nowhere, "digest": values.get("digest") or "unknown"}
+    try:
+        return make_policy(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"The policy {values['name']!r} of the report cannot be made ({error}): correct the "
+            "report, or give the policy, `CardFacts(policy=...)`."
+        ) from error
+
+
 def render(template: Path, **values: Any) -> str:
-    """Fill a template of a card. Statements on lines of their own leave no trace in the text."""
+    """Fill a template of a card. Statements on lines of their own leave no trace in the text.
+
+    Each text that an expression yields is escaped, so that it shows as it is, unless it is
+    [`escape.Markdown`]. The template marks metadata and code with filters: `raw`, `code`,
+    `code_cell`, `literal`, `target`.
+    """
     jinja = jinja2.Environment(
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
+        finalize=lambda value: markdown(value) if isinstance(value, str) else value,
     )
+    filters = {"raw": Markdown, "code": code, "code_cell": code_cell}
+    jinja.filters.update(filters, literal=literal, target=target)
     return jinja.from_string(template.read_text(encoding="utf-8")).render(**values)
 
 
 def fields_in_words(policy: Mapping[str, Any]) -> str:
     """The fields of a policy, as a card lists them."""
-    return ", ".join(f"`{name}={_code(policy[name])}`" for name in policy if name != "name")
+    shown = (f"{name}={_code(policy[name])}" for name in policy if name != "name")
+    return ", ".join(map(code, shown))
 
 
 def _shown(value: Mapping[str, Any]) -> str:
@@ -391,16 +440,34 @@ def write_card(trainer: Any, folder: Path, *args: Any, **settings: Any) -> None:
     a card with each checkpoint.
     """
     report = trainer.pruning_report
-    report.save(folder / REPORT_FILE)
+    published(report).save(folder / REPORT_FILE)
     given = CardArguments(*args, **settings)
     figure = None
     if not trainer.is_in_train and importlib.util.find_spec("matplotlib") is not None:
         runs = [report, *_listed(given.other_seeds)]
         figure = picture_of(runs, full=given.full, short=given.short)
     if figure is not None:
-        figure.savefig(folder / PICTURE_FILE, dpi=100)
+        save_picture(figure, folder / PICTURE_FILE)
         given.picture = PICTURE_FILE
-    card_of_trainer(trainer, given).save(folder / "README.md")
+    save_card(card_of_trainer(trainer, given), folder / CARD_FILE)
+
+
+def published(report: PruningReport) -> PruningReport:
+    """The report without what is private: folders of this machine."""
+    hidden = {name: hide_folders(getattr(report, name)) for name in ("policy", "preparation")}
+    return replace(report, **hidden)
+
+
+def save_card(card: ModelCard, path: Path) -> None:
+    """Write a card, whole or not at all."""
+    with atomic(path) as temporary:
+        temporary.write_text(str(card), encoding="utf-8")
+
+
+def save_picture(figure: "Figure", path: Path, dpi: int = 100) -> None:
+    """Write a picture in the format that its suffix says, whole or not at all."""
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix("."))
 
 
 def card_of_trainer(trainer: Any, given: CardArguments | None = None) -> ModelCard:
@@ -418,12 +485,12 @@ def card_of_trainer(trainer: Any, given: CardArguments | None = None) -> ModelCa
     base, origin = _origin(trainer, given.finetuned_from)
     reports = [report, *_listed(given.other_seeds)]
     data = _metadata(trainer, given, base, source, names, metrics_of(facts_of(reports)))
-    on = f" on {' and '.join(names)}" if names else ""
+    on = f" on {' and '.join(map(markdown, names))}" if names else ""
     repository = given.repo_id or trainer.hub_model_id or trainer.args.hub_model_id
     about = CardFacts(
         data,
         policy=trainer.pruning,
-        origin=f"This model was {origin}{on}.",
+        origin=Markdown(f"This model was {origin}{on}."),
         training=_hyperparameters(trainer),
         # Rounded, because a share of an epoch is not exact in binary.
         full_steps=math.ceil(round(shape.steps(report.num_samples) * report.num_epochs, 9)),
@@ -452,16 +519,16 @@ def _metadata(
         # This asks the Hub.
         license = TrainingSummary(model_name=base, finetuned_from=base).license
     # PEFT writes a card when it saves. It tags its base model, even if that is a local path.
-    path = folder / "README.md"
-    old = ModelCard.load(path, ignore_metadata_errors=True).data if path.exists() else {}
+    old = _old_metadata(folder / CARD_FILE)
+    tags, old_library = old.get("tags"), old.get("library_name")
     old_tags = [
         tag
-        for tag in _listed(old.get("tags"))
-        if tag not in POLICIES and not (base is None and str(tag).startswith("base_model:"))
+        for tag in (tags if isinstance(tags, list) else [])
+        if str(tag) not in POLICIES and not (base is None and str(tag).startswith("base_model:"))
     ]
     library = "transformers" if model is trainer.model else "peft"
     data = ModelCardData(
-        library_name=given.library_name or old.get("library_name") or library,
+        library_name=given.library_name or old_library or library,
         language=given.language,
         license=license,
         base_model=base,
@@ -484,6 +551,18 @@ def _metadata(
             dataset_args=next(iter(_listed(given.dataset_args)), None),
         )
     return data
+
+
+def _old_metadata(path: Path) -> Mapping[str, Any]:
+    """The metadata of a card; empty if there is none, or if it is not one."""
+    if not path.is_file():
+        return {}
+    try:
+        card = ModelCard.load(path, ignore_metadata_errors=True)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        warnings.warn(f"{path} is replaced; its metadata cannot be read ({error}).", stacklevel=2)
+        return {}
+    return card.data.to_dict()
 
 
 def _tasks_of(class_name: str) -> list[str]:
@@ -511,7 +590,8 @@ def _origin(trainer: Any, finetuned_from: str | None) -> tuple[str | None, str]:
     except HFValidationError:
         local = True
     if local:  # only its name: the path is private and useless to others
-        return None, f"fine-tuned from the local checkpoint `{Path(finetuned_from).resolve().name}`"
+        name = code(Path(finetuned_from).resolve().name)
+        return None, f"fine-tuned from the local checkpoint {name}"
     link = f"[{finetuned_from}](https://huggingface.co/{finetuned_from})"
     return finetuned_from, f"fine-tuned from {link}"
 
@@ -565,7 +645,7 @@ def _hyperparameters(trainer: Any) -> dict[str, str]:
     }
 
 
-def _notes(trainer: Any) -> list[str]:
+def _notes(trainer: Any) -> list[Markdown]:
     notes = []
     if resumed := trainer.pruning_report.resumed:
         steps = ", ".join(f"{entry['step']:,}" for entry in resumed)
@@ -574,10 +654,10 @@ def _notes(trainer: Any) -> list[str]:
     if args.load_best_model_at_end and state.best_model_checkpoint:
         notes.append(
             f"**The weights are not the last ones.** They are those of optimizer step "
-            f"{state.best_global_step:,}, where `{args.metric_for_best_model}` was best "
+            f"{state.best_global_step:,}, where {code(args.metric_for_best_model)} was best "
             f"({state.best_metric:.4g}). The results below are those of the end of the run."
         )
-    return notes
+    return list(map(Markdown, notes))
 
 
 # ---- snippets ------------------------------------------------------------------------------------
@@ -635,7 +715,9 @@ def _repeating(trainer: Any) -> dict[str, Any]:
     arguments = {
         name: _code(getattr(args, name))
         for name in (*_ARGUMENTS, *more)
-        if hasattr(args, name) and (name == "seed" or getattr(args, name) != defaults.get(name))
+        if hasattr(args, name)
+        and (name == "seed" or getattr(args, name) != defaults.get(name))
+        and not is_secret(name)
     }
     imports: dict[str, list[str]] = {}
     for cls in (type(trainer), type(policy)):
@@ -677,7 +759,7 @@ def command_of(argv: Sequence[str], ranks: int = 1) -> str:
     if Path(script).parent.name != "recipes":
         return ""
     shown, is_token = [], False
-    for argument in arguments:
+    for argument in map(printable, arguments):
         option, _, value = argument.partition("=")
         names_token = _TOKEN.fullmatch(option) is not None
         if not (names_token or is_token):
@@ -688,14 +770,8 @@ def command_of(argv: Sequence[str], ranks: int = 1) -> str:
 
 
 def _code(value: Any) -> str:
-    """The value as Python; strings in double quotes."""
-    value = hide_folders(value.value if isinstance(value, Enum) else value)
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
-
-
-def hide_folders(value: Any) -> Any:
-    """Replace the folders of a path that leads out of the working directory: they are private."""
-    return _OUTSIDE.sub(r"path/to/\1", value) if isinstance(value, str) else value
+    """The value as Python, without what is private."""
+    return literal(hide_folders(value.value if isinstance(value, Enum) else value))
 
 
 def _listed(value: Any) -> list[Any]:

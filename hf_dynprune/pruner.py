@@ -51,6 +51,7 @@ from .report import (
     Stopwatch,
     chance_of,
     describe_environment,
+    numbers_in,
     selection_of,
 )
 from .sampler import IndexedCollator, IndexedDataset, PruningSampler, epoch_order
@@ -409,24 +410,32 @@ class DynamicPruner:
             self.update_record(step=step, learning_rate=learning_rate)
             self._watch.stop()
 
-    def add_evaluation(self, metrics: Mapping[str, Any]) -> None:
+    def add_evaluation(self, metrics: Mapping[str, Any], *, best_step: int | None = None) -> None:
         """Note an evaluation in the record of the epoch.
 
         `*_runtime` (seconds) is time that was not training. After the last epoch ended, only
-        metrics that it does not have yet are added: the report describes the last epoch's model,
-        not the best one that may have been loaded since.
+        metrics that it does not have yet are added.
+
+        Args:
+            metrics: Those that are not single numbers are left out.
+            best_step: If weights of an earlier optimizer step were loaded after the run and
+                evaluated, that step, *optional*. The metrics are then noted in `best_model` of the
+                report, because `metrics` describe the last epoch's model.
         """
-        if not self.report.epochs:
+        report = self.report
+        if not report.epochs:
             return
-        record = self.report.epochs[-1]
-        numbers = {
-            name: float(value)
-            for name, value in metrics.items()
-            if name != "epoch" and isinstance(value, int | float | np.number)
-        }
-        seconds = sum(value for name, value in numbers.items() if name.endswith("_runtime"))
+        numbers, record = numbers_in(metrics), report.epochs[-1]
+        numbers.pop("epoch", None)
+        times = (value for name, value in numbers.items() if name.endswith("_runtime"))
+        seconds = sum(value for value in times if math.isfinite(value))
         record.seconds["evaluation"] += seconds
-        if self._watch.running:
+        if best_step is not None:
+            report.best_model = {
+                "step": best_step,
+                "metrics": {**report.best_model.get("metrics", {}), **numbers},
+            }
+        elif self._watch.running:
             record.seconds["training"] -= seconds
             record.metrics.update(numbers)
         else:
@@ -645,7 +654,8 @@ def _describe(score: Tensor, observed: Tensor) -> dict[str, float]:
     """
     step = max(1, len(score) // _DESCRIBED)
     scores = score[::step][observed[::step]]
-    scores = scores[scores.isfinite()]
+    # In float32 the mean, and what is between two quantiles, overflow from 1e38 on.
+    scores = scores[scores.isfinite()].double()
     if len(scores) == 0:
         return {}
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)

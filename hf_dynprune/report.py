@@ -5,6 +5,7 @@ read it.
 """
 
 import json
+import numbers
 import os
 import platform
 import re
@@ -22,7 +23,8 @@ import numpy as np
 import torch
 
 from . import __version__
-from .files import save_json
+from . import json_fields as check
+from .files import load_json, save_json, strict
 from .policies import POLICIES, PruningPolicy
 
 FORMAT_VERSION = 1
@@ -124,7 +126,7 @@ class EpochRecord:
 
 @dataclass
 class PruningReport:
-    """The record of a run. `save` writes it as JSON; the README documents the fields.
+    """The record of a run. `save` writes it as JSON; `docs/report.md` documents the fields.
 
     Attributes:
         policy: the policy's name and fields.
@@ -136,12 +138,13 @@ class PruningReport:
         selection: how often samples were kept, see [`selection_of`].
         nonfinite_samples: indices of samples with a NaN or infinite loss: the 100 lowest.
         resumed: epoch and optimizer step of each resumption. `stock_checkpoint` marks a checkpoint
-            without
-            pruning state: earlier epochs then count as full-data epochs.
+            without pruning state: earlier epochs then count as full-data epochs.
         environment: versions and hardware.
         preparation: what the scores of [`StaticPruning`] cost before the run: method, file, passes,
             seconds, and whether they are `charged` (counted in `passes` and `spent_seconds`). Empty
             for other policies.
+        best_model: `step` and `metrics`, if weights of an earlier optimizer step were loaded after
+            the run (`load_best_model_at_end`) and evaluated. Empty if not.
     """
 
     policy: dict[str, Any]
@@ -155,6 +158,7 @@ class PruningReport:
     resumed: list[dict[str, int]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     preparation: dict[str, Any] = field(default_factory=dict)
+    best_model: dict[str, Any] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -222,7 +226,10 @@ class PruningReport:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Metrics of the last evaluation. They describe the last model, never the best one."""
+        """Metrics of the last evaluation. They describe the last model, never the best one.
+
+        `best_model` has the metrics of the best one, if it was evaluated after the run.
+        """
         return next((record.metrics for record in reversed(self.epochs) if record.metrics), {})
 
     @property
@@ -245,11 +252,15 @@ class PruningReport:
         counts = ", ".join(
             f"{totals[f'{kind}_passes']:,} {kind}" for kind in ("forward", "backward", "scoring")
         )
-        shown = [
-            f"{name} {shown_metric(name, value)}"
-            for name, value in self.metrics.items()
-            if (name == metric if metric else not _SPEED.fullmatch(name))
-        ]
+
+        def shown(metrics: Mapping[str, float]) -> str:
+            return ", ".join(
+                f"{name} {shown_metric(name, value)}"
+                for name, value in metrics.items()
+                if (name == metric if metric else not _SPEED.fullmatch(name))
+            )
+
+        best = self.best_model and shown(self.best_model["metrics"])
         seconds = (f"{phase} {value:,.1f}" for phase, value in totals["seconds"].items())
         order = "" if self.data_seed == self.seed else f"; order: {self.data_seed}"
         cost = f"{self.cost_ratio:.4f} of the full run of {self.num_epochs:g} epochs"
@@ -261,7 +272,8 @@ class PruningReport:
             "passes": f"{self.passes:,.0f}, {per_sample} ({counts})",
             "optimizer steps": f"{totals['optimizer_steps']:,}",
             "seconds": ", ".join(seconds),
-            "last metrics": ", ".join(shown) or "none",
+            "last metrics": shown(self.metrics) or "none",
+            **({"best weights": f"step {self.best_model['step']:,}: {best}"} if best else {}),
             **self._selection_in_words(),
             **self._events_in_words(),
             "hardware": self.hardware,
@@ -315,33 +327,41 @@ class PruningReport:
         return lines
 
     def to_dict(self) -> dict[str, Any]:
-        """All attributes and the derived numbers (`passes`, `totals`, ...) as JSON values."""
+        """All attributes and the derived numbers (`passes`, `totals`, ...) as JSON values.
+
+        JSON has no NaN and no infinities: they are the texts "NaN", "Infinity" and "-Infinity".
+        """
         own = asdict(self)
-        return {
-            "format_version": FORMAT_VERSION,
-            "policy": own.pop("policy"),
-            "cost_ratio": self.cost_ratio,
-            "passes": self.passes,
-            "totals": self.totals,
-            "metrics": self.metrics,
-            **own,
-        }
+        if not self.best_model:  # few runs have it
+            del own["best_model"]
+        return strict(
+            {
+                "format_version": FORMAT_VERSION,
+                "policy": own.pop("policy"),
+                "cost_ratio": self.cost_ratio,
+                "passes": self.passes,
+                "totals": self.totals,
+                "metrics": self.metrics,
+                **own,
+            }
+        )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "PruningReport":
         """The inverse of `to_dict`.
 
         Raises:
-            ValueError: If `format_version` is not the one that this version reads.
+            ValueError: If `format_version` is not the one that this version reads, or if a field is
+                missing or has a wrong value. The message names the field.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"The report is a {type(values).__name__}: expected a mapping.")
         if values.get("format_version") != FORMAT_VERSION:
             raise ValueError(
                 f"The report has format_version {values.get('format_version')!r}; expected "
                 f"{FORMAT_VERSION}. Read it with the version of hf_dynprune that wrote it."
             )
-        values = {"preparation": {}, **values}  # reports of version 0.1.0 may lack it
-        own = {name: values[name] for name in cls.__dataclass_fields__}
-        return cls(**{**own, "epochs": [EpochRecord(**record) for record in own["epochs"]]})
+        return cls(**check.fields(_REPORT)("", {**_ADDED, **values}))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the report as JSON, whole or not at all. Makes the folder if it is missing."""
@@ -356,12 +376,101 @@ class PruningReport:
                 names it.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            return cls.from_dict(load_json(path))
+        except ValueError as error:
             raise ValueError(
-                f"{path} is not a report of hf_dynprune, or it is damaged ({reason})."
+                f"{path} is not a report of hf_dynprune, or it is damaged ({error})."
             ) from error
+
+
+# ---- reading -------------------------------------------------------------------------------------
+
+
+def _selection(place: str, value: Any) -> dict[str, Any]:
+    shares = dict.fromkeys(KEPT, check.share)
+    counts = {"histogram": check.list_of(check.count), "chance": check.list_of(check.finite)}
+    checks = {
+        "choices": check.count,
+        **shares,
+        "chance_shares": check.open_fields(shares),
+        **counts,
+    }
+    found = check.open_fields(checks)(place, value)
+    for name in counts:
+        if len(found[name]) != found["choices"] + 1:
+            expected = f"choices + 1 = {found['choices'] + 1}"
+            raise ValueError(f"{place}.{name} has {len(found[name])} numbers: expected {expected}")
+    return found
+
+
+def _record(place: str, value: Any) -> EpochRecord:
+    return EpochRecord(**check.fields(_RECORD)(place, value))
+
+
+_METRICS = check.mapping_of(check.real)
+# Each field of a record, and of a report.
+_RECORD: dict[str, check.Check] = {
+    "epoch": check.count,
+    "full_data": check.flag,
+    "samples": check.count,
+    "forward_passes": check.count,
+    "backward_passes": check.count,
+    "scoring_passes": check.count,
+    "optimizer_steps": check.count,
+    "learning_rate": check.or_none(check.real),
+    "scores": _METRICS,
+    "nonfinite": check.count,
+    "seconds": check.open_fields(dict.fromkeys(PHASES, check.finite)),
+    "metrics": _METRICS,
+}
+_REPORT: dict[str, check.Check] = {
+    "policy": check.open_fields({"name": check.text}),
+    "num_samples": check.size,
+    "seed": check.whole,
+    "data_seed": check.whole,
+    "num_epochs": check.spent,
+    "epochs": check.list_of(_record),
+    "selection": check.or_empty(_selection),
+    "nonfinite_samples": check.list_of(check.count),
+    "resumed": check.list_of(
+        check.open_fields(
+            {"epoch": check.count, "step": check.count}, {"stock_checkpoint": check.flag}
+        )
+    ),
+    "environment": check.open_fields(
+        {},
+        {
+            "hf_dynprune": check.text,
+            "device": check.text,
+            "ranks": check.size,
+            "versions": check.mapping_of(check.text),
+        },
+    ),
+    "preparation": check.or_empty(
+        check.open_fields(
+            {"charged": check.flag},
+            {"method": check.text, "passes": check.spent, "seconds": check.spent},
+        )
+    ),
+    "best_model": check.or_empty(check.open_fields({"step": check.count, "metrics": _METRICS})),
+}
+# What reports of earlier versions lack.
+_ADDED: dict[str, Any] = {"preparation": {}, "best_model": {}}
+
+
+# ---- in words ------------------------------------------------------------------------------------
+
+
+def numbers_in(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics that are single numbers, as floats. Lists and texts are left out."""
+    found = {}
+    for name, value in metrics.items():
+        if getattr(value, "ndim", None) == 0:  # of NumPy or torch
+            value = value.item()
+        if isinstance(value, numbers.Real):
+            with suppress(OverflowError):  # a whole number with hundreds of digits
+                found[str(name)] = float(value)
+    return found
 
 
 def in_percent(metric: str, values: Iterable[float]) -> bool:

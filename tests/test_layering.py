@@ -32,7 +32,8 @@ CORE = {
     "policies": {"checks", "schedule", "scores", "selection", "table"},
     "sampler": {"selection"},
     "distributed": {"policies", "table"},
-    "report": {"files", "policies"},
+    "json_fields": {"files"},
+    "report": {"files", "json_fields", "policies"},
     "observations": {"distributed", "selection", "table"},
     "pruner": {
         "distributed",
@@ -60,7 +61,7 @@ TRAINER = [
     "data",
     "vision",
 ]
-TOOLS = ["plots", "model_card", "hub", "advice", "cli"]
+TOOLS = ["escape", "plots", "model_card", "hub", "advice", "cli"]
 # Lowest first: a module imports only modules before it. A new module needs a place here.
 ORDER = [*CORE, *TRAINER, *TOOLS]
 # (importing, imported) pairs that point up, each with a reason.

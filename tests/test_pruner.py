@@ -473,6 +473,29 @@ def test_evaluation_is_noted():
     assert pruner.report.metrics == second.metrics
 
 
+def test_evaluations_of_the_best_model_are_not_the_last_epochs():
+    pruner = DynamicPruner(RandomPruning(0.5), RunShape(10, num_epochs=1))
+    kept(pruner, 0)
+    pruner.add_evaluation({"eval_loss": 1.0})
+    pruner.end_epoch()
+    pruner.add_evaluation({"eval_loss": 0.5, "eval_runtime": 2.0}, best_step=3)
+    pruner.add_evaluation({"test_loss": 0.6}, best_step=3)
+    assert pruner.report.metrics == {"eval_loss": 1.0}
+    best = {"eval_loss": 0.5, "eval_runtime": 2.0, "test_loss": 0.6}
+    assert pruner.report.best_model == {"step": 3, "metrics": best}
+    assert pruner.report.epochs[0].seconds["evaluation"] == 2.0
+
+
+def test_scores_at_the_end_of_float32_are_described():
+    pruner = DynamicPruner(UCB(1.0), RunShape(4, batch_size=4, num_epochs=2))
+    pruner.begin_epoch(0)
+    pruner.observe(torch.arange(4), {"loss": torch.tensor([3e38, -3e38, 3e38, -3e38])})
+    pruner.begin_epoch(1)
+    scores = pruner.report.epochs[1].scores
+    assert scores["mean"] == 0
+    assert scores["q05"] < scores["q50"] == 0 < scores["q95"] < INF
+
+
 # ---- observe -------------------------------------------------------------------------------------
 
 
