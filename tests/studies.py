@@ -149,13 +149,16 @@ def random_beats_static_scores(name, cost):
 def most_are_sometimes(name, cost):
     if cost != 0.3:
         return "", []
-    kinds = ("in at most a tenth of its choices", "in at least nine tenths")
     words, held = [], []
     for rule, shown in RULES.items():
         found, chance = ([100 * share for share in shares] for shares in kept(name, rule, cost))
-        each = zip((*kinds, "neither always nor never"), found, chance, strict=True)
-        each = [f"{a:.1f} % {kind} (by chance {b:.1f} %)" for kind, a, b in each]
-        words.append(f"{shown} at 0.3 kept of the samples {', '.join(each)}")
+        seldom, often, neither = zip(found, chance, strict=True)
+        words.append(
+            f"{shown} at 0.3 kept {seldom[0]:.1f} % of the samples in at most a tenth of its "
+            f"choices (by chance {seldom[1]:.1f} %), {often[0]:.1f} % in at least nine tenths "
+            f"({often[1]:.1f} %), and {neither[0]:.1f} % neither always nor never "
+            f"({neither[1]:.1f} %)"
+        )
         # Most samples are, and clearly more than if chance had chosen.
         held += [found[2] > 50, found[2] > chance[2] + 1]
     return "; ".join(words), held
