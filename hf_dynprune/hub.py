@@ -1,11 +1,15 @@
 """What a run hands on: the kept samples as a dataset, and on the Hub its scores or its timm model.
 
 `trainer.push_to_hub()` uploads a model in transformers' format, with its card. Everything is
-written to a folder first, so a failed upload loses nothing.
+written to a folder first, so a failed upload loses nothing. Only the files that were written here
+are uploaded, and they do not tell the folders of this machine.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,13 +18,24 @@ import datasets
 import numpy as np
 import torch
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi, hf_hub_download
-from huggingface_hub.errors import RemoteEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, RemoteEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from . import __version__, distributed
 from .checks import check_count
 from .data_side import PrunedDataMixin, dataset_fingerprint, uploading
-from .files import REPORT_FILE, load_parquet, save_parquet
-from .model_card import facts_of, fields_in_words, hide_folders, hub_dataset, render, write_card
+from .escape import Markdown, code, hide_folders
+from .files import PICTURE_FILE, REPORT_FILE, load_parquet, save_parquet
+from .model_card import (
+    CARD_FILE,
+    facts_of,
+    fields_in_words,
+    hub_dataset,
+    published,
+    render,
+    save_card,
+    write_card,
+)
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX
 from .scores import Scores, fingerprints_fit
@@ -28,6 +43,11 @@ from .table import LAST_OBSERVED, TIMES_KEPT, SampleTable
 
 SCORES_FILE = "scores.parquet"  # the Hub's viewer shows parquet, not safetensors
 _TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
+# All that is uploaded.
+_FILES_OF_SCORES = (CARD_FILE, REPORT_FILE, SCORES_FILE)
+_FILES_OF_TIMM = (CARD_FILE, REPORT_FILE, PICTURE_FILE, "config.json", "model.safetensors")
+# Every card of ours has it. It tells our folder from one of the user.
+_MARK = "<!-- hf_dynprune wrote this card"
 
 
 def kept_dataset(
@@ -113,8 +133,9 @@ def push_scores_to_hub(
     Args:
         source: the trainer or pruner of a run, or scores that were made before one.
         repo_id: the repository. It is created if it does not exist.
-        folder: the files are written here first, *optional*, defaults to `_scores` in the trainer's
-            output folder, else to a folder named like the repository.
+        folder: the files are written here first: a new or empty folder, or one of an earlier call.
+            *Optional*, defaults to `_scores` in the trainer's output folder, else to a temporary
+            folder, which is removed after the upload. Other files in it are never uploaded.
         token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and
             `create_repo`.
 
@@ -123,31 +144,55 @@ def push_scores_to_hub(
 
     Raises:
         TypeError: If `source` has another type.
+        ValueError: If `repo_id` is not the name of a repository, or if the folder holds other
+            files. Nothing is written then.
         RuntimeError: If the upload fails. The message says where the files are and how to continue.
     """
     pruner = None if isinstance(source, Scores) else _pruner_of(source)
+    _check_repo_id(repo_id)
     if distributed.world()[0] != 0:
         return None
-    if folder is None:
-        in_run = isinstance(source, PrunedDataMixin) and source.args.output_dir
-        folder = Path(in_run) / "_scores" if in_run else Path(repo_id.rpartition("/")[2])
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(source, Scores):
-        # A copy is saved, so that the scores still know the file they came from.
-        replace(source).save(folder / SCORES_FILE)
-        card = _card_of_scores(source, repo_id)
-    else:
-        assert pruner is not None
-        about = {"fingerprint": pruner.fingerprint, "policy": pruner.report.policy}
-        save_parquet(folder / SCORES_FILE, pruner.table.state_dict(), about)
-        pruner.report.save(folder / REPORT_FILE)
-        # A pruner has no dataset.
-        trained_on = hub_dataset(getattr(source, "train_dataset", None))
-        card = _card_of_table(pruner, repo_id, trained_on)
-    card.save(folder / "README.md")
+    run = getattr(source, "args", None) if isinstance(source, PrunedDataMixin) else None
+    if folder is None and run is not None and run.output_dir:
+        folder = Path(run.output_dir) / "_scores"
+    with _folder_of_scores(folder) as made:
+        _write_scores(source, pruner, repo_id, made)
     where = _Where(repo_id, "dataset", token, private, revision)
-    return _upload(folder, where, commit_message, "push_scores_to_hub(...)")
+    commit = _upload(made, _FILES_OF_SCORES, where, commit_message, "push_scores_to_hub(...)")
+    if folder is None:
+        shutil.rmtree(made)
+    return commit
+
+
+@contextmanager
+def _folder_of_scores(folder: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """Yield the folder, or a temporary one, which is removed if writing to it fails."""
+    if folder is not None:
+        yield _own_folder(Path(folder), _FILES_OF_SCORES)
+        return
+    made = Path(tempfile.mkdtemp(prefix="hf_dynprune-"))
+    try:
+        yield made
+    except BaseException:
+        shutil.rmtree(made)
+        raise
+
+
+def _write_scores(source: Any, pruner: DynamicPruner | None, repo_id: str, folder: Path) -> None:
+    """Write card, scores and report. The card comes first: it marks the folder as ours."""
+    if pruner is None:
+        save_card(_card_of_scores(source, repo_id), folder / CARD_FILE)
+        # A copy is saved, so that the scores still know the file they came from.
+        copy = replace(source, provenance=hide_folders(source.provenance))
+        copy.save(folder / SCORES_FILE)
+        return
+    # A pruner has no dataset.
+    trained_on = hub_dataset(getattr(source, "train_dataset", None))
+    save_card(_card_of_table(pruner, repo_id, trained_on), folder / CARD_FILE)
+    report = published(pruner.report)
+    about = {"fingerprint": pruner.fingerprint, "policy": report.policy}
+    save_parquet(folder / SCORES_FILE, pruner.table.state_dict(), about)
+    report.save(folder / REPORT_FILE)
 
 
 def load_scores_from_hub(
@@ -168,8 +213,10 @@ def load_scores_from_hub(
     Raises:
         FileNotFoundError: If the repository has no scores. If there is no repository or no
             connection, huggingface_hub's errors.
-        ValueError: If the file is damaged or is of another dataset.
+        ValueError: If `repo_id` is not the name of a repository, or if the file is damaged or is of
+            another dataset.
     """
+    _check_repo_id(repo_id)
     try:
         path = hf_hub_download(
             repo_id, SCORES_FILE, repo_type="dataset", revision=revision, token=token
@@ -181,6 +228,8 @@ def load_scores_from_hub(
         ) from error
     columns, about = load_parquet(path)
     fingerprint = about.get("fingerprint", "")
+    if not isinstance(fingerprint, str):
+        raise ValueError(f"{repo_id} has the fingerprint {fingerprint!r}: expected a text.")
     is_table = TIMES_KEPT.name in columns
     scores = SampleTable.from_columns(columns) if is_table else Scores.load(path)
     if dataset is not None:
@@ -212,8 +261,9 @@ def push_timm_to_hub(
     Args:
         trainer: a trainer of a `TimmWrapperForImageClassification`, after `train()`.
         repo_id: the repository. It is created if it does not exist.
-        folder: the files are written here first, *optional*, defaults to `_timm` in the output
-            folder.
+        folder: the files are written here first: a new or empty folder, or one of an earlier call.
+            *Optional*, defaults to `_timm` in the output folder. Other files in it are never
+            uploaded.
         token, private, revision, commit_message: as in `huggingface_hub.upload_folder` and
             `create_repo`.
         card: arguments of `trainer.create_model_card`.
@@ -223,21 +273,25 @@ def push_timm_to_hub(
 
     Raises:
         TypeError: If the model has another class.
-        ValueError: If the trainer has not trained yet.
+        ValueError: If the trainer has not trained yet, if `repo_id` is not the name of a
+            repository, or if the folder holds other files.
         RuntimeError: If the upload fails. The message says where the files are and how to continue.
     """
     from .vision import save_timm
 
     if not _pruner_of(trainer).report.epochs:
         raise ValueError("The trainer has not trained yet: call train() first.")
+    _check_repo_id(repo_id)
     if distributed.world()[0] != 0:
         return None
-    folder = Path(folder) if folder is not None else Path(trainer.args.output_dir or ".") / "_timm"
+    folder = _own_folder(
+        Path(folder or Path(trainer.args.output_dir or ".") / "_timm"), _FILES_OF_TIMM
+    )
     save_timm(cast(Any, trainer.model), folder)
     card = {"model_name": repo_id.rpartition("/")[2], **card}
     write_card(trainer, folder, **card, library_name="timm", repo_id=repo_id)
     where = _Where(repo_id, "model", token, private, revision)
-    return _upload(folder, where, commit_message, "push_timm_to_hub(...)")
+    return _upload(folder, _FILES_OF_TIMM, where, commit_message, "push_timm_to_hub(...)")
 
 
 # ---- helpers -------------------------------------------------------------------------------------
@@ -263,14 +317,57 @@ class _Where(NamedTuple):
     revision: str | None
 
 
-def _upload(folder: Path, where: _Where, message: str, call: str) -> Any:
+def _check_repo_id(repo_id: Any) -> None:
+    """Raise TypeError or ValueError for what cannot be the name of a repository, such as ".."."""
+    if not isinstance(repo_id, str):
+        raise TypeError(f"repo_id={repo_id!r} is not a name: expected a str such as 'user/name'.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(
+            f"repo_id={repo_id!r} is not the name of a repository: expected 'user/name', with "
+            "letters, digits, '-', '_' and '.'."
+        ) from error
+
+
+def _own_folder(folder: Path, names: Sequence[str]) -> Path:
+    """Make the folder. ValueError if it holds what an earlier call did not write."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {entry.name: entry for entry in os.scandir(folder)}
+    foreign = sorted(
+        name
+        for name, entry in entries.items()
+        if name not in names or not entry.is_file(follow_symlinks=False)
+    )
+    card = folder / CARD_FILE
+    if entries and not foreign and not (card.is_file() and _MARK in _start_of(card)):
+        foreign = sorted(entries)
+    if foreign:
+        more = " ..." if len(foreign) > 3 else ""
+        raise ValueError(
+            f"The folder {folder} holds {', '.join(map(repr, foreign[:3]))}{more}, which no "
+            "earlier upload wrote: pass a new or empty folder, `folder=`."
+        )
+    return folder
+
+
+def _start_of(card: Path) -> str:
+    """The start of a file, in which a card of ours has its mark."""
+    with open(card, encoding="utf-8", errors="replace") as file:
+        return file.read(100_000)
+
+
+def _upload(folder: Path, names: Sequence[str], where: _Where, message: str, call: str) -> Any:
+    """Upload the files of these names."""
     api, kind = HfApi(token=where.token), where.repo_type
-    with uploading(folder, where.repo_id, call, "--repo-type", kind):
+    only = [option for name in names for option in ("--include", name)]
+    with uploading(folder, where.repo_id, call, "--repo-type", kind, *only):
         made = api.create_repo(where.repo_id, repo_type=kind, private=where.private, exist_ok=True)
         return api.upload_folder(
             repo_id=made.repo_id,
             repo_type=kind,
             folder_path=folder,
+            allow_patterns=list(names),
             revision=where.revision,
             commit_message=message,
         )
@@ -288,9 +385,9 @@ def _card_of_scores(scores: Scores, repo_id: str) -> DatasetCard:
         scores.fingerprint,
         tags=["static-data-pruning", scores.method],
         block={"method": scores.method},
-        columns={"score": f"the `{scores.method}` score; high is hard"},
+        columns={"score": Markdown(f"the {code(scores.method)} score; high is hard")},
         scores=scores,
-        made={key: hide_folders(value) for key, value in made.items()},
+        made=hide_folders(made),
     )
 
 
@@ -299,7 +396,9 @@ def _card_of_table(
 ) -> DatasetCard:
     own = [column.name for column in pruner.policy.memory.columns]
     columns = {
-        **dict.fromkeys(own, f"memory of `{pruner.policy.name}`; NaN: never observed"),
+        **dict.fromkeys(
+            own, Markdown(f"memory of {code(pruner.policy.name)}; NaN: never observed")
+        ),
         TIMES_KEPT.name: "number of choices that kept the sample",
         LAST_OBSERVED.name: "epoch of the last observation, counted from 0; -1: never observed",
     }
@@ -314,7 +413,7 @@ def _card_of_table(
         columns={name: columns[name] for name in pruner.table.columns},
         trained_on=trained_on,
         facts=facts,
-        fields=fields_in_words(facts["policy"]),
+        fields=Markdown(fields_in_words(facts["policy"])),
         column=next(iter(floats), None),
     )
 

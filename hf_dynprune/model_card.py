@@ -24,7 +24,7 @@ import datasets
 import jinja2
 import transformers
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers import TrainingArguments
@@ -358,11 +358,18 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
-        finalize=lambda value: markdown(value) if isinstance(value, str) else value,
+        finalize=_finalize,
     )
     filters = {"raw": Markdown, "code": code, "code_cell": code_cell}
     jinja.filters.update(filters, literal=literal, target=target)
     return jinja.from_string(template.read_text(encoding="utf-8")).render(**values)
+
+
+def _finalize(value: Any) -> Any:
+    """What an expression of a template yields, as the card shows it."""
+    if isinstance(value, list):
+        return markdown(", ".join(map(str, value)))
+    return value if isinstance(value, int | float | jinja2.Undefined) else markdown(value)
 
 
 def fields_in_words(policy: Mapping[str, Any]) -> str:
@@ -458,7 +465,7 @@ def published(report: PruningReport) -> PruningReport:
     return replace(report, **hidden)
 
 
-def save_card(card: ModelCard, path: Path) -> None:
+def save_card(card: RepoCard, path: Path) -> None:
     """Write a card, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
