@@ -5,16 +5,20 @@
 - a page that loads anything from another host.
 """
 
+import inspect
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.errors import SphinxError
+from sphinx.util.inspect import stringify_signature
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import hf_dynprune
+from hf_dynprune.policies import PruningPolicy
 
 project = "hf_dynprune"
 author = copyright = "The hf_dynprune authors"
@@ -166,6 +170,21 @@ def _after_napoleon(app: Sphinx, what: str, name: str, obj, options, lines: list
     lines[:] = [line.replace(_COLON, ":") for line in lines]
 
 
+# ---- signatures ----------------------------------------------------------------------------------
+
+
+def _short_signature(app: Sphinx, what: str, name: str, obj, options, signature, returns):
+    """A policy's own fields. Those of every policy, at their defaults, become `**settings`."""
+    if what != "class" or not issubclass(obj, PruningPolicy) or "plan" in obj.__abstractmethods__:
+        return None
+    common = {entry.name: entry.default for entry in fields(PruningPolicy)}
+    whole = inspect.signature(obj)
+    own = [each for each in whole.parameters.values() if common.get(each.name, ()) != each.default]
+    settings = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
+    shown = whole.replace(parameters=[*own, settings], return_annotation=inspect.Signature.empty)
+    return stringify_signature(shown, unqualified_typehints=True), None
+
+
 # ---- references ----------------------------------------------------------------------------------
 
 
@@ -206,6 +225,7 @@ def setup(app: Sphinx) -> None:
     # Napoleon, which reads reStructuredText, has the priority 500.
     app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
     app.connect("autodoc-process-docstring", _after_napoleon, priority=600)
+    app.connect("autodoc-process-signature", _short_signature)
     app.connect("missing-reference", _resolve)
     app.connect("env-check-consistency", _check_names)
     app.connect("build-finished", _check_hosts)

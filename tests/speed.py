@@ -20,13 +20,13 @@ NAMES = {
 }
 
 
-def rows(file, **wanted):
+def rows(file, **values):
     found = json.loads((RESULTS / f"{file}.json").read_text())["rows"]
-    return [row for row in found if all(row[name] == value for name, value in wanted.items())]
+    return [row for row in found if all(row[name] == value for name, value in values.items())]
 
 
-def one(file, **wanted):
-    (row,) = rows(file, **wanted)
+def one(file, **values):
+    (row,) = rows(file, **values)
     return row
 
 
