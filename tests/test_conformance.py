@@ -238,7 +238,7 @@ def shares_of(policy: PruningPolicy, n: int = 300, epochs: int = 30) -> list[flo
     source = torch.Generator().manual_seed(0)
     rate = 0.05 + 0.6 * torch.rand(n, generator=source)
     noise = 1 + 0.1 * torch.randn(epochs, n, generator=source)
-    pruner = DynamicPruner(policy, RunShape(n, num_epochs=epochs), seed=1)
+    pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs), seed=1)
     for epoch in range(epochs):
         loss = 3 * (-rate * epoch).exp() * noise[epoch]
         signals = {"loss": loss, "correct": (loss < 1.5).float(), "confidence": (-loss).exp()}
@@ -299,7 +299,9 @@ def train(pruner: DynamicPruner, start=(0, 0), stop_after=None):
     """
     seen = []
     for epoch in range(start[0], pruner.num_epochs):
-        if stop_after == 0:
+        step = pruner.clock.start + -(-pruner.batches_done // 2)
+        spent = (epoch, 0) >= start and pruner.shape.budget.is_spent(epoch, step)
+        if stop_after == 0 or spent:
             return seen
         pruner.begin_epoch(epoch)
         order = torch.tensor(list(pruner.sampler))
@@ -409,6 +411,7 @@ def test_indices_above_2_to_the_24_are_exact(case):
 
     table["times_kept"].fill_(1)
     table["times_kept"][hard] = 0  # those are due
+    pruner.adopt(1, 1)  # the first epoch is over
     pruner.begin_epoch(1)
     samples = np.fromiter(pruner.sampler, np.int64, len(pruner.sampler))
     kept = torch.zeros(n, dtype=torch.bool)

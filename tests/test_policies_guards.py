@@ -16,10 +16,11 @@ from hf_dynprune.table import SampleTable
 
 def after_full_epoch(policy, losses, n=10, epochs=6):
     """A pruner after one epoch on all data (`first=1`), with the samples in `losses` observed."""
-    pruner = DynamicPruner(policy, RunShape(n, num_epochs=epochs))
+    pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs))
     pruner.begin_epoch(0)
-    values = torch.tensor(list(losses.values()), dtype=torch.float32)
-    pruner.observe(torch.tensor(list(losses)), {"loss": values})
+    index = torch.tensor([i if i in losses else -1 for i in range(n)])  # -1 is not observed
+    values = torch.tensor([float(losses.get(i, 0)) for i in range(n)])
+    pruner.observe(index, {"loss": values})
     return pruner
 
 

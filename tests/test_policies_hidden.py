@@ -147,7 +147,7 @@ def test_ies_keeps_one_where_all_are_mastered():
 
 def test_first_six_epochs_of_ies_train_on_everything():
     policy = IES(scoring="trained", threshold=1e9)
-    pruner = DynamicPruner(policy, RunShape(4, num_epochs=8))
+    pruner = DynamicPruner(policy, RunShape(4, batch_size=4, num_epochs=8))
     sizes = []
     for epoch in range(8):
         pruner.begin_epoch(epoch)
@@ -194,5 +194,5 @@ def test_bad_value_is_named(cls, name, value, error):
     ],
 )
 def test_bad_share_of_a_schedule_is_named(schedule, value):
-    with pytest.raises((ValueError, TypeError), match=f"schedule.*={value}"):
+    with pytest.raises((ValueError, TypeError), match=rf"schedule.*={value}"):
         KAKURENBO(schedule=schedule)

@@ -286,10 +286,11 @@ def test_plan_below_a_batch_is_refused_with_drop_last():
 
 def after_full_epoch(policy, losses, n=10, epochs=6):
     """A pruner after one epoch on all data (`first=1`), with the samples in `losses` observed."""
-    pruner = DynamicPruner(policy, RunShape(n, num_epochs=epochs))
+    pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs))
     pruner.begin_epoch(0)
-    values = torch.tensor(list(losses.values()), dtype=torch.float32)
-    pruner.observe(torch.tensor(list(losses)), {"loss": values})
+    index = torch.tensor([i if i in losses else -1 for i in range(n)])  # -1 is not observed
+    values = torch.tensor([float(losses.get(i, 0)) for i in range(n)])
+    pruner.observe(index, {"loss": values})
     return pruner
 
 
@@ -532,7 +533,7 @@ def test_many_observations_of_one_epoch():
 
 
 def test_signals_must_be_there_and_fit():
-    pruner = DynamicPruner(UCB(0.5, signal="el2n"), RunShape(10, num_epochs=1))
+    pruner = DynamicPruner(UCB(0.5, signal="el2n"), RunShape(10, 2, num_epochs=1))
     pruner.begin_epoch(0)
     with pytest.raises(ValueError, match=r"ucb.*'el2n'.*\['loss'\]"):
         pruner.observe(torch.tensor([0, 1]), {"loss": torch.ones(2)})
@@ -782,7 +783,8 @@ def test_state_of_another_run_is_refused_and_nothing_changes(
 ):
     source, target = trained(), some_pruner(**settings)
     target.begin_epoch(0)
-    target.observe(torch.arange(4), {"loss": torch.ones(4)})
+    batch = torch.tensor(list(target.sampler)[: target.shape.batch_size])
+    target.observe(batch, {"loss": torch.ones(len(batch))})
     before = copy.deepcopy(target.state_dict())
     source.save(tmp_path)
     state, load = source.state_dict(), target.load_state_dict
