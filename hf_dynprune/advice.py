@@ -860,8 +860,10 @@ def _evenly(dataset: Any, size: int) -> Any:
 
 
 def _time_choosing(policy: PruningPolicy, shape: RunShape) -> float:
-    """Return the seconds of a choice: apply observations of all samples, choose, make the order."""
-    pruner = DynamicPruner(policy, shape)
+    """Return the seconds of a choice: apply an epoch's observations, choose, make the order."""
+    n, epochs = shape.samples, policy.first + 2
+    # Every epoch after the first full-data ones chooses, and trains on one batch.
+    pruner = DynamicPruner(replace(policy, period=1, last=0.0), RunShape(n, n, num_epochs=epochs))
     generator = torch.Generator().manual_seed(0)
 
     def observed(index: Tensor) -> dict[str, Tensor]:
@@ -872,9 +874,10 @@ def _time_choosing(policy: PruningPolicy, shape: RunShape) -> float:
             signals[LABEL] = torch.zeros(len(index))
         return signals
 
-    everything = torch.arange(shape.samples)
-    pruner.begin_epoch(policy.first, scorer=observed)
-    pruner.observe(everything, observed(everything))
+    for epoch in range(epochs - 1):
+        pruner.begin_epoch(epoch, scorer=observed)
+        index = torch.tensor(list(pruner.sampler))[:n].clamp(min=-1)  # negative: padding
+        pruner.observe(index, observed(index))
     begun = time.perf_counter()
-    pruner.begin_epoch(policy.first + policy.period, scorer=observed)
+    pruner.begin_epoch(epochs - 1, scorer=observed)
     return time.perf_counter() - begun
