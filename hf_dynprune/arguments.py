@@ -1,9 +1,9 @@
 """PruningArguments: a policy from a command line or a YAML file, through HfArgumentParser."""
 
-import json
 from dataclasses import dataclass, field
 from typing import Any
 
+from .files import parse_json
 from .policies import POLICIES, PruningPolicy, make_policy
 
 # The TrainingArguments that decide what a step trains, apart from the batch, the seed and the
@@ -32,7 +32,14 @@ TRAINING_SETTINGS = (
 
 @dataclass
 class PruningArguments:
-    """What to prune, for `HfArgumentParser((PruningArguments, TrainingArguments))`."""
+    """What to prune, for `HfArgumentParser((PruningArguments, TrainingArguments))`.
+
+    In YAML, `pruning: no` and `pruning: off` mean none, too: YAML reads them as False.
+
+    Raises:
+        TypeError, ValueError: At construction, if `pruning` is not a name or `pruning_kwargs` is
+            not a mapping.
+    """
 
     _argument_group_name = "pruning"  # HfArgumentParser lists them under this name
 
@@ -52,18 +59,30 @@ class PruningArguments:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.pruning_kwargs, str):
+        if self.pruning is None or self.pruning is False:
+            self.pruning = "none"
+        if not isinstance(self.pruning, str):
+            raise TypeError(
+                f"pruning={self.pruning!r} is not a name: expected 'none' or a policy "
+                f"({', '.join(POLICIES)})."
+            )
+        if isinstance(text := self.pruning_kwargs, str):
             try:
-                self.pruning_kwargs = json.loads(self.pruning_kwargs)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"pruning_kwargs={self.pruning_kwargs!r} is not JSON ({error})."
-                ) from error
+                self.pruning_kwargs = parse_json(text)
+            except ValueError as error:
+                shown = text[:200]
+                raise ValueError(f"pruning_kwargs={shown!r} is not JSON ({error}).") from error
         if self.pruning_kwargs is not None and not isinstance(self.pruning_kwargs, dict):
             raise ValueError(
                 f"pruning_kwargs={self.pruning_kwargs!r} must be a mapping, such as "
                 '{"period": 10}.'
             )
+        for name in self.pruning_kwargs or {}:
+            if not isinstance(name, str) or name == "name":
+                raise ValueError(
+                    f"pruning_kwargs has {name!r}, which is not a field of a policy: expected "
+                    "names such as 'period'. `pruning` names the policy."
+                )
 
     def policy(self) -> PruningPolicy | None:
         """The policy, or None for `pruning="none"`.
@@ -79,7 +98,8 @@ class PruningArguments:
                     f"{settings['keep_ratio']} in pruning_kwargs."
                 )
             settings["keep_ratio"] = self.keep_ratio
-        if self.pruning is None or self.pruning.lower() == "none":
+        assert self.pruning is not None  # since __post_init__
+        if self.pruning.lower() == "none":
             if settings:
                 raise ValueError(
                     f"{settings} has no effect with pruning='none': choose a policy "

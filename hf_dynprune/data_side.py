@@ -46,10 +46,10 @@ SEAMS = {
     "the first epoch",
     "Trainer._save_rng_state": "runs on every rank, after the weights and before "
     "trainer_state.json, the upload and the rotation; on_save comes after all three",
-    "Trainer._get_train_sampler": "a class with its own one chooses the data and is refused",
+    "Trainer._get_train_sampler": "a class that overrides it chooses the data and is refused",
     "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
-    "Trainer.is_deepspeed_enabled": "tells of what was not verified",
-    "Trainer.is_fsdp_enabled": "tells of what was not verified",
+    "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
+    "Trainer.is_fsdp_enabled": "a warning says that FSDP was not verified",
     "Trainer.hub_model_id": "the repository that an upload went to",
     "LambdaLR._last_lr": "the logged learning rate of the first step of an epoch whose plan scales "
     "it",
@@ -144,7 +144,7 @@ class CardMixin(UpstreamMends):
 
 
 class PrunedDataMixin(CardMixin):
-    """Adds `pruning=` to a Trainer, whatever its loss is.
+    """Adds `pruning=` to a Trainer with any loss.
 
     Longer than other classes, because the loader, the lengths, the rates and the checkpoints of a
     run are all methods of one Trainer.
@@ -413,7 +413,7 @@ class PrunedDataMixin(CardMixin):
         self._passes_before = self.pruner.report.totals["forward_passes"]
         return position
 
-    def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop names all of them
+    def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop passes names
         if self.pruning is None or self.pruner is None:
             return super()._run_epoch(**loop)
         pruner, epoch, loader = self.pruner, loop["epoch"], loop["train_dataloader"]
@@ -466,7 +466,7 @@ class PrunedDataMixin(CardMixin):
         """The Trainer's evaluation, which the report notes."""
         metrics = super().evaluate(eval_dataset, *args, **kwargs)
         given = self.eval_dataset if eval_dataset is None else eval_dataset
-        # Of several datasets each is evaluated by a call of its own, and noted there.
+        # Several datasets are evaluated by one call each, and noted there.
         if self.pruner is not None and not isinstance(given, dict):
             self.pruner.add_evaluation(metrics, best_step=self._best_step())
         return metrics
@@ -623,7 +623,7 @@ def _check_loader(loader: DataLoader, samples: int) -> None:
         size = len(dataset) if hasattr(dataset, "__len__") else "no"
         raise ValueError(
             f"The loader of get_train_dataloader has {size} samples, the train_dataset has "
-            f"{samples}: pruning needs all of them in their order."
+            f"{samples}: expected the same samples in the same order."
         )
     batches: Any = loader.batch_sampler
     while hasattr(batches, "batch_sampler"):  # accelerate's share of a rank

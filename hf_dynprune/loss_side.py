@@ -244,7 +244,7 @@ class SampleLossMixin(PrunedDataMixin):
         batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
         losses, extra, outputs = self._forward(model, inputs, batch, len(index), rule)
         pruner.observe(index, self.batch_signals(pruner.signals, outputs, batch, losses))
-        # DDP averages the gradients of the ranks; D counts the samples of all of them.
+        # DDP averages the gradients of the ranks; D counts the samples of all ranks.
         ranks = pruner.shape.ranks
         denominator: Any = num_items_in_batch
         if denominator is None:
@@ -265,7 +265,7 @@ class SampleLossMixin(PrunedDataMixin):
         rule: LossRule,
     ) -> tuple[SampleLosses, torch.Tensor | None, Any]:
         """The losses of the samples, what the model adds to them, and the outputs of its pass."""
-        # The model's own loss is compared on the first batch. Later it would be computed in vain.
+        # The model's own loss is compared on the first batch. Later nothing reads it.
         compares = rule.matches_model and not self._loss_checked
         skips = None if compares else self._model_with_loss(rule)
         with loss_left_out(skips) as left_out:

@@ -103,9 +103,9 @@ def score_dataset(
         margin             highest probability of another class minus that of the label's class,
                            mean over runs
 
-    High is hard for each of them. Forgetting events are counted during training, in train mode and
-    under its augmentation. The others are taken in eval mode after `epochs` epochs of the run that
-    `args` describes; its learning rates follow `num_train_epochs`.
+    A high score means a hard sample. Forgetting events are counted during training, in train mode
+    and under its augmentation. The others are taken in eval mode after `epochs` epochs of the run
+    that `args` describes; its learning rates follow `num_train_epochs`.
 
     The defaults are those of the papers: EL2N after 20 epochs, 10 runs; forgetting over the whole
     training, 5 runs; GraNd 10 runs. GraNd was also published at initialisation (`epochs=0`). That

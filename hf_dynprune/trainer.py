@@ -3,7 +3,7 @@
     Trainer ◀── UpstreamMends ◀── CardMixin ◀── PrunedDataMixin ◀── SampleLossMixin
                 upstream.py       data_side.py                      loss_side.py
 
-With `pruning=None` every method of these calls the stock one and does nothing else.
+With `pruning=None` every method of these classes calls the stock one and does nothing else.
 """
 
 from transformers import Trainer

@@ -82,7 +82,7 @@ class UpstreamMends(TrainerBase):
 
 
 def restore_weights(model: PreTrainedModel, folder: str) -> None:
-    """Load the weights of a checkpoint into the model, whatever names they were saved under.
+    """Load the weights of a checkpoint into the model, under either kind of name.
 
     Weights that the checkpoint leaves out on purpose (`_keys_to_ignore_on_save`) stay as they are.
 

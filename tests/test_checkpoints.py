@@ -199,7 +199,7 @@ def test_a_broken_checkpoint_is_refused_by_name_and_passed_over_otherwise(
     reliability("files")
 
 
-def test_the_newest_complete_checkpoint_is_taken_whatever_follows_it(finished, checkpoints, caplog):
+def test_the_newest_complete_checkpoint_is_taken_past_broken_ones(finished, checkpoints, caplog):
     (checkpoints / "checkpoint-9" / "trainer_state.json").unlink()
     truncate(checkpoints / "checkpoint-8" / STATE_FILE)
     shutil.rmtree(checkpoints / "checkpoint-6")
@@ -238,11 +238,11 @@ def test_a_checkpoint_that_is_written_over_another_is_complete_only_at_its_end(c
             super()._save_rng_state(output_dir)
             raise KeyboardInterrupt
 
-    anew = trainer(
+    again = trainer(
         checkpoints, cls=Killed, pruning=UCB(0.6), save_strategy="steps", save_steps=2, seed=7
     )
     with pytest.raises(KeyboardInterrupt):
-        anew.train()
+        again.train()
     with pytest.raises(ValueError, match=r"trainer_state\.json"):
         run_with_checkpoints(checkpoints, seed=7).train(
             resume_from_checkpoint=str(checkpoints / "checkpoint-2")

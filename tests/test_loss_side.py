@@ -377,9 +377,7 @@ def test_mixed_samples_are_refused_at_the_first_batch(share, tmp_path):
         return batch
 
     run = trainer(tmp_path, pruning=UCB(0.5), extra={"data_collator": mixup})
-    if (
-        share == 1.0
-    ):  # several labels may be right, and each is or is not: that is a task of its own
+    if share == 1.0:  # labels of 0 and 1 are a multi-label task
         run.train()
         return
     with pytest.raises(ValueError, match="mixup"):
@@ -621,7 +619,7 @@ def test_a_rule_that_differs_without_saying_so_is_an_error_at_the_first_batch(tm
 
 
 class Confident(DynamicPruningTrainer):
-    """Observes the confidence in the highest class, whatever the label."""
+    """Observes the highest probability, which may belong to another class than the label."""
 
     def observed_signals(self):
         return (*super().observed_signals(), "highest")

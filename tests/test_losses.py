@@ -532,7 +532,7 @@ def test_loss_signal_is_the_mean_over_the_terms():
     assert observe_signals(("loss",), None, {}, losses)["loss"].tolist() == [2.0, 6.0, 0.0]
 
 
-def test_only_the_wanted_signals_are_computed():
+def test_only_the_requested_signals_are_computed():
     losses = SampleLosses(*[torch.zeros(2)] * 3)
     assert observe_signals((), None, {}, losses) == {}
 

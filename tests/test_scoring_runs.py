@@ -195,7 +195,8 @@ def test_sample_left_out_of_an_epoch_is_not_less():
     pruner = DynamicPruner(FullData(), RunShape(3, num_epochs=3), memory=Counts("correct"))
     for epoch, presented in enumerate(([0, 1, 2], [0, 1], [1, 0])):
         pruner.begin_epoch(epoch)
-        pruner.observe(torch.tensor(presented), {"correct": torch.tensor([0.0] * len(presented))})
+        for sample in presented:
+            pruner.observe(torch.tensor([sample]), {"correct": torch.zeros(1)})
     pruner.end_epoch()
     assert Counts.forgetting_events(pruner.table).tolist() == [3, 3, 3]  # none was ever right
 
@@ -470,7 +471,7 @@ def test_run_that_was_trained_but_not_scored(tmp_path, method):
     assert resumed.provenance["passes"] == whole.provenance["passes"]
 
 
-def test_without_checkpoints_an_interrupted_run_begins_anew(tmp_path):
+def test_without_checkpoints_an_interrupted_run_starts_again(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         score("el2n", tmp_path, callbacks=Counted(2).callback())
     again = Counted()

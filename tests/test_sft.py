@@ -6,7 +6,6 @@ Under torchrun this file is the program of each rank.
 import copy
 import inspect
 import os
-import re
 import sys
 import warnings
 from pathlib import Path
@@ -276,7 +275,7 @@ def train(
             gradient = torch.cat(
                 [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             )
-            wanted = None
+            defined = None
             if define:
                 plain.load_state_dict(model.state_dict())
                 total, terms = 0.0, 0
@@ -284,13 +283,13 @@ def train(
                     log_probs = log_probabilities(plain.train(), run.train_dataset[i])
                     dft = log_probs.detach().exp() if settings.get("loss_type") == "dft" else 1.0
                     total, terms = total - weight * (dft * log_probs).sum(), terms + len(log_probs)
-                wanted = torch.cat(
+                defined = torch.cat(
                     [
                         g.flatten()
                         for g in torch.autograd.grad(total / terms, list(plain.parameters()))
                     ]
                 )
-            steps.append((list(seen), gradient, wanted))
+            steps.append((list(seen), gradient, defined))
             seen.clear()
 
     run = trainer(
@@ -318,17 +317,17 @@ def test_the_gradient_is_that_of_the_weighted_losses_however_batches_are_accumul
     assert len({weight for samples, _, _ in whole for _, weight in samples}) == (
         5 if weighted else 1
     )
-    for _, gradient, wanted in whole:
-        assert_same_gradient(gradient, wanted)
+    for _, gradient, defined in whole:
+        assert_same_gradient(gradient, defined)
     run, steps = train(tmp_path, 2, 4, pruning=policy, define=True, loss_type=loss_type)
     assert [samples for samples, _, _ in steps] == [samples for samples, _, _ in whole]
     assert_same_gradient(steps[0][1], whole[0][1])
     for (
         _,
         gradient,
-        wanted,
+        defined,
     ) in steps:  # by its own weights: from step to step the two runs' rounding grows apart
-        assert_same_gradient(gradient, wanted)
+        assert_same_gradient(gradient, defined)
     torch.testing.assert_close(
         run.pruner.table["loss"], big.pruner.table["loss"], rtol=1e-4, atol=1e-6, equal_nan=True
     )
@@ -337,8 +336,8 @@ def test_the_gradient_is_that_of_the_weighted_losses_however_batches_are_accumul
 def test_the_weights_of_infobatch_act(tmp_path):
     _, steps = train(tmp_path, 8, 1, pruning=InfoBatch(last=0.0), define=True, num_train_epochs=3)
     assert {weight for samples, _, _ in steps for _, weight in samples} == {1.0, 2.0}
-    for _, gradient, wanted in steps:
-        assert_same_gradient(gradient, wanted)
+    for _, gradient, defined in steps:
+        assert_same_gradient(gradient, defined)
 
 
 def test_two_ranks_train_as_one(tmp_path):
@@ -476,21 +475,6 @@ def test_lora(tmp_path):
         torch.testing.assert_close(
             again(input_ids=ids).logits, whole.model.eval()(input_ids=ids).logits
         )
-
-
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # trl's and peft's
-def test_the_program_of_the_documentation(tmp_path, monkeypatch):
-    page = (Path(__file__).parent.parent / "docs" / "text.md").read_text()
-    programs = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (program,) = [program for program in programs if "hf_dynprune.sft" in program]
-    monkeypatch.chdir(tmp_path)
-    scope = {
-        "language_model": sharp(),
-        "prompts_with_completions": pairs(),
-        "tokenizer": tokenizer(),
-    }
-    exec(program, scope)
-    assert scope["trainer"].pruning_report.cost_ratio == pytest.approx(0.5)
 
 
 def test_the_card(tmp_path):

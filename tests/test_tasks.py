@@ -64,10 +64,10 @@ def gradient_of(name, model, samples):
     losses = [
         w * t * model(**sample).loss for (_, w, sample), t in zip(samples, number, strict=True)
     ]
-    wanted = torch.autograd.grad(
+    defined = torch.autograd.grad(
         sum(losses) / sum(number), list(model.parameters()), allow_unused=True
     )
-    return torch.cat([g.flatten() for g in wanted if g is not None])
+    return torch.cat([g.flatten() for g in defined if g is not None])
 
 
 def train(name, folder, batch, accumulation, *, cls=Recording, define=False, **extra):
@@ -84,8 +84,8 @@ def train(name, folder, batch, accumulation, *, cls=Recording, define=False, **e
                 [p.grad.flatten() for p in model.parameters() if p.grad is not None]
             )
             samples = vars(run).pop("samples", [])
-            wanted = gradient_of(name, model, samples) if define else None
-            steps.append(([(i, weight) for i, weight, _ in samples], gradient, wanted))
+            defined = gradient_of(name, model, samples) if define else None
+            steps.append(([(i, weight) for i, weight, _ in samples], gradient, defined))
 
     run = trainer(
         folder,
@@ -118,8 +118,8 @@ def test_accumulated_batches_train_as_one_big_batch(name, weighted, tmp_path, re
     reliability("accumulation", 2 * len(big))
     assert [len(samples) for samples, _, _ in big] == [8, 8, 6] * 2
     assert len({weight for samples, _, _ in big for _, weight in samples}) == (5 if weighted else 1)
-    for _, gradient, wanted in big:
-        assert_same_gradient(gradient, wanted)
+    for _, gradient, defined in big:
+        assert_same_gradient(gradient, defined)
     for batch, accumulation in ((4, 2), (2, 4)):
         parts, steps = train(name, tmp_path, batch, accumulation, pruning=policy)
         for (samples, gradient, _), (big_samples, big_gradient, _) in zip(steps, big, strict=True):
@@ -167,7 +167,7 @@ def test_each_score_is_the_loss_of_its_own_sample(task, bf16, tmp_path, reliabil
             parameter
         ) in model.parameters():  # far from uniform predictions, so that the samples differ
             parameter.mul_(4.0)
-    reference = copy.deepcopy(model).eval()  # in float32, whatever the run is in
+    reference = copy.deepcopy(model).eval()  # in float32, also for a run in bfloat16
 
     class Measured(DynamicPruningTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):

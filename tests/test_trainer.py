@@ -156,7 +156,7 @@ def seams(module):
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory):
-    """The private names of those that we lean on, attributes of their objects included."""
+    """The private names of the objects that we lean on, with those of their attributes."""
     run = trainer(tmp_path_factory.mktemp("stock"), cls=Trainer)
     run.train()
     names = {
