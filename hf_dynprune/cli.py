@@ -2,7 +2,6 @@
 `--help` is quick."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +112,7 @@ def score(argv: Sequence[str]) -> None:
     file = str(folder / SCORES_FILE)
     if options.json:
         about = {"file": file, "method": options.method, **scores.provenance}
-        print(json.dumps(about, indent=2))
+        _print_json(about)
     else:
         cost = f"{scores.provenance['passes']:,.0f}"
         print(f"{options.method} scores of {len(scores):,} samples. They cost {cost} passes.")
@@ -159,7 +158,10 @@ def advise(argv: Sequence[str]) -> None:
         )
         advice = advise_on(trainer, batches=options.batches)
     if distributed.world()[0] == 0:
-        print(json.dumps(advice.to_dict(), indent=2) if options.json else advice)
+        if options.json:
+            _print_json(advice.to_dict())
+        else:
+            print(advice)
 
 
 def _evaluation_split(options: AdviseArguments) -> str:
@@ -214,11 +216,13 @@ def report(argv: Sequence[str]) -> None:
     )
     _add_flag(parser, "--json", "print a JSON list: file and report of each run, without epochs")
     options = parser.parse_args(argv)
+    from .escape import printable
+
     files = [_report_file(path) for path in options.files]
     runs = _load(files)
     for file, run in zip(files, runs, strict=True):
         if options.metric is not None and options.metric not in run.metrics:
-            known = ", ".join(run.metrics) or "none"
+            known = ", ".join(map(repr, run.metrics)) or "none"
             raise ValueError(f"{file} has no metric {options.metric!r}; it has {known}.")
     if options.json:
         about = [
@@ -226,11 +230,11 @@ def report(argv: Sequence[str]) -> None:
         ]
         for values in about:
             del values["epochs"]
-        print(json.dumps(about, indent=2))
+        _print_json(about)
     elif len(runs) == 1:
-        print(files[0])
+        print(printable(files[0]))
         for label, text in runs[0].summary(options.metric).items():
-            print(f"  {label:16} {text}")
+            print(f"  {label:16} {printable(text)}")
     else:
         names = [_name_of(file) for file in files]
         if len(set(names)) < len(names):
@@ -241,6 +245,7 @@ def report(argv: Sequence[str]) -> None:
 def _print_comparison(
     names: Sequence[str], runs: Sequence["PruningReport"], metric: str | None
 ) -> None:
+    from .escape import printable
     from .report import KEPT, shown_metric, shown_policy
 
     usual = [
@@ -264,6 +269,7 @@ def _print_comparison(
                 shown_policy(run.policy),
             ]
         )
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for first, *middle, last in rows:
         right = [text.rjust(width) for text, width in zip(middle, widths[1:-1], strict=True)]
@@ -293,7 +299,7 @@ def plot(argv: Sequence[str]) -> None:
     else:
         figure = _plot_data(options)
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150)
+    plots.save_picture(figure, file, dpi=150)
     print(f"Wrote {file}.")
 
 
@@ -402,9 +408,13 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
         path = path / names[0]
     if path.name == STATE_FILE:
         tensors, metadata = load_tensors(path)
+        if "table.times_kept" not in tensors or not isinstance(metadata.get("sizes"), list):
+            raise ValueError(f"{path} is not the pruning state of a checkpoint.")
         return tensors["table.times_kept"], len(metadata["sizes"])
     times, file = SampleTable.load(path)["times_kept"], _report_file(path.parent)
     selection = _load([file])[0].selection
+    if not selection:
+        raise ValueError(f"{file} has no selection: its run made no choice.")
     if times.bincount(minlength=selection["choices"] + 1).tolist() != selection["histogram"]:
         raise ValueError(
             f"{path} and {file} are not of the same run: save the table of the run in the report."
@@ -418,6 +428,7 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
 def card(argv: Sequence[str]) -> None:
     """Write the model card of a run from its report, or from the reports of several seeds."""
     options = _card_parser().parse_args(argv)
+    _check_places(options)
     from huggingface_hub import ModelCardData
 
     from .model_card import (
@@ -427,13 +438,15 @@ def card(argv: Sequence[str]) -> None:
         facts_of,
         metrics_of,
         picture_of,
+        save_card,
     )
+    from .plots import save_picture
 
     runs = _load(options.files)
     others = {"full": _load(options.full), "short": _load(options.short)}
     facts = facts_of(runs, **others)
     if options.json:
-        print(json.dumps(facts, indent=2))
+        _print_json(facts)
         return
     task, dataset, metrics = options.task, options.dataset, metrics_of(facts)
     data = ModelCardData(
@@ -458,11 +471,33 @@ def card(argv: Sequence[str]) -> None:
         about.picture = Path(os.path.relpath(options.picture, folder)).as_posix()
     text = card_of_reports(runs, about, **others)
     if figure is not None:
-        figure.savefig(options.picture, dpi=100)
+        save_picture(figure, options.picture)
     if options.output:
-        text.save(options.output)
+        save_card(text, options.output)
     else:
         print(text)
+
+
+def _check_places(options: argparse.Namespace) -> None:
+    """Raise ValueError or FileNotFoundError unless card and picture can be written."""
+    suffixes = (".png", ".svg", ".jpg")
+    if options.picture and options.picture.suffix not in suffixes:
+        raise ValueError(
+            f"--picture {options.picture}: expected a file that ends in {', '.join(suffixes)}."
+        )
+    given = (*options.files, *options.full, *options.short)
+    read = [_report_file(path).resolve() for path in given]
+    for name in ("output", "picture"):
+        path = getattr(options, name)
+        if path is None:
+            continue
+        if not path.parent.is_dir():  # perhaps a typing error
+            raise FileNotFoundError(
+                f"--{name} {path}: the folder {path.parent} does not exist. Make it first."
+            )
+        if path.is_dir() or path.resolve() in read:
+            what = "a folder" if path.is_dir() else "one of the reports"
+            raise ValueError(f"--{name} {path} is {what}: expected another file.")
 
 
 def _card_parser() -> argparse.ArgumentParser:
@@ -519,6 +554,12 @@ def _add_flag(parser: argparse.ArgumentParser, name: str, text: str) -> None:
     parser.add_argument(name, action="store_true", help=text)
 
 
+def _print_json(value: Any) -> None:
+    from .files import json_text
+
+    print(json_text(value, indent=2))
+
+
 def _load(paths: Sequence[Path]) -> list["PruningReport"]:
     from .report import PruningReport
 
@@ -571,6 +612,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     command = parser.parse_args(argv[:1]).command
+    if hasattr(sys.stdout, "reconfigure"):  # a terminal that has no "×" is no reason to fail
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         COMMANDS[command](argv[1:])
         sys.stdout.flush()  # here, because at Python's end a failure would be printed
@@ -582,9 +625,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-dynprune {command}: interrupted", file=sys.stderr)
         return 130
     except ImportError as error:
-        print(f"hf-dynprune {command}: {error}", file=sys.stderr)
-        return 1
+        return _fail(command, error, 1)
     except (ValueError, TypeError, OSError) as error:
-        print(f"hf-dynprune {command}: {error}", file=sys.stderr)
-        return 2
+        return _fail(command, error, 2)
     return 0
+
+
+def _fail(command: str, error: Exception, status: int) -> int:
+    from .escape import printable_lines
+
+    print(f"hf-dynprune {command}: {printable_lines(error)}", file=sys.stderr)
+    return status

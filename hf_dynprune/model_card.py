@@ -46,6 +46,7 @@ from .escape import (
 )
 from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
 from .losses import RULES, unwrapped
+from .plots import plot_runs, plot_selection, save_picture
 from .policies import POLICIES, FullData, PruningPolicy, ScoredPolicy, make_policy
 from .report import KEPT, PHASES, PruningReport, by_seed
 
@@ -421,8 +422,6 @@ def picture_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> 
         ImportError: Without matplotlib.
         ValueError: As [`facts_of`] does.
     """
-    from .plots import plot_runs, plot_selection
-
     facts = facts_of(reports, full=full, short=short)
     name = facts["policy"]["name"]
     if full or short:
@@ -469,12 +468,6 @@ def save_card(card: RepoCard, path: Path) -> None:
     """Write a card, whole or not at all."""
     with atomic(path) as temporary:
         temporary.write_text(str(card), encoding="utf-8")
-
-
-def save_picture(figure: "Figure", path: Path, dpi: int = 100) -> None:
-    """Write a picture in the format that its suffix says, whole or not at all."""
-    with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, format=path.suffix.removeprefix("."))
 
 
 def card_of_trainer(trainer: Any, given: CardArguments | None = None) -> ModelCard:

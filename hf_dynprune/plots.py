@@ -10,11 +10,15 @@ matplotlib it raises ImportError. `hf-dynprune plot` draws the same from files.
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from .escape import printable
+from .files import atomic
 from .report import PruningReport, by_seed, in_percent
 
 if TYPE_CHECKING:
@@ -36,7 +40,9 @@ _MARKERS = "os^DvPX"
 _GREY = "#555555"
 _MAX_NAMED = 40  # classes that have room for their names
 _EXTREMES = 12  # of more classes, how many are named at either end
+_MAX_NAME = 60  # characters; of longer names the picture would have no room for the drawing
 _THUMBNAIL = 160  # pixels
+_SCORES = ("q05", "q25", "q50", "q75", "q95", "mean")  # of an epoch, in a report
 
 
 class _Curve(NamedTuple):
@@ -91,12 +97,12 @@ def plot_runs(
     for ax, panel in zip(axes, panels, strict=True):
         lines = _draw_curves(_plain(ax), curves[panel], 100 if percent else 1)
         ax.set_xlabel(_AXES[panel])
-    axes[0].set_ylabel(metric.replace("_", " ") + (" (%)" if percent else ""))
+    axes[0].set_ylabel(_label(metric.replace("_", " ")) + (" (%)" if percent else ""))
     names = sorted(runs, key=lambda name: -first[name].mean[-1])  # from top to bottom, as the lines
     several = any(len(seeds) > 1 for seeds in runs.values())
     figure.legend(
         [lines[name] for name in names],
-        [f"{name}: {_last_value(first[name], percent)}" for name in names],
+        [f"{_entry(name)}: {_last_value(first[name], percent)}" for name in names],
         title="last value" + ("\nmean of the seeds (lowest to highest)" if several else ""),
         loc="outside right upper",
         alignment="left",
@@ -144,7 +150,7 @@ def plot_selection(reports: Reports) -> "Figure":
         _plain(ax).stairs(histogram, edges, fill=True, color=_COLORS[0], alpha=0.35)
         ax.stairs(histogram, edges, color=_COLORS[0], linewidth=1.5, label="this run")
         ax.stairs(chance, edges, color=_GREY, linewidth=1.5, linestyle="--", label="by chance")
-        ax.set_title(name, fontsize=10)
+        ax.set_title(_label(name), fontsize=10)
         ax.set_xlabel("times kept (choices)")
         ax.locator_params(axis="x", integer=True)
     for ax in axes[::columns]:
@@ -170,7 +176,12 @@ def plot_scores(report: PruningReport) -> "Figure":
     figure = _new_figure((6.5, 4))
     ax = _plain(figure.subplots())
     epochs = [record.epoch for record in records]
-    values = {name: [record.scores[name] for record in records] for name in records[0].scores}
+    missing = [name for name in _SCORES if any(name not in record.scores for record in records)]
+    if missing:
+        raise ValueError(
+            f"The scores of a report's epochs lack {missing[0]!r}: expected {_SCORES}."
+        )
+    values = {name: [record.scores[name] for record in records] for name in _SCORES}
     blue, orange = _COLORS[:2]
     for low, high, share, alpha in (("q05", "q95", 90, 0.15), ("q25", "q75", 50, 0.3)):
         band: dict[str, Any] = {"color": blue, "alpha": alpha, "linewidth": 0}
@@ -182,7 +193,7 @@ def plot_scores(report: PruningReport) -> "Figure":
     ):
         ax.plot(epochs, values[name], style, color=color, markersize=4.5, label=label)
     ax.set_xlabel("epoch for which samples were chosen (counted from 0)")
-    ax.set_ylabel(f"score of {report.policy['name']}")
+    ax.set_ylabel(f"score of {_label(report.policy['name'])}")
     ax.locator_params(axis="x", integer=True)
     ax.legend(frameon=False)
     return figure
@@ -391,6 +402,13 @@ def _new_figure(size: tuple[float, float]) -> "Figure":
     return Figure(figsize=size, layout="constrained")
 
 
+def save_picture(figure: "Figure", path: str | os.PathLike[str], dpi: int = 100) -> None:
+    """Write a picture in the format that its suffix says, whole or not at all."""
+    suffix = Path(path).suffix.removeprefix(".")
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=suffix)
+
+
 def _plain(ax: "Axes") -> "Axes":
     """Remove the frame above and on the right, and add a pale grid behind the drawing."""
     ax.spines[["top", "right"]].set_visible(False)
@@ -464,5 +482,19 @@ def _last_value(curve: _Curve, percent: bool) -> str:
 
 def _short(name: str, width: int) -> str:
     """The first of a class's several names, cut if it is too long."""
-    name = name.partition(",")[0]
-    return name if len(name) <= width else name[: width - 1] + "…"
+    name = printable(name.partition(",")[0])
+    return _label(name if len(name) <= width else name[: width - 1] + "…")
+
+
+def _label(name: str) -> str:
+    """The name, cut if it is too long, as matplotlib shows it as it is.
+
+    Between two `$` it would read a formula.
+    """
+    name = printable(name)
+    return (name if len(name) <= _MAX_NAME else f"{name[:_MAX_NAME]}…").replace("$", r"\$")
+
+
+def _entry(name: str) -> str:
+    """A name in a legend, which would leave out what begins with an underscore."""
+    return ("\u200b" if name.startswith("_") else "") + _label(name)

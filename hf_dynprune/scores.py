@@ -1,8 +1,9 @@
 """Scores made before the run: one number for each sample, for static pruning."""
 
 import json
-import math
 import os
+import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import checksum, load_parquet, load_tensors, save_parquet, save_tensors
+from .files import checksum, load_parquet, load_tensors, parse_json, save_parquet, save_tensors
+from .json_fields import any_json
 
 _SUFFIXES = (".safetensors", ".parquet")
 _METADATA = ("method", "fingerprint", "provenance")
@@ -46,8 +48,9 @@ class Scores:
         path: The file that they were last saved to or read from; None before.
 
     Raises:
-        TypeError, ValueError: If the shape is not (N,), if scores are NaN (the message says how
-            many and the first one), or if the provenance is not JSON.
+        TypeError, ValueError: If the values are no real numbers, if the shape is not (N,), if
+            scores are NaN or too large for float32 (the message says how many and the first one),
+            or if the provenance is not a mapping of JSON values.
     """
 
     values: Tensor
@@ -57,30 +60,13 @@ class Scores:
     path: str | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        values = torch.as_tensor(self.values).detach().cpu()
-        if values.ndim != 1 or len(values) == 0:
-            raise ValueError(
-                f"The scores have shape {tuple(values.shape)}: expected (N,), one for each sample."
-            )
-        nan = torch.nonzero(values.isnan()).squeeze(1)
-        if len(nan):
-            raise ValueError(
-                f"{len(nan)} of {len(values)} scores are NaN, the first that of sample "
-                f"{int(nan[0])}: give each a score, such as float('inf') to keep it as the hardest."
-            )
-        if not isinstance(self.method, str) or not self.method:
-            raise TypeError(f"method={self.method!r} is not a name: expected a str such as 'el2n'.")
-        self.values = values.to(torch.float32)
-        try:
-            self.provenance = json.loads(json.dumps(self.provenance))
-        except TypeError as error:
-            raise TypeError(f"The provenance of scores must be JSON: {error}.") from error
-        cost = self.provenance.get("passes", 0)
-        if isinstance(cost, bool) or not isinstance(cost, int | float) or not 0 <= cost < math.inf:
-            raise ValueError(
-                f"provenance['passes']={cost!r} is not a number of passes: expected what the "
-                "scores cost, 0 or more."
-            )
+        self.values = _checked_values(self.values)
+        for name in ("method", "fingerprint"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or (name == "method" and not value):
+                expected = "a str such as 'el2n'" if name == "method" else "a str, '' if unknown"
+                raise TypeError(f"{name}={value!r}: expected {expected}.")
+        self.provenance = _checked_provenance(self.provenance)
 
     def __len__(self) -> int:
         return len(self.values)
@@ -124,9 +110,73 @@ class Scores:
         columns, metadata = load_parquet(path) if parquet else load_tensors(path)
         if set(columns) != {"score"} or not metadata.keys() >= set(_METADATA):
             raise ValueError(f"{path} holds {sorted(columns)}, not the scores of `Scores.save`.")
-        scores = cls(columns["score"], *(metadata[name] for name in _METADATA))
+        try:
+            scores = cls(columns["score"], *(metadata[name] for name in _METADATA))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path} does not hold scores of `Scores.save` ({error})") from error
         scores.path = str(path)
         return scores
+
+
+def _checked_values(given: Any) -> Tensor:
+    """(N,) float32 on the CPU. TypeError or ValueError if the values are not N scores."""
+    expected = "(N,) real numbers, one for each sample"
+    try:
+        # torch would read a list of Python's numbers as float32.
+        dtype = None if hasattr(given, "dtype") else torch.float64
+        values = torch.as_tensor(given, dtype=dtype).detach()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(
+            f"The scores are a {type(given).__name__} ({error}): expected {expected}."
+        ) from error
+    if values.is_complex() or values.is_quantized or values.layout != torch.strided:
+        raise TypeError(f"The scores are {values.dtype}, {values.layout}: expected {expected}.")
+    if values.is_meta:
+        raise TypeError(
+            f"The scores are on the device 'meta' and have no values: expected {expected}."
+        )
+    if values.ndim != 1 or len(values) == 0:
+        raise ValueError(f"The scores have shape {tuple(values.shape)}: expected {expected}.")
+    values = values.cpu()
+    kept, values = values.to(torch.float32), values.double()
+    for wrong, what, way_out in (
+        (
+            values.isnan(),
+            "NaN",
+            "give each a score, such as float('inf') to keep it as the hardest",
+        ),
+        (kept.isinf() & ~values.isinf(), "beyond float32", "scale them; only their order matters"),
+    ):
+        found = torch.nonzero(wrong).squeeze(1)
+        if len(found):
+            raise ValueError(
+                f"{len(found)} of {len(values)} scores are {what}, the first that of sample "
+                f"{int(found[0])}, {values[found[0]].item()}: {way_out}."
+            )
+    return kept
+
+
+def _checked_provenance(given: Any) -> dict[str, Any]:
+    """A copy. TypeError or ValueError if it is not a mapping of JSON values with a valid cost."""
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"provenance={reprlib.repr(given)}: expected a dict, such as {{'passes': 0}}."
+        )
+    for name in ("passes", "seconds"):  # of these the report counts
+        cost = given.get(name, 0)
+        is_number = isinstance(cost, int | float) and not isinstance(cost, bool)
+        if not (is_number and 0 <= cost < 2**63):
+            raise ValueError(
+                f"provenance[{name!r}]={reprlib.repr(cost)} is not a number of {name}: expected "
+                "what the scores cost, 0 or more."
+            )
+    try:
+        provenance = parse_json(json.dumps(dict(given), allow_nan=False))
+        any_json("provenance", provenance)
+    except (TypeError, ValueError, RecursionError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"The provenance of scores must be JSON ({error}).") from error
+    return provenance
 
 
 def _is_parquet(path: Path) -> bool:
