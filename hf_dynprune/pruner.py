@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
 from . import distributed
+from .checks import check_count
 from .files import STATE_FILE, load_tensors, save_tensors
 from .observations import Observations
 from .policies import Choice, EpochPlan, PruningPolicy, ScoredPolicy
@@ -116,6 +117,11 @@ class DynamicPruner:
                 f"shape={shape!r} is not a RunShape: expected one such as RunShape(len(dataset), "
                 "batch_size=128, num_epochs=20)."
             )
+        check_count("seed", seed, 0)
+        if data_seed is not None:
+            check_count("data_seed", data_seed, 0)
+        if not isinstance(fingerprint, str):
+            raise TypeError(f"fingerprint={fingerprint!r} is not a str.")
         self.rank, ranks = distributed.world()
         self.policy, self.shape = policy, replace(shape, ranks=ranks)
         self.memory = _memory_of(policy, memory)
@@ -141,6 +147,7 @@ class DynamicPruner:
         self._observations = Observations(shape.samples, self.memory.signals)
         self._watch = Stopwatch()
         self._batches_done = 0  # of the running epoch, on this rank
+        self._next = 0  # the epoch that must begin next
         self._resumed_in: int | None = None  # the epoch in whose middle the run was resumed
         self._agreed = False  # whether the ranks compared their arguments and position
 
@@ -165,7 +172,7 @@ class DynamicPruner:
             )
         collate: Any = IndexedCollator(collate_fn or default_collate)
         return DataLoader(
-            IndexedDataset(dataset),
+            IndexedDataset(dataset, self.sampler),
             batch_size=self.shape.batch_size,
             sampler=self.sampler,
             drop_last=self.shape.drop_last,
@@ -195,6 +202,9 @@ class DynamicPruner:
         Returns:
             The record of the epoch; `record.samples` is the number of samples it trains on.
 
+        Raises:
+            ValueError: If `epoch` is not the next one, or if the budget is spent.
+
         Cost: O(N) per choice, on rank 0; and the forward passes, if there are any.
         """
         self.end_epoch()
@@ -202,6 +212,7 @@ class DynamicPruner:
         resumed = self._resumed_in == epoch
         step = self.clock.start if resumed else self._step() if step is None else step
         self._agree(epoch, step)
+        self._check_order(epoch, step)
         if not resumed:
             full = is_full_data(self.policy, epoch, self.shape.budget.progress(epoch, step))
             self.report.epochs.append(EpochRecord(epoch, full, len(self.table)))
@@ -214,7 +225,7 @@ class DynamicPruner:
                 self._choose(epoch, self.shape.budget.progress(epoch, step))
             record.samples = len(self._in_force or self.table)
         self.shape.check_size(epoch, record.samples)
-        self._resumed_in = None
+        self._resumed_in, self._next = None, epoch + 1
         plan = self._in_force
         self._weights = _lookup(plan, len(self.table))
         kept = None if plan is None else plan.indices
@@ -233,6 +244,20 @@ class DynamicPruner:
             }
             distributed.check_same({**self._identity(), **position})
             self._agreed = True
+
+    def _check_order(self, epoch: int, step: int) -> None:
+        """Raise ValueError unless `epoch` is the next one and the budget is not spent."""
+        check_count("epoch", epoch, 0)
+        if epoch != self._next:
+            raise ValueError(
+                f"begin_epoch({epoch}): expected epoch {self._next}. Epochs begin one after the "
+                "other, each once; to continue an earlier run, load its state first."
+            )
+        if self.shape.budget.is_spent(epoch, step):
+            raise ValueError(
+                f"begin_epoch({epoch}) at step {step}: the budget, {self.shape.budget}, is spent. "
+                "End the loop there, or make the pruner for a longer run."
+            )
 
     def _score(self, scorer: Callable[[Tensor], Mapping[str, Tensor]] | None) -> None:
         """Observe by forward passes what the policy's `scoring` asks for before a choice."""
@@ -323,13 +348,20 @@ class DynamicPruner:
             signals: (B,) values for each of `signals`; others are ignored.
 
         Raises:
-            RuntimeError: Before the first `begin_epoch`.
-            ValueError: If a signal is missing or has another shape.
+            RuntimeError: If no epoch is running.
+            TypeError: If the index or a signal is not a tensor of the right kind.
+            ValueError: If the batch has another size than this rank's next batch of the epoch (the
+                message says what can be the reason), or a signal is missing or has another shape.
 
         Cost: O(B). No host synchronisation, except once per 65,536 observations without a `drain`.
         """
-        if not self.report.epochs:
-            raise RuntimeError("`observe` was called before `begin_epoch`: no epoch is running.")
+        if not self._watch.running:
+            raise RuntimeError(
+                "`observe` was called while no epoch is running: call it between `begin_epoch` and "
+                "`end_epoch`, once for each batch."
+            )
+        index = _checked_index(index)
+        self._check_batch(len(index))
         checked = self._checked(index, signals or {}, self.signals)
         self._batches_done += 1
         record = self.report.epochs[-1]
@@ -337,6 +369,26 @@ class DynamicPruner:
         record.backward_passes += len(index) * self.shape.ranks
         if self.policy.scoring != "all":
             self._observations.add(index, checked)
+
+    def _check_batch(self, size: int) -> None:
+        """Raise ValueError unless a batch of `size` is this rank's next one of the epoch."""
+        samples, shape = self.report.epochs[-1].samples, self.shape
+        batches = shape.batches(samples)
+        if self._batches_done >= batches:
+            raise ValueError(
+                f"`observe` was called {self._batches_done + 1} times in an epoch of {batches} "
+                "batches: call it once for each batch of the pruner's loader, also if a batch goes "
+                "through the model twice."
+            )
+        expected = shape.batch_size
+        if shape.ranks == 1:  # the last batch is short; several ranks pad it
+            expected = min(expected, samples - self._batches_done * shape.batch_size)
+        if size != expected:
+            raise ValueError(
+                f"`observe` got a batch of {size} samples, expected {expected}: the loader or the "
+                "collator splits, joins or drops samples (split_batches=True of accelerate does). "
+                "Observe each batch of the pruner's loader whole."
+            )
 
     def _checked(
         self, index: Tensor, signals: Mapping[str, Tensor], expected: tuple[str, ...]
@@ -348,7 +400,13 @@ class DynamicPruner:
                     f"{self.policy.name} observes {name!r}, and the signals given are "
                     f"{sorted(signals)}."
                 )
-            value = signals[name].detach()
+            value = signals[name]
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"The signal {name!r} is a {type(value).__name__}: expected a tensor of shape "
+                    f"{tuple(index.shape)} (`torch.as_tensor` makes one)."
+                )
+            value = value.detach()
             if value.shape != index.shape:
                 raise ValueError(
                     f"The signal {name!r} has shape {tuple(value.shape)}, the sample index "
@@ -521,6 +579,7 @@ class DynamicPruner:
                 epoch, batch = epoch + 1, 0
             else:
                 self._resumed_in = epoch
+            self._next = epoch
             self.report.resumed.append({"epoch": epoch, "step": metadata["step"]})
         return epoch, batch
 
@@ -579,6 +638,7 @@ class DynamicPruner:
             done = end
         begins = math.floor(round(epochs, 9))
         self.clock.begin_epoch(begins, step, self.clock.length)
+        self._next = begins
         self.report.resumed.append({"epoch": begins, "step": step, "stock_checkpoint": True})
         return begins, 0
 
@@ -626,6 +686,20 @@ def checked_plan(policy: PruningPolicy, choice: Choice, planned: int | None) -> 
         )
     labels = choice.table[LABEL] if policy.min_per_class else None
     return guarded_plan(policy, plan, labels, choice.scores, choice.generator)
+
+
+def _checked_index(index: Any) -> Tensor:
+    """(B,) int64; raises TypeError for anything but a tensor of int64 or int32 of that shape."""
+    integers = (torch.int64, torch.int32)
+    if not isinstance(index, Tensor) or index.dtype not in integers or index.ndim != 1:
+        kind = type(index).__name__
+        if isinstance(index, Tensor):
+            kind = f"{index.dtype} tensor of shape {tuple(index.shape)}"
+        raise TypeError(
+            f"The sample index is a {kind}: expected an int64 tensor of shape (batch size,), the "
+            "`sample_index` of the batch."
+        )
+    return index.to(torch.int64)
 
 
 def _memory_of(policy: PruningPolicy, more: Memory | None) -> Memory:

@@ -100,11 +100,15 @@ class PruningSampler(Sampler[int]):
     def __len__(self) -> int:
         return len(self._order)
 
+    @property
+    def samples(self) -> int:
+        """The number of real samples, without padding, that an epoch yields."""
+        return min(self._real, len(self._order))
+
     def samples_in(self, batch: int, batches: int) -> int:
         """The number of real samples, without padding, in `batches` global batches from `batch`."""
-        end = min(self._real, len(self._order))
         begin = batch * self.global_batch
-        return max(0, min(end, begin + batches * self.global_batch) - begin)
+        return max(0, min(self.samples, begin + batches * self.global_batch) - begin)
 
 
 class _Indexed(NamedTuple):
@@ -118,21 +122,31 @@ class IndexedDataset(Dataset):
     `__getitems__` of the dataset is used if it exists. It may return anything that its collator
     understands.
 
+    Args:
+        dataset: Map-style.
+        sampler: What the loader draws from, *optional*. accelerate's `gather_for_metrics` cuts the
+            last batch by `total_length`, which is then the sampler's epoch, not the dataset.
+
     Raises:
         TypeError: At construction, if the dataset lacks `__len__` or `__getitem__`.
     """
 
-    def __init__(self, dataset: Any) -> None:
+    def __init__(self, dataset: Any, sampler: PruningSampler | None = None) -> None:
         is_map = hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")
         if not is_map or isinstance(dataset, IterableDataset):  # it inherits a `__getitem__`
             raise TypeError(
                 f"A {type(dataset).__name__} has no length or no index, so it cannot be pruned. "
                 "Use a map-style dataset, such as `datasets.load_dataset(..., streaming=False)`."
             )
-        self.dataset = dataset
+        self.dataset, self._sampler = dataset, sampler
 
     def __len__(self) -> int:
         return len(self.dataset)
+
+    @property
+    def total_length(self) -> int:
+        """How many samples an epoch of the loader has."""
+        return len(self.dataset) if self._sampler is None else self._sampler.samples
 
     def __getitem__(self, index: int) -> _Indexed:
         return self.__getitems__([index])

@@ -232,11 +232,13 @@ class Clock:
     """Maps optimizer steps to virtual steps, at which a learning-rate schedule is evaluated.
 
         with max_steps       v = step
-        else                 v = F e + (k if L == F else F k / L), at most T
+        in the last epoch    v = F e + (T - F e) k / K
+        else                 v = F e + F k / L
 
     e epochs done, k steps done of this epoch's L, F the mean planned steps of an epoch,
-    T = ceil(F * num_epochs). A schedule of T steps so ends when the run does, whatever the lengths
-    of its epochs.
+    T = ceil(F * num_epochs), K the steps that are trained of the last epoch (L if it is whole). A
+    schedule of T steps so ends when the run does, whatever the lengths of its epochs. For epochs of
+    constant length v counts the steps exactly.
 
     Attributes:
         budget: Of the run.
@@ -286,9 +288,18 @@ class Clock:
         """The virtual step of `step`, counted from the run's start; an int for constant lengths."""
         if self.mean is None:
             return step
+        # An epoch of `steps` steps covers `span` virtual ones. The last epoch covers what is left
+        # of the schedule, so that it ends with the run also if `num_epochs` is fractional.
+        begun, steps, span = self.mean * self.epoch, self.length, self.mean
+        if self.epoch >= self.num_epochs - 1:
+            steps, span = self._last_steps(self.length), self.total - begun
         done = step - self.start
-        inside = done if self.length == self.mean else self.mean * done / self.length
-        return min(self.mean * self.epoch + inside, self.total)
+        return min(begun + (done if steps == span else span * done / steps), self.total)
+
+    def _last_steps(self, length: int) -> int:
+        """Steps of the last epoch that are trained, of the `length` that it would have whole."""
+        share = self.budget.count - (self.num_epochs - 1)
+        return math.ceil(round(length * share, 9))
 
     def total_steps(self) -> int:
         """Optimizer steps of the whole run, as known when the running epoch began.
@@ -301,5 +312,4 @@ class Clock:
         if self.epoch >= self.num_epochs:
             return self.start
         *whole, last = [self.length, *self.planned[self.epoch + 1 :]]
-        share = self.budget.count - (self.num_epochs - 1)  # of the last epoch
-        return self.start + sum(whole) + math.ceil(round(last * share, 9))
+        return self.start + sum(whole) + self._last_steps(last)
