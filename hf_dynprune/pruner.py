@@ -3,8 +3,7 @@
 It needs torch alone. [`DynamicPruningTrainer`] drives it inside the Trainer. In your own loop:
 
 ```python
-shape = RunShape(len(dataset), batch_size=128, num_epochs=20)
-pruner = DynamicPruner(UCB(keep_ratio=0.3), shape)
+pruner = DynamicPruner(UCB(keep_ratio=0.3), len(dataset), batch_size=128, num_epochs=20)
 loader = pruner.dataloader(dataset)                       # batches carry "sample_index"
 for epoch in range(pruner.num_epochs):
     pruner.begin_epoch(epoch)                             # chooses; the loader follows
@@ -83,11 +82,12 @@ class DynamicPruner:
     Args:
         policy: The rule.
         shape: Samples, batch and budget of the run. Its `ranks` is replaced by the number of ranks
-            of the process group.
+            of the process group. Or N alone, with the other fields of [`RunShape`] by name.
         seed: Of the choices.
         data_seed: Of the order, *optional*, defaults to `seed`.
         fingerprint: Identifies the dataset. A checkpoint of another dataset is refused.
         memory: What is remembered besides the policy's memory, *optional*.
+        run: Fields of [`RunShape`], if `shape` is N: `batch_size=128, num_epochs=20`.
 
     Raises:
         TypeError, ValueError: If an argument has the wrong type or is out of range, or if
@@ -100,12 +100,13 @@ class DynamicPruner:
     def __init__(
         self,
         policy: PruningPolicy,
-        shape: RunShape,
+        shape: RunShape | int,
         *,
         seed: int = 0,
         data_seed: int | None = None,
         fingerprint: str = "",
         memory: Memory | None = None,
+        **run: Any,
     ) -> None:
         if not isinstance(policy, PruningPolicy):
             raise TypeError(
@@ -113,9 +114,11 @@ class DynamicPruner:
                 "or by name with make_policy('ucb', keep_ratio=0.3)."
             )
         if not isinstance(shape, RunShape):
+            shape = RunShape(shape, **run)
+        elif run:
             raise TypeError(
-                f"shape={shape!r} is not a RunShape: expected one such as RunShape(len(dataset), "
-                "batch_size=128, num_epochs=20)."
+                f"{', '.join(run)}: these are fields of the RunShape, which was given. Give N in its "
+                "place, or set them there."
             )
         check_count("seed", seed, 0)
         if data_seed is not None:
@@ -155,6 +158,10 @@ class DynamicPruner:
     def num_epochs(self) -> int:
         """Epochs that the run begins, as planned."""
         return self.clock.num_epochs
+
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run, as known when the running epoch began."""
+        return self.clock.total_steps()
 
     def dataloader(
         self, dataset: Any, collate_fn: Callable[[Any], Any] | None = None, **options: Any
