@@ -469,7 +469,10 @@ def card(argv: Sequence[str]) -> None:
             )
         folder = (options.output or Path()).parent
         about.picture = Path(os.path.relpath(options.picture, folder)).as_posix()
-    text = card_of_reports(runs, about, **others)
+    try:
+        text = card_of_reports(runs, about, **others)
+    except ValueError as error:
+        raise ValueError(f"{options.files[0]}: {error}") from error
     if figure is not None:
         save_picture(figure, options.picture)
     if options.output:

@@ -28,6 +28,15 @@ def printable(text: object) -> str:
     )
 
 
+def printable_values(value: Any) -> Any:
+    """A copy of a JSON value in which all texts are [`printable`]."""
+    if isinstance(value, dict):
+        return {printable_values(name): printable_values(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [printable_values(item) for item in value]
+    return printable(value) if isinstance(value, str) else value
+
+
 def printable_lines(text: object) -> str:
     """The same, but line ends and tabs stay."""
     return re.sub(r"[^\n\t]+", lambda match: printable(match[0]), str(text))
@@ -64,7 +73,7 @@ def markdown(text: object) -> Markdown:
 
 
 def code(text: object) -> Markdown:
-    """The text as code in a line. It may stand in a cell of a table if it has no `|`."""
+    """The text as code in a line."""
     shown = printable(text)
     fence = fence_of(shown, "`")
     space = " " if shown.startswith("`") or shown.endswith("`") or not shown.strip() else ""
@@ -72,8 +81,11 @@ def code(text: object) -> Markdown:
 
 
 def code_cell(text: object) -> Markdown:
-    """The text as code in a cell of a table, where also in code a `|` ends the cell."""
-    return Markdown(code(text).replace("|", r"\|"))
+    """The text as code in a cell of a table, or as it is if it has a `|`.
+
+    Also in code a `|` ends the cell, and readers differ in how it is escaped there.
+    """
+    return markdown(text) if "|" in str(text) else code(text)
 
 
 def fence_of(text: str, shortest: str = "```") -> str:
@@ -84,7 +96,7 @@ def fence_of(text: str, shortest: str = "```") -> str:
 
 def target(path: str) -> Markdown:
     """A relative path as the target of a link."""
-    return Markdown(quote_from_bytes(path.encode("utf-8", "surrogateescape")))
+    return Markdown(quote_from_bytes(path.encode("utf-8", "surrogatepass")))
 
 
 def literal(value: Any) -> Markdown:
@@ -97,7 +109,7 @@ def literal(value: Any) -> Markdown:
 
 # A path that leads out of the working directory, also inside JSON.
 _ROOT = r"""(?:(?:file://)?(?:~[\w.-]*|\.\.|[A-Za-z]:)?/|(?:~|\.\.|[A-Za-z]:)\\|\\\\)"""
-_OUTSIDE = re.compile(rf"""(?<![\w.:/\\-]){_ROOT}(?:[^\s"',]*[/\\])?([^\s"',/\\]+)[/\\]?""")
+_OUTSIDE = re.compile(rf"""(?<![\w.:/\\<-]){_ROOT}(?:[^\s"',]*[/\\])?([^\s"',/\\]+)[/\\]?""")
 _WHOLE = re.compile(rf"""{_ROOT}(?:[^"'\n]*[/\\])?([^"'\n/\\]+)[/\\]?""")
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{8,}")
 # Not `eos_token` and the like.

@@ -31,6 +31,7 @@ from .model_card import (
     facts_of,
     fields_in_words,
     hub_dataset,
+    metadata_text,
     published,
     render,
     save_card,
@@ -438,4 +439,4 @@ def _card(
     data["hf_dynprune"] = {"version": __version__, "fingerprint": fingerprint, **block}
     about = {"name": name, "repo_id": repo_id, "n": n, "fingerprint": fingerprint}
     values = {**about, "scores": scores, "trained_on": trained_on, **values}
-    return DatasetCard(render(_TEMPLATE, card_data=data.to_yaml(), **values))
+    return DatasetCard(render(_TEMPLATE, card_data=metadata_text(data), **values))

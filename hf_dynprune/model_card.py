@@ -24,9 +24,9 @@ import datasets
 import jinja2
 import transformers
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData, RepoCard
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, RepoCard
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id, yaml_dump
 from transformers import TrainingArguments
 from transformers.modelcard import TASK_MAPPING, TrainingSummary
 
@@ -42,6 +42,7 @@ from .escape import (
     markdown,
     printable,
     printable_lines,
+    printable_values,
     target,
 )
 from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
@@ -311,7 +312,7 @@ def card_of_reports(
     }
     text = render(
         _TEMPLATE,
-        card_data=about.data.to_yaml(),
+        card_data=metadata_text(about.data),
         model_name=about.data.get("model_name") or "Model",
         command=printable_lines(about.command),
         fence=fence_of(about.command),
@@ -330,6 +331,12 @@ def card_of_reports(
         shown=_shown,
     )
     return ModelCard(text)
+
+
+def metadata_text(data: CardData) -> str:
+    """The metadata as YAML."""
+    values = printable_values(data.to_dict())
+    return yaml_dump(values, sort_keys=False).strip()
 
 
 def _policy_of(values: Mapping[str, Any]) -> PruningPolicy:

@@ -11,9 +11,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
-from hf_dynprune import PruningReport
+from hf_dynprune import PruningReport, Scores
 from hf_dynprune.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -110,6 +111,51 @@ def test_card_in_another_folder_than_its_picture(tmp_path):
     ]
     assert main(["card", str(UCB), *where]) == 0
     assert "](pictures/a.png)" in (tmp_path / "README.md").read_text()
+
+
+def test_nothing_is_made_or_overwritten_by_mistake(tmp_path, capsys, reliability):
+    report = tmp_path / "run" / "report.json"
+    report.parent.mkdir()
+    report.write_bytes(UCB.read_bytes())
+    (tmp_path / "folder").mkdir()
+    mistakes = [
+        ["--output", tmp_path / "typo" / "README.md"],
+        ["--output", tmp_path / "typo" / "deeper" / "README.md"],
+        ["--output", tmp_path / "folder"],
+        ["--output", report],
+        ["--output", tmp_path / "README.md", "--picture", tmp_path / "typo" / "a.png"],
+        ["--output", tmp_path / "README.md", "--picture", tmp_path / "pruning"],
+        ["--output", tmp_path / "README.md", "--picture", tmp_path / "folder" / "a.exe"],
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    for arguments in mistakes:
+        assert main(["card", str(report.parent), *map(str, arguments)]) == 2
+        assert str(arguments[-1]) in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+    assert report.read_bytes() == UCB.read_bytes()
+    reliability("uploads", len(mistakes))
+
+
+def test_a_card_reads_no_file_that_the_report_names(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Scores(torch.arange(9.0), "other", provenance={"passes": 1}).save("scores.safetensors")
+    values = json.loads(UCB.read_text())
+    policy = {"name": "static", "keep_ratio": 0.3, "keep": "hardest", "charge": True}
+    values["policy"] = {**policy, "scores": "scores.safetensors", "digest": "0123"}
+    Path("report.json").write_text(json.dumps(values))
+    # Read, the file would be refused: it has another digest.
+    assert main(["card", "report.json"]) == 0
+    assert '`scores="scores.safetensors"`' in capsys.readouterr().out
+
+
+def test_a_policy_that_cannot_be_made_names_the_report(tmp_path, capsys):
+    values = json.loads(UCB.read_text())
+    values["policy"]["keep_ratio"] = 7
+    (tmp_path / "report.json").write_text(json.dumps(values))
+    assert main(["card", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert str(tmp_path) in error
+    assert "keep_ratio=7" in error
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`hf-dynprune report` and `plot`, and the exit status of all commands."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,10 +11,13 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from hostile import RAW, TEXTS
 from PIL import Image
 
 from hf_dynprune import UCB, DynamicPruner, PruningReport, RunShape
 from hf_dynprune.cli import COMMANDS, main
+from hf_dynprune.escape import printable
+from hf_dynprune.files import save_tensors
 
 N, CHOICES = 12, 3
 ROOT = Path(__file__).parents[1]
@@ -135,6 +139,80 @@ def test_a_file_that_is_not_a_report(text, value, tmp_path, capsys):
             assert str(file) in error
 
 
+def foreign(path, text):
+    """A report in which each name that may be somebody else's is `text`."""
+    train(path)
+    values = json.loads((path / "report.json").read_text())
+    values["policy"] = {"name": text, text: text}
+    values["environment"] |= {"device": text, "versions": {text: text}}
+    values["preparation"] = {"charged": True, "method": text, "passes": 3}
+    values["best_model"] = {"step": 1, "metrics": {text: 0.5}}
+    for record in values["epochs"]:
+        record["metrics"] = {text: 0.5}
+    (path / "report.json").write_text(json.dumps(values))
+    return path / "report.json"
+
+
+@pytest.mark.parametrize("text", [text for text in TEXTS if text], ids=repr)
+def test_texts_of_others_are_shown_escaped(text, tmp_path, capsys, reliability):
+    reliability("foreign texts")
+    file = foreign(tmp_path / "run", text)
+    one, two = (call(capsys, "report", *files) for files in ([file], [file, file]))
+    assert not RAW.search(one + two)
+    assert len(one.splitlines()) == len(PruningReport.load(file).summary()) + 1
+    assert len(two.splitlines()) == 5
+    assert printable(text) in one
+    assert not RAW.search(call(capsys, "report", file, "--metric", "none", status=2))
+    (read,) = json.loads(call(capsys, "report", file, "--json"))
+    assert read["policy"]["name"] == text
+
+
+def test_json_of_what_json_does_not_have(tmp_path, capsys):
+    train(tmp_path)
+    report = PruningReport.load(tmp_path / "report.json")
+    report.epochs[-1].metrics = {"eval_auc": math.nan, "eval_loss": -math.inf}
+    report.save(tmp_path / "report.json")
+
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    (read,) = json.loads(call(capsys, "report", tmp_path, "--json"), parse_constant=refuse)
+    assert read["metrics"] == {"eval_auc": "NaN", "eval_loss": "-Infinity"}
+    assert "eval_auc nan, eval_loss -inf" in call(capsys, "report", tmp_path)
+    facts = json.loads(call(capsys, "card", tmp_path, "--json"), parse_constant=refuse)
+    assert facts["results"]["auc"]["mean"] == "NaN"
+
+
+@pytest.mark.parametrize("command", [["report"], ["card"], ["plot", "runs"], ["plot", "scores"]])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_samples", 0),
+        ("epochs", {}),
+        ("selection", []),
+        ("environment", None),
+        ("seed", "0"),
+        ("policy", {"keep_ratio": 0.5}),
+    ],
+)
+def test_a_wrong_field_is_named(command, field, value, runs, capsys, reliability):
+    reliability("foreign reports")
+    file = runs[0] / "report.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), field: value}))
+    error = call(capsys, *command, file, status=2)
+    assert str(file) in error
+    assert field in error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_without_all_characters(encoding, runs):
+    program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, "report", str(runs[0])]
+    settings = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": f"{encoding}:strict"}
+    done = subprocess.run(command, capture_output=True, env={**os.environ, **settings})
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_a_truncated_report(runs, capsys):
     text = (runs[0] / "report.json").read_text()
     (runs[0] / "report.json").write_text(text[: len(text) // 2])
@@ -244,6 +322,16 @@ def test_mistakes_about_the_samples(runs, dataset, capsys, tmp_path):
     assert str(runs[0] / "report.json") in without
     assert without != unlike
     assert not (tmp_path / "x.png").exists()
+
+
+def test_a_state_or_a_table_that_does_not_say_what_was_kept(runs, dataset, capsys):
+    data = ["--dataset", dataset / "images"]
+    state = runs[0] / "checkpoint-6" / "pruning_state.safetensors"
+    save_tensors(state, {"other": torch.ones(2)}, {})
+    assert str(state) in call(capsys, "plot", "classes", state, *data, status=2)
+    report = runs[0] / "report.json"
+    report.write_text(json.dumps({**json.loads(report.read_text()), "selection": {}}))
+    assert str(report) in call(capsys, "plot", "classes", runs[0], *data, status=2)
 
 
 def test_an_output_that_cannot_be(runs, capsys):

@@ -3,6 +3,7 @@
 The tests look at metadata, at cells of tables and at snippets. The wording is free.
 """
 
+import ast
 import inspect
 import json
 import re
@@ -12,6 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from datasets import Dataset
+from hostile import RAW, TEXTS, programs, shape
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import (
     AutoConfig,
@@ -31,12 +33,14 @@ from hf_dynprune import (
     RandomPruning,
     StaticPruning,
 )
+from hf_dynprune.escape import printable
 from hf_dynprune.model_card import (
     CardArguments,
     CardFacts,
     card_of_reports,
     card_of_trainer,
     command_of,
+    eval_results,
     facts_of,
     picture_of,
 )
@@ -680,3 +684,67 @@ def test_architecture_of_ours_asks_for_its_import(tmp_path):
         assert load.startswith("import hf_dynprune.vision") == needs_import
         assert "AutoModelForImageClassification.from_pretrained(name)" in load
         assert "AutoImageProcessor.from_pretrained(name)" in load
+
+
+# ---- texts of others -----------------------------------------------------------------------------
+
+
+def card_with(text):
+    """A card in which every text that may be somebody else's is `text`, and its parts."""
+    report = a_report()
+    report.policy = {**report.policy, "signal": text or "loss"}
+    report.environment = {
+        "hf_dynprune": text or "0",
+        "device": text or "cpu",
+        "ranks": 1,
+        "versions": {text: text or "1", "torch": "2.9"},
+    }
+    report.best_model = {"step": 2, "metrics": {text: 0.5}}
+    for record in report.epochs:
+        record.metrics = {f"eval_{text}": 0.5, "eval_loss": 1.5}
+    report = PruningReport.from_dict(json.loads(json.dumps(report.to_dict())))
+    results = {text: 0.5}
+    data = ModelCardData(
+        model_name=text or "m",
+        tags=[text],
+        datasets=[text],
+        metrics=list(results),
+        eval_results=eval_results(results, text, text),
+    )
+    full = a_report(FullData())
+    for record in full.epochs:
+        record.metrics = {f"eval_{text}": 0.25}
+    about = CardFacts(
+        data,
+        origin=f"x {text}" if text.strip() else "x",
+        training={text: text},
+        notes=[f"x {text}"],
+        picture=f"{text}.png",
+        command=f"echo {text}",
+        loading={
+            "model": "AutoModel",
+            "processor": None,
+            "source": text or "me/m",
+            "is_timm": False,
+            "architecture": None,
+        },
+    )
+    return card_of_reports(report, about, full=full)
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_texts_of_others_show_as_they_are(text, reliability, tmp_path):
+    pytest.importorskip("markdown_it")
+    reliability("foreign texts")
+    plain, card = card_with("plain"), card_with(text)
+    assert shape(str(card)) == shape(str(plain))
+    path = tmp_path / "README.md"
+    path.write_text(str(card), encoding="utf-8")  # no half of a surrogate pair
+    assert not RAW.search(str(card))
+    data, shown = ModelCard.load(path).data, printable(text)
+    assert data["hf_dynprune"]["policy"]["signal"] == (shown or "loss")
+    assert data.model_name == (shown or "m")
+    assert [result.metric_type for result in data.eval_results] == [shown]
+    (program,) = programs(str(card))
+    name = next(node.value for node in ast.parse(program).body if isinstance(node, ast.Assign))
+    assert ast.literal_eval(name) == (text or "me/m")

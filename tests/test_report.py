@@ -1,15 +1,19 @@
 """PruningReport: cost and chance checked by hand, and a round trip through a file."""
 
+import copy
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_dynprune import report as module
 from hf_dynprune.report import (
     FORMAT_VERSION,
     PHASES,
@@ -21,6 +25,7 @@ from hf_dynprune.report import (
     describe_environment,
     differences,
     in_percent,
+    numbers_in,
     passes,
     selection_of,
     shown_metric,
@@ -404,6 +409,207 @@ def test_committed_reports_are_read_and_written_as_they_are():
     for file in files[::10]:
         written = {"preparation": {}, **json.loads(file.read_text())}
         assert PruningReport.load(file).to_dict() == written, file
+
+
+def no_constant(name):
+    raise ValueError(f"{name} is not JSON")
+
+
+def not_finite() -> PruningReport:
+    metrics = {"eval_auc": math.nan, "eval_inf": math.inf, "eval_minus": -math.inf, "eval_f1": 0.5}
+    scores = {"mean": math.inf, "q50": 1.0}
+    epochs = [record(0, metrics=metrics, scores=scores, learning_rate=math.nan)]
+    return report(num_epochs=1.0, epochs=epochs)
+
+
+def test_numbers_that_json_does_not_have(tmp_path):
+    made = not_finite()
+    made.save(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    values = json.loads(text, parse_constant=no_constant)
+    assert json.loads(json.dumps(made.to_dict()), parse_constant=no_constant) == values
+    shown = {"eval_auc": "NaN", "eval_inf": "Infinity", "eval_minus": "-Infinity", "eval_f1": 0.5}
+    assert values["metrics"] == values["epochs"][0]["metrics"] == shown
+    again = PruningReport.load(tmp_path / "report.json")
+    assert repr(again) == repr(made)
+    assert again.to_dict() == made.to_dict()
+    # Reports of earlier versions have them bare.
+    (tmp_path / "report.json").write_text(re.sub(r'"(NaN|-?Infinity)"', r"\1", text))
+    assert repr(PruningReport.load(tmp_path / "report.json")) == repr(made)
+
+
+def test_metrics_that_are_numbers():
+    metrics = {
+        "int": 3,
+        "flag": True,
+        "numpy": np.float32(0.5),
+        "numpy flag": np.bool_(False),
+        "array": np.array(2),
+        "tensor": torch.tensor(1.5),
+        "bfloat16": torch.tensor(1.5, dtype=torch.bfloat16),
+        7: 7,
+        "nan": math.nan,
+        "complex": 1j,
+        "numpy complex": np.complex64(1),
+        "text": "0.5",
+        "list": [1],
+        "tensors": torch.ones(1),
+        "none": None,
+        "digits": 10**400,
+    }
+    found = numbers_in(metrics)
+    assert repr(found) == repr(
+        {
+            "int": 3.0,
+            "flag": 1.0,
+            "numpy": 0.5,
+            "numpy flag": 0.0,
+            "array": 2.0,
+            "tensor": 1.5,
+            "bfloat16": 1.5,
+            "7": 7.0,
+            "nan": math.nan,
+        }
+    )
+
+
+def test_the_best_model_is_reported_apart(tmp_path):
+    made = full()
+    assert "best_model" not in made.to_dict()
+    assert "best weights" not in made.summary()
+    made.best_model = {"step": 1234, "metrics": {"test_accuracy": 0.75, "test_runtime": 1.0}}
+    made.save(tmp_path / "report.json")
+    assert PruningReport.load(tmp_path / "report.json") == made
+    assert made.metrics == {"eval_loss": 0.5}
+    assert made.summary()["best weights"] == "step 1,234: test_accuracy 75.00 %"
+
+
+# ---- reports of others ---------------------------------------------------------------------------
+
+WRONG = (None, True, "x", -1, 1.5, 10**30, 10**400, [], {}, [1], {"a": 1}, math.nan, math.inf)
+MISSING = object()
+
+
+def every_place(value, place=()):
+    """The places of all fields, of lists the first item."""
+    if place:
+        yield place
+    keys = (
+        value
+        if isinstance(value, dict)
+        else range(len(value[:1]))
+        if isinstance(value, list)
+        else ()
+    )
+    for key in keys:
+        yield from every_place(value[key], (*place, key))
+
+
+def changed(values, place, value):
+    values = copy.deepcopy(values)
+    inside = values
+    for key in place[:-1]:
+        inside = inside[key]
+    if value is MISSING:
+        del inside[place[-1]]
+    else:
+        inside[place[-1]] = value
+    return values
+
+
+def named(place):
+    """How an error names a place, in one of two ways."""
+    first, *others = map(str, place)
+    dotted = first + "".join(f"[{o}]" if o.isdigit() else f".{o}" for o in others)
+    return re.escape(dotted), re.escape(re.sub(r"\.([^.]*)$", r"['\1']", dotted))
+
+
+def error_of(values):
+    """Why the report is refused; None if it is read. Then nothing that reads it fails."""
+    try:
+        read = PruningReport.from_dict(values)
+    except ValueError as error:
+        return str(error)
+    read.to_dict(), read.summary(), read.results, read.spent("passes"), read.spent("seconds")
+    read.cost_ratio, differences([read, read])
+    return None
+
+
+def test_every_wrong_field_is_named(reliability):
+    made = full()
+    made.best_model = {"step": 1, "metrics": {"eval_loss": 0.5}}
+    made.environment.update(hf_dynprune="1", ranks=1)
+    values = made.to_dict()
+    derived = ("cost_ratio", "passes", "totals", "metrics", "format_version")
+    refused = accepted = 0
+    for place in every_place(values):
+        if place[0] in derived or place == ("policy", "keep_ratio"):
+            continue
+        for value in (*WRONG, MISSING):
+            error = error_of(changed(values, place, value))
+            if error is None:
+                accepted += 1
+                continue
+            refused += 1
+            # Lists whose length does not fit the number of choices are named as a whole.
+            names = [*named(place), r"selection\.(histogram|chance) has"]
+            assert any(re.search(name, error) for name in names), (place, value, error)
+    assert refused > 700
+    assert accepted < refused / 3
+    reliability("foreign reports", refused + accepted)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("num_samples",), 0),
+        (("epochs", 0, "seconds", "training"), math.nan),
+        (("epochs", 0, "forward_passes"), 1.0),
+        (("selection", "histogram"), [1, 2, 3, 4]),
+        (("selection", "never"), 1.1),
+        (("policy",), {}),
+        (("policy", "name"), ""),
+        (("resumed", 0, "stock_checkpoint"), "yes"),
+        (("preparation", "passes"), "30"),
+        (("environment", "versions", "torch"), 2),
+    ],
+)
+def test_wrong_fields_are_refused(place, value, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(json.dumps(changed(full().to_dict(), place, value)))
+    with pytest.raises(ValueError, match=place[-1]) as caught:
+        PruningReport.load(path)
+    assert str(path) in str(caught.value)
+
+
+def test_each_field_of_a_report_is_checked():
+    assert module._REPORT.keys() == PruningReport.__dataclass_fields__.keys()
+    assert module._RECORD.keys() == EpochRecord.__dataclass_fields__.keys()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "1" * 5000, "\ufeff{}", "nan"])
+def test_files_that_json_readers_fail_on(text, tmp_path):
+    path = tmp_path / "report.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        PruningReport.load(path)
+
+
+def test_a_value_nested_too_deeply_to_be_copied(tmp_path):
+    deep = []
+    for _ in range(300):
+        deep = [deep]
+    for name in ("policy", "environment", "preparation"):
+        values = full().to_dict()
+        values[name]["more"] = deep
+        with pytest.raises(ValueError, match=rf"{name}.* deep"):
+            PruningReport.from_dict(values)
+
+
+def test_fields_of_later_versions_are_left_out():
+    values = full().to_dict()
+    values["later"] = values["epochs"][0]["later"] = 1
+    assert PruningReport.from_dict(values) == full()
 
 
 def test_records_do_not_share_their_values():
