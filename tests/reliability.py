@@ -79,6 +79,24 @@ ROWS = {
         "the properties of policies, sampler, clock and report hold",
     ),
     "conformance": Row("checks of the contract that every policy keeps", "each policy keeps it"),
+    "foreign texts": Row(
+        "a name or text of somebody else in a report or in scores: Markdown, HTML, YAML, code, "
+        "terminal escapes, surrogates",
+        "cards and the terminal show it as it is; the structure of the card does not change",
+    ),
+    "foreign reports": Row(
+        "a report file with a field that is missing or has a wrong value",
+        "refused with the file and the field, by every command",
+    ),
+    "uploads": Row(
+        "uploads with other files, links and folders in the way, and with names that are no "
+        "repositories",
+        "only files that were just written are uploaded; others are neither read nor changed",
+    ),
+    "scores": Row(
+        "scores, files of scores and policy arguments with wrong values",
+        "refused with the value, and with the file if there is one",
+    ),
     "memory": Row(
         "the bytes that a causal language model keeps for its losses",
         "no second copy of the logits",

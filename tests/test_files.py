@@ -5,6 +5,7 @@ import os
 import re
 import struct
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,11 +15,14 @@ from safetensors.torch import save_file
 from hf_dynprune.files import (
     atomic,
     checksum,
+    load_json,
     load_parquet,
     load_tensors,
+    number,
     save_json,
     save_parquet,
     save_tensors,
+    strict,
 )
 
 # ---- tensors -------------------------------------------------------------------------------------
@@ -250,6 +254,54 @@ def test_json_comes_back_and_the_folder_is_made(tmp_path):
     assert os.listdir(tmp_path / "new") == ["x.json"]
 
 
+def test_json_has_no_constants_that_json_does_not_have(tmp_path):
+    nan, inf = float("nan"), float("inf")
+    value = {
+        "a": [nan, (inf, -inf)],
+        "b": {"c": 1.5, "d": "NaN"},
+        nan: True,
+        "numpy": np.float64(nan),
+    }
+
+    def refuse(name):
+        raise ValueError(name)
+
+    save_json(tmp_path / "x.json", value)
+    text = (tmp_path / "x.json").read_text()
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": ["NaN", ["Infinity", "-Infinity"]],
+        "b": {"c": 1.5, "d": "NaN"},
+        "NaN": True,
+        "numpy": "NaN",
+    }
+    assert [number(strict(x)) for x in (inf, -inf, 1, None, "x", 2.5)] == [
+        inf,
+        -inf,
+        1,
+        None,
+        "x",
+        2.5,
+    ]
+    assert np.isnan(number(strict(nan)))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "", "{", "1" * 5000])
+def test_json_that_cannot_be_read(text, tmp_path):
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(ValueError, match=r"\w"):
+        load_json(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize("metadata", [[], [1], None, "x", 3])
+@pytest.mark.parametrize(
+    ("save", "load"), [(save_tensors, load_tensors), (save_parquet, load_parquet)]
+)
+def test_metadata_is_a_mapping(metadata, save, load, tmp_path):
+    save(tmp_path / "x", {"a": torch.ones(2)}, metadata)
+    with pytest.raises(ValueError, match=type(metadata).__name__):
+        load(tmp_path / "x")
+
+
 # ---- atomic --------------------------------------------------------------------------------------
 
 
@@ -262,6 +314,29 @@ def test_the_place_to_write_to_becomes_the_file(tmp_path):
         assert temporary.parent == path.parent  # one file system: a rename is atomic
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_two_that_write_the_same_file_do_not_meet(tmp_path):
+    path = tmp_path / "file"
+    with atomic(path) as one, atomic(path) as other:
+        assert one != other
+        one.write_text("one")
+        other.write_text("other")
+    assert path.read_text() == "one"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_link_in_the_place_is_replaced_and_not_followed(tmp_path):
+    (tmp_path / "other").write_text("of somebody")
+    (tmp_path / "link").symlink_to(tmp_path / "other")
+    save_json(tmp_path / "link", 1)
+    assert (tmp_path / "other").read_text() == "of somebody"
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_a_long_name(tmp_path):
+    save_json(tmp_path / ("x" * 250), 1)
+    assert os.listdir(tmp_path) == ["x" * 250]
 
 
 def test_an_error_leaves_the_file_as_it_was(tmp_path):

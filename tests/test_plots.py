@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from hf_dynprune import UCB, FullData, PruningReport, RandomPruning
+from hf_dynprune.escape import printable
 from hf_dynprune.plots import (
     plot_classes,
     plot_runs,
     plot_samples,
     plot_scores,
     plot_selection,
+    save_picture,
 )
 from hf_dynprune.report import EpochRecord, chance_of, selection_of
 
@@ -186,6 +188,51 @@ def test_errors_have_the_wrong_value(runs, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"pip install hf-dynprune\[recipes\]"):
         plot_runs(runs)
+
+
+NAMES = [
+    "_name",
+    "__",
+    "$\\foo$",
+    "$x$ and $",
+    "\ud800",
+    "\x1b[31m",
+    "a\nb",
+    "<b>&",
+    "x" * 3000,
+    "",
+]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", NAMES, ids=range(len(NAMES)))
+def test_names_are_shown_as_they_are(name, reliability, tmp_path):
+    reliability("foreign texts")
+    run = a_run(UCB(keep_ratio=0.6), 60, [0.4, 0.5], metric=f"eval_{name}")
+    scores = dict.fromkeys(("q05", "q25", "q50", "q75", "q95", "mean"), 1.0)
+    run.epochs[1].scores = scores
+    run.policy["name"] = name
+    shown = printable(name)[:50]
+    runs = plot_runs({name: run}, f"eval_{name}")
+    assert shown in entries(runs)[0].replace(r"\$", "$")
+    figures = {
+        "runs": runs,
+        "selection": plot_selection({name: run}),
+        "scores": plot_scores(run),
+        "classes": plot_classes(np.array([1, 2]), 2, np.array([0, 1]), [name, "b"]),
+    }
+    for kind, figure in figures.items():
+        for suffix in ("png", "svg", "pdf"):
+            save_picture(figure, tmp_path / f"{kind}.{suffix}")
+        if name.startswith("<"):
+            assert "<b>" not in (tmp_path / f"{kind}.svg").read_text()
+    assert len(list(tmp_path.iterdir())) == 12
+
+
+def test_scores_of_a_report_that_lacks_some(runs):
+    runs["UCB"].epochs[1].scores = {"mean": 1.5, "q50": 1.0}
+    with pytest.raises(ValueError, match="'q05'"):
+        plot_scores(runs["UCB"])
 
 
 def test_no_matplotlib_until_used_and_no_pyplot_at_all():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 import torch
 from choosing import INF, NAN
 
-from hf_dynprune.files import save_parquet
+from hf_dynprune.files import save_parquet, save_tensors
 from hf_dynprune.scores import Scores, fingerprints_fit
 from hf_dynprune.table import SampleTable
 
@@ -64,9 +65,45 @@ def test_digest_is_of_the_content():
     assert len({scores.digest for scores in (made(), *others)}) == 4
 
 
+def nested(depth):
+    deep = []
+    for _ in range(depth):
+        deep = [deep]
+    return deep
+
+
+CIRCLE = {}
+CIRCLE["again"] = CIRCLE
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "found"),
     [
+        ({"values": None}, TypeError, "NoneType"),
+        ({"values": "abc"}, TypeError, "str"),
+        ({"values": ["a"]}, TypeError, "list"),
+        ({"values": {1: 2}}, TypeError, "dict"),
+        ({"values": [[1], [1, 2]]}, TypeError, "list"),
+        ({"values": [10**400]}, TypeError, "list"),
+        ({"values": [1j]}, TypeError, "list"),
+        ({"values": torch.ones(2, dtype=torch.complex64)}, TypeError, "complex64"),
+        ({"values": torch.ones(2, device="meta")}, TypeError, "'meta'"),
+        ({"values": torch.eye(2).to_sparse()}, TypeError, "sparse"),
+        ({"values": np.array([object()])}, TypeError, "ndarray"),
+        ({"values": np.array(["2020-01-01"], dtype="datetime64[D]")}, TypeError, "ndarray"),
+        ({"values": 5.0}, ValueError, r"\(\)"),
+        ({"values": [1.0, 1e39, -1e300]}, ValueError, r"2 of 3.*sample 1, 1e\+39"),
+        ({"values": np.array([1e300])}, ValueError, r"1 of 1.*sample 0, 1e\+300"),
+        ({"fingerprint": 5}, TypeError, "fingerprint=5"),
+        ({"fingerprint": None}, TypeError, "fingerprint=None"),
+        ({"provenance": [1]}, TypeError, r"provenance=\[1\]"),
+        ({"provenance": None}, TypeError, "provenance=None"),
+        ({"provenance": {"loss": NAN}}, ValueError, "JSON"),
+        ({"provenance": CIRCLE}, ValueError, "JSON"),
+        ({"provenance": {"a": nested(50)}}, ValueError, "deep"),
+        ({"provenance": {"a": nested(5000)}}, ValueError, "JSON"),
+        ({"provenance": {"passes": 10**400}}, ValueError, r"\['passes'\]=1000"),
+        ({"provenance": {"seconds": "1"}}, ValueError, r"\['seconds'\]='1'"),
         ({"values": [1.0, NAN, 2.0, NAN]}, ValueError, r"2 of 4.*sample 1\b"),
         ({"values": [[1.0]]}, ValueError, r"\(1, 1\)"),
         ({"values": []}, ValueError, r"\(0,\)"),
@@ -79,7 +116,8 @@ def test_digest_is_of_the_content():
         ({"provenance": {"passes": INF}}, ValueError, r"\['passes'\]=inf"),
     ],
 )
-def test_wrong_scores(settings, error, found):
+def test_wrong_scores(settings, error, found, reliability):
+    reliability("scores")
     with pytest.raises(error, match=found):
         made(**settings)
 
@@ -116,6 +154,55 @@ def test_files_without_scores(tmp_path):
     for use in (lambda path: made().save(path), Scores.load):
         with pytest.raises(ValueError, match=r"'\.csv'.*\.safetensors.*\.parquet"):
             use(tmp_path / "scores.csv")
+
+
+GOOD = {"method": "el2n", "fingerprint": "", "provenance": {}}
+
+
+@SUFFIXES
+@pytest.mark.parametrize(
+    ("values", "metadata"),
+    [
+        (torch.ones(3), [GOOD]),
+        (torch.ones(3), "text"),
+        (torch.ones(3), None),
+        (torch.ones(3), {"method": "el2n", "provenance": {}}),
+        (torch.ones(3), {**GOOD, "method": ["el2n"]}),
+        (torch.ones(3), {**GOOD, "method": ""}),
+        (torch.ones(3), {**GOOD, "fingerprint": 3}),
+        (torch.ones(3), {**GOOD, "provenance": [1]}),
+        (torch.ones(3), {**GOOD, "provenance": None}),
+        (torch.ones(3), {**GOOD, "provenance": {"passes": "many"}}),
+        (torch.ones(3), {**GOOD, "provenance": {"a": nested(100)}}),
+        (torch.tensor([1.0, NAN]), GOOD),
+        (torch.tensor([1e300], dtype=torch.float64), GOOD),
+        (torch.ones(0), GOOD),
+    ],
+)
+def test_files_with_wrong_scores(values, metadata, suffix, tmp_path, reliability):
+    reliability("scores")
+    path = tmp_path / f"scores{suffix}"
+    (save_parquet if suffix == ".parquet" else save_tensors)(path, {"score": values}, metadata)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Scores.load(path)
+
+
+@SUFFIXES
+@pytest.mark.parametrize("text", ["[" * 100_000, "{", "NaN", "1" * 5000])
+def test_files_whose_metadata_is_no_mapping(text, suffix, tmp_path, reliability, monkeypatch):
+    reliability("scores")
+    path = tmp_path / f"scores{suffix}"
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_dynprune.files.json_text", lambda value, **settings: text)
+        made().save(path)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        Scores.load(path)
+
+
+def test_scores_of_a_folder_that_looks_like_a_partition(tmp_path):
+    path = tmp_path / "keep_ratio=0.3" / "seed=1" / "scores.parquet"
+    made().save(path)
+    assert torch.equal(Scores.load(path).values, made().values)
 
 
 def test_parquet_of_scores_is_what_others_read(tmp_path):
