@@ -117,8 +117,8 @@ class DynamicPruner:
             shape = RunShape(shape, **run)
         elif run:
             raise TypeError(
-                f"{', '.join(run)}: these are fields of the RunShape, which was given. Give N in its "
-                "place, or set them there."
+                f"{', '.join(run)}: these are fields of the RunShape, which was given. Set them "
+                "there, or give N in its place."
             )
         check_count("seed", seed, 0)
         if data_seed is not None:
