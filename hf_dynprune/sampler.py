@@ -125,7 +125,7 @@ class IndexedDataset(Dataset):
     Args:
         dataset: Map-style.
         sampler: What the loader draws from, *optional*. accelerate's `gather_for_metrics` cuts the
-            last batch by `total_length`, which is then the sampler's epoch, not the dataset.
+            last batch by `total_dataset_length`, here that of the epoch.
 
     Raises:
         TypeError: At construction, if the dataset lacks `__len__` or `__getitem__`.
@@ -144,7 +144,7 @@ class IndexedDataset(Dataset):
         return len(self.dataset)
 
     @property
-    def total_length(self) -> int:
+    def total_dataset_length(self) -> int:
         """How many samples an epoch of the loader has."""
         return len(self.dataset) if self._sampler is None else self._sampler.samples
 

@@ -79,6 +79,9 @@ class Memories(Memory):
     def __init__(self, *parts: Memory) -> None:
         object.__setattr__(self, "parts", parts)
 
+    def __repr__(self) -> str:
+        return f"Memories({', '.join(map(repr, self.parts))})"
+
     @property
     def columns(self) -> tuple[Column, ...]:
         return tuple(column for part in self.parts for column in part.columns)
@@ -102,6 +105,9 @@ class Last(Memory):
 
     def __init__(self, *names: str) -> None:
         object.__setattr__(self, "names", names)
+
+    def __repr__(self) -> str:
+        return f"Last({', '.join(map(repr, self.names))})"
 
     @property
     def columns(self) -> tuple[Column, ...]:

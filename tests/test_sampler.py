@@ -8,6 +8,7 @@ import traceback
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import (
@@ -467,3 +468,18 @@ def test_no_global_random_state_is_read_or_changed():
     assert global_states() == before  # not changed
     seed_all(1)
     assert choices() == one  # not read
+
+
+def test_accelerate_gathers_each_kept_sample_once():
+    # gather_for_metrics cuts the last batch by the length of the dataset.
+    accelerator = Accelerator(cpu=True)
+    data = [{"x": torch.tensor(float(i))} for i in range(50)]
+    pruner = DynamicPruner(RandomPruning(0.54), RunShape(50, 8, num_epochs=2))
+    loader = accelerator.prepare(pruner.dataloader(data))
+    for epoch in range(2):
+        record, gathered = pruner.begin_epoch(epoch), []
+        for batch in loader:
+            index = batch.pop("sample_index")
+            pruner.observe(index)
+            gathered += accelerator.gather_for_metrics(index).tolist()
+        assert len(gathered) == len(set(gathered)) == record.samples == 27
