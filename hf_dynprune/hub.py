@@ -24,7 +24,7 @@ from huggingface_hub.utils import validate_repo_id
 from . import __version__, distributed
 from .checks import check_count
 from .data_side import PrunedDataMixin, dataset_fingerprint, uploading
-from .escape import Markdown, code, hide_folders
+from .escape import Markdown, code_cell, hide_folders
 from .files import PICTURE_FILE, REPORT_FILE, load_parquet, save_parquet
 from .model_card import (
     CARD_FILE,
@@ -47,6 +47,8 @@ _TEMPLATE = Path(__file__).with_name("dataset_card_template.md")
 # All that is uploaded.
 _FILES_OF_SCORES = (CARD_FILE, REPORT_FILE, SCORES_FILE)
 _FILES_OF_TIMM = (CARD_FILE, REPORT_FILE, PICTURE_FILE, "config.json", "model.safetensors")
+# What a column holds that the policy does not remember, such as the labels for `min_per_class`.
+_OTHER = "recorded beside the memory of the policy; NaN: never observed"
 # Every card of ours has it. It tells our folder from one of the user.
 _MARK = "<!-- hf_dynprune wrote this card"
 
@@ -386,7 +388,7 @@ def _card_of_scores(scores: Scores, repo_id: str) -> DatasetCard:
         scores.fingerprint,
         tags=["static-data-pruning", scores.method],
         block={"method": scores.method},
-        columns={"score": Markdown(f"the {code(scores.method)} score; high is hard")},
+        columns={"score": Markdown(f"the {code_cell(scores.method)} score; high is hard")},
         scores=scores,
         made=hide_folders(made),
     )
@@ -398,7 +400,7 @@ def _card_of_table(
     own = [column.name for column in pruner.policy.memory.columns]
     columns = {
         **dict.fromkeys(
-            own, Markdown(f"memory of {code(pruner.policy.name)}; NaN: never observed")
+            own, Markdown(f"memory of {code_cell(pruner.policy.name)}; NaN: never observed")
         ),
         TIMES_KEPT.name: "number of choices that kept the sample",
         LAST_OBSERVED.name: "epoch of the last observation, counted from 0; -1: never observed",
@@ -411,7 +413,7 @@ def _card_of_table(
         pruner.fingerprint,
         tags=["dynamic-data-pruning", pruner.policy.name],
         block={"policy": facts["policy"]},
-        columns={name: columns[name] for name in pruner.table.columns},
+        columns={name: columns.get(name, _OTHER) for name in pruner.table.columns},
         trained_on=trained_on,
         facts=facts,
         fields=Markdown(fields_in_words(facts["policy"])),

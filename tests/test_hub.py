@@ -7,6 +7,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tempfile
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -14,6 +15,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from hostile import RAW, TEXTS, programs, shape
 from hub import Hub, refuse
 from huggingface_hub import DatasetCard, ModelCard
 from tiny import KnownLoss, arguments, images, known_losses, trainer, values
@@ -32,8 +34,10 @@ from hf_dynprune import (
     push_scores_to_hub,
     push_timm_to_hub,
 )
+from hf_dynprune.escape import printable
 from hf_dynprune.files import save_parquet
 from hf_dynprune.hub import SCORES_FILE
+from hf_dynprune.table import Last
 
 N, SIZE, NAMES = 24, 8, ["cat", "dog", "owl"]
 
@@ -85,6 +89,17 @@ def fails(call, folder):
     return {"message": "nothing was raised"}
 
 
+SECRETS = (".env", "patients.csv", "README.md", "deeper/model.safetensors")
+
+
+def scatter(folder):
+    """Put files of a user into a folder."""
+    for name in SECRETS:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("secret")
+
+
 def program(folder):
     import datasets
     import timm
@@ -119,6 +134,16 @@ def program(folder):
         torch.arange(24.0), "el2n", provenance={"passes": 3, "model": "/home/someone/model"}
     )
     push_scores_to_hub(scores, "user/el2n", folder=folder / "el2n")
+    scores.provenance["settings"] = {"hub_token": "secret", "seed": 3}
+    # In the working directory lies a folder with the name of the repository.
+    scatter(folder / "cwd" / "mine")
+    os.chdir(folder / "cwd")
+    push_scores_to_hub(scores, "user/mine")
+    push_scores_to_hub(run.pruner, "user/mine-too")
+    # These lie in the output folder, and the table is pushed from a folder below it.
+    scatter(Path(run.args.output_dir) / "_other")
+    push_scores_to_hub(run, "user/table")
+    found["temporary"] = sorted(Path(tempfile.gettempdir()).glob("hf_dynprune-*"))
 
     pixels = run.eval_dataset[0]["pixel_values"][None]
     models = {
@@ -163,8 +188,10 @@ def pushed(tmp_path_factory):
     pytest.importorskip("timm")
     folder, tests = tmp_path_factory.mktemp("hub"), Path(__file__).parent
     with Hub() as hub:
+        (folder / "tmp").mkdir()
         environment = {
             **hub.environment(folder / "home"),
+            "TMPDIR": str(folder / "tmp"),
             "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
         }
         done = subprocess.run(
@@ -315,6 +342,26 @@ def test_scores_made_before_a_run(pushed):
     assert "someone" not in card.content
 
 
+def test_nothing_leaves_that_was_not_written_to_be_published(pushed, reliability):
+    files, found, folder = pushed
+    reliability("uploads", len(files))
+    expected = {
+        "user/table": {"README.md", "report.json", SCORES_FILE},
+        "user/mine-too": {"README.md", "report.json", SCORES_FILE},
+        "user/mine": {"README.md", SCORES_FILE},
+        "user/el2n": {"README.md", SCORES_FILE},
+    }
+    for name, names in expected.items():
+        assert files[name].keys() == names
+        content = b"".join(files[name].values())
+        assert not re.search(b"secret|someone|/home", content)
+        assert str(folder).encode() not in content
+    for name in SECRETS:  # nothing was changed where the user's files are
+        assert (folder / "cwd" / "mine" / name).read_text() == "secret"
+    assert len([p for p in (folder / "cwd").rglob("*") if p.is_file()]) == len(SECRETS)
+    assert found["temporary"] == []
+
+
 def test_what_is_not_there(pushed):
     _, found, _ = pushed
     assert re.search(r"user/model .*scores\.parquet", found["errors"]["load user/model"])
@@ -438,6 +485,209 @@ def test_offline_a_push_leaves_the_model_its_card_and_its_report(tmp_path):
     run = trainer(tmp_path, data=images(16), pruning=RandomPruning(0.5))
     with pytest.raises(ValueError, match="train"):
         push_timm_to_hub(run, "user/timm")
+
+
+NOT_NAMES = (
+    "..",
+    "user/..",
+    "",
+    ".",
+    "/",
+    "/etc",
+    "user/",
+    "user/a/b",
+    "../other",
+    "~/x",
+    "user/name\n",
+    "user/..\\x",
+    "user/a b",
+    "user/na\0me",
+    "us\u00e9r/x",
+    "user/.env",
+    "C:\\x",
+    "x" * 97,
+    None,
+    5,
+    Path("user/x"),
+    ["user", "x"],
+)
+
+
+@pytest.mark.parametrize("repo_id", NOT_NAMES, ids=repr)
+def test_what_is_no_name_of_a_repository(repo_id, run, tmp_path, monkeypatch, reliability):
+    reliability("uploads", 5)
+    monkeypatch.setattr("hf_dynprune.hub.HfApi", None)  # nothing is asked
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path / "folder")
+    before = sorted(Path(run.args.output_dir).rglob("*"))
+    calls = (
+        lambda: push_scores_to_hub(run, repo_id),
+        lambda: push_scores_to_hub(run.pruner, repo_id),
+        lambda: push_scores_to_hub(Scores(torch.ones(3), "mine"), repo_id),
+        lambda: push_timm_to_hub(run, repo_id),
+        lambda: load_scores_from_hub(repo_id),
+    )
+    for call in calls:
+        with pytest.raises((TypeError, ValueError), match=re.escape(f"repo_id={repo_id!r}")):
+            call()
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "folder"]
+    assert sorted(Path(run.args.output_dir).rglob("*")) == before
+
+
+class NoHub:
+    """In place of HfApi: it notes what would be uploaded."""
+
+    uploads = ()
+
+    def __init__(self, token=None):
+        pass
+
+    def create_repo(self, repo_id, **settings):
+        return mock.Mock(repo_id=repo_id)
+
+    def upload_folder(self, folder_path, allow_patterns, **settings):
+        self.uploads.append((Path(folder_path), allow_patterns))
+        return sorted(path.name for path in Path(folder_path).iterdir())
+
+
+@pytest.fixture
+def no_hub(monkeypatch):
+    monkeypatch.setattr("hf_dynprune.hub.HfApi", NoHub)
+    monkeypatch.setattr(NoHub, "uploads", [])
+    return NoHub
+
+
+def env_file(folder):
+    (folder / ".env").write_text("secret")
+
+
+def readme(folder):
+    (folder / "README.md").write_text("# My project")
+
+
+def scores_of_the_user(folder):
+    Scores(torch.ones(9), "mine").save(folder / SCORES_FILE)
+
+
+def subfolder(folder):
+    (folder / "README.md").mkdir()
+
+
+def link_to_a_file(folder):
+    (folder.parent / "other.md").write_text("<!-- hf_dynprune wrote this card. -->")
+    (folder / "README.md").symlink_to(folder.parent / "other.md")
+
+
+def link_to_a_folder(folder):
+    (folder / "data").symlink_to(folder.parent)
+
+
+def ours_and_another(folder):
+    (folder / "README.md").write_text("---\na: 1\n---\n<!-- hf_dynprune wrote this card. -->")
+    (folder / "data.csv").write_text("1,2")
+
+
+def binary_card(folder):
+    (folder / "README.md").write_bytes(bytes(range(256)))
+
+
+FOREIGN = [
+    env_file,
+    readme,
+    scores_of_the_user,
+    subfolder,
+    link_to_a_file,
+    link_to_a_folder,
+    ours_and_another,
+    binary_card,
+]
+
+
+@pytest.mark.parametrize("put", FOREIGN, ids=lambda put: put.__name__)
+def test_a_folder_with_files_of_others_is_refused(put, run, tmp_path, no_hub, reliability):
+    reliability("uploads", 2)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    put(folder)
+
+    def content():
+        return {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+    before = content()
+    for source in (run, Scores(torch.ones(3), "mine")):
+        with pytest.raises(ValueError, match=re.escape(str(folder))):
+            push_scores_to_hub(source, "user/table", folder=folder)
+    assert content() == before
+    assert no_hub.uploads == []
+
+
+def test_a_folder_of_an_earlier_upload_is_used_again(run, tmp_path, no_hub):
+    for _ in range(2):
+        names = push_scores_to_hub(run, "user/table", folder=tmp_path / "new" / "folder")
+        assert names == ["README.md", "report.json", SCORES_FILE]
+        # Somebody added what the report does not hold.
+        card = tmp_path / "new" / "folder" / "README.md"
+        card.write_text(card.read_text() + "\nMore about the data.\n")
+    for _, names in no_hub.uploads:
+        assert set(names) == {"README.md", "report.json", SCORES_FILE}
+
+
+def test_a_file_in_place_of_the_folder(run, tmp_path, no_hub):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OSError, match="file"):
+        push_scores_to_hub(run, "user/table", folder=tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "x"
+
+
+def test_a_temporary_folder_is_kept_only_if_the_upload_fails(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with pytest.raises(RuntimeError, match="OfflineModeIsEnabled") as caught:
+        push_scores_to_hub(run.pruner, "user/table")
+    (made,) = tmp_path.iterdir()
+    assert f" {made}. " in str(caught.value)
+    assert load(made / SCORES_FILE, monkeypatch)["times_kept"].sum() > 0
+    # The command that the message names uploads these files only.
+    command = shlex.split(str(caught.value).split("`")[-2])
+    only = [command[i + 1] for i, word in enumerate(command) if word == "--include"]
+    assert set(only) == {"README.md", "report.json", SCORES_FILE}
+    monkeypatch.setattr("hf_dynprune.hub.save_parquet", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        push_scores_to_hub(run.pruner, "user/table")
+    assert list(tmp_path.iterdir()) == [made]
+
+
+@pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
+def test_texts_of_others_in_the_card_of_scores(text, tmp_path, no_hub, reliability):
+    pytest.importorskip("markdown_it")
+    reliability("foreign texts")
+
+    def card(text):
+        made = {"passes": 3, "runs": text, "seeds": [text, 1], "model": text, "epochs": {"a": text}}
+        scores = Scores(torch.ones(3), text or "m", text, made)
+        push_scores_to_hub(scores, "user/table", folder=tmp_path)
+        return (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    # In a cell of a table what has a `|` does not stand as code.
+    plain, hostile = card("pl|ain" if "|" in text else "plain"), card(text)
+    assert shape(hostile) == shape(plain)
+    assert not RAW.search(hostile)
+    data = DatasetCard(hostile).data
+    assert data["hf_dynprune"]["method"] == (printable(text) or "m")
+    assert programs(hostile) == programs(plain)
+
+
+def test_names_of_columns_in_the_card_of_a_table(tmp_path, no_hub):
+    pytest.importorskip("markdown_it")
+
+    def card(name):
+        # Also what is remembered beside the policy's memory is in the table.
+        pruner = DynamicPruner(UCB(0.5), RunShape(9, num_epochs=1), memory=Last(name))
+        push_scores_to_hub(pruner, "user/table", folder=tmp_path)
+        return (tmp_path / "README.md").read_text(encoding="utf-8")
+
+    for name in ("a|b", "`x`", "a\\|", "<b>", "$x$"):
+        assert shape(card(name)) in (shape(card("plain")), shape(card("pl|ain")))
 
 
 def test_a_table_that_is_not_whole_is_refused(run, tmp_path, monkeypatch):
