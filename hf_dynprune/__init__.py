@@ -11,6 +11,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from .arguments import PruningArguments
     from .hub import kept_dataset, load_scores_from_hub, push_scores_to_hub, push_timm_to_hub
     from .policies import (
+        GRESO,
         IES,
         KAKURENBO,
         UCB,
@@ -26,6 +27,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
         ScoredPolicy,
         SeTa,
         StaticPruning,
+        ThompsonPrompts,
         make_policy,
         top_k,
     )
@@ -52,6 +54,7 @@ _MODULE_OF = {
     "EpochPlan": "policies",
     "EpsilonGreedy": "policies",
     "FullData": "policies",
+    "GRESO": "policies",
     "IES": "policies",
     "InfoBatch": "policies",
     "KAKURENBO": "policies",
@@ -68,6 +71,7 @@ _MODULE_OF = {
     "Scores": "scores",
     "SeTa": "policies",
     "StaticPruning": "policies",
+    "ThompsonPrompts": "policies",
     "UCB": "policies",
     "advise": "advice",
     "kept_dataset": "hub",

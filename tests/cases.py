@@ -29,6 +29,8 @@ CASES = {
     "seta": ("seta", {"groups": 3, "window": 0.7, "prune_ratio": 0.1, "annealing": 0.25}),
     "kakurenbo": ("kakurenbo", {"scoring": "trained"}),
     "ies": ("ies", {"threshold": 0.1, "scoring": "trained"}),
+    "thompson prompts": ("thompson-prompts", {"keep_ratio": 0.4}),
+    "greso": ("greso", {}),
     "static, random": ("static", {"keep": "random", "keep_ratio": 0.4}),
 }
 # Settings with which a policy keeps everything. For the others that is keep_ratio=1.
@@ -38,10 +40,11 @@ KEEP_ALL = {
     "seta": {"prune_ratio": 0.0, "window": 1.0},
     "kakurenbo": {"max_hidden": 0.0},
     "ies": {"threshold": 0.0},
+    "greso": {"floor": 1.0},
 }
 # These draw from all samples alike, or from a part of them that was drawn before, so a sample that
 # was never observed does not always come first.
-DRAWN_FROM_ALL = {"infobatch, exact", "orderdp", "seta"}
+DRAWN_FROM_ALL = {"infobatch, exact", "orderdp", "seta", "thompson prompts"}
 # What the pruner does around a policy: for those that have scores, and for all.
 GUARDS = {"max_age": 2, "exclude_hardest": 0.1}
 BASE = {"period": 2, "first": 1, "last": 0.2}

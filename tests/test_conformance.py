@@ -28,6 +28,7 @@ from threads import on_ranks
 
 from hf_dynprune import distributed, policies
 from hf_dynprune.policies import (
+    GRESO,
     IES,
     KAKURENBO,
     POLICIES,
@@ -241,7 +242,9 @@ def shares_of(policy: PruningPolicy, n: int = 300, epochs: int = 30) -> list[flo
     pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs), seed=1)
     for epoch in range(epochs):
         loss = 3 * (-rate * epoch).exp() * noise[epoch]
-        signals = {"loss": loss, "correct": (loss < 1.5).float(), "confidence": (-loss).exp()}
+        correct = (loss < 1.5).float()
+        signals = {"loss": loss, "correct": correct, "confidence": (-loss).exp()}
+        signals |= {"solved": correct, "reward_std": loss * ((loss > 0.3) & (loss < 1.5))}
 
         def observed(index, signals=signals):
             return {name: values[index] for name, values in signals.items()}
@@ -259,6 +262,7 @@ DATA_DEPENDENT = [
     SeTa.paper_like(),
     KAKURENBO(),
     IES(),
+    GRESO(),
 ]
 
 

@@ -7,7 +7,7 @@ done once, for all policies, by [`DynamicPruner`].
 
 `base` has the contract and `guards` what the pruner applies around it. `random` has the baselines,
 `by_loss` the rules of the central paper and the draws by loss, `reweighted` InfoBatch, `windows`
-SeTa, `hidden` KAKURENBO and IES, `static` the choice made once.
+SeTa, `hidden` KAKURENBO and IES, `static` the choice made once, `prompts` the rules for rewards.
 
 To add a rule, write one class with its `name`, list it below, and add one line to the conformance
 table of the tests and one row to the docs.
@@ -21,12 +21,14 @@ from ..selection import top_k
 from .base import Choice, EpochPlan, KeepsShare, PruningPolicy, ScoredPolicy
 from .by_loss import UCB, EpsilonGreedy, LossProportional, OrderDP
 from .hidden import IES, KAKURENBO
+from .prompts import GRESO, ThompsonPrompts
 from .random import FullData, RandomPruning
 from .reweighted import InfoBatch
 from .static import StaticPruning
 from .windows import SeTa
 
 __all__ = [
+    "GRESO",
     "IES",
     "KAKURENBO",
     "POLICIES",
@@ -44,6 +46,7 @@ __all__ = [
     "ScoredPolicy",
     "SeTa",
     "StaticPruning",
+    "ThompsonPrompts",
     "make_policy",
     "top_k",
 ]
@@ -63,6 +66,8 @@ POLICIES: dict[str, type[PruningPolicy]] = {
         KAKURENBO,
         IES,
         StaticPruning,
+        ThompsonPrompts,
+        GRESO,
     )
 }
 

@@ -181,13 +181,14 @@ class LossProportional(_ByMean, KeepsShare):
             means.
         decay: a, the weight of a new observation in the moving mean, in (0, 1]; 1 means the last
             loss alone.
+        signal: What is observed, `"loss"` or another signal.
     """
 
     alpha: float = 1.0
     decay: float = 0.8
+    signal: str = "loss"
 
     name = "loss-proportional"
-    signal = "loss"
 
     def __post_init__(self) -> None:
         super().__post_init__()
