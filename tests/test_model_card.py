@@ -6,12 +6,14 @@ The tests look at metadata, at cells of tables and at snippets. The wording is f
 import ast
 import inspect
 import json
+import math
 import re
 import shlex
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from choosing import INF, NAN
 from datasets import Dataset
 from hostile import RAW, TEXTS, programs, shape
 from huggingface_hub import ModelCard, ModelCardData
@@ -748,3 +750,104 @@ def test_texts_of_others_show_as_they_are(text, reliability, tmp_path):
     (program,) = programs(str(card))
     name = next(node.value for node in ast.parse(program).body if isinstance(node, ast.Assign))
     assert ast.literal_eval(name) == (text or "me/m")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no metadata",
+        "---\na: [\n---\n",
+        "---\n- a\n- b\n---\n",
+        "---\ntags: 5\nlibrary_name: [x]\n---\n",
+        "---\nmodel-index: 3\n---\n",
+        b"\xff\xfe\x00",
+        b"",
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_card_that_is_there_and_is_damaged_is_replaced(text, trainer, tmp_path, monkeypatch):
+    content = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / "README.md").write_bytes(content)
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["generated_from_trainer", "dynamic-data-pruning", "ucb"]
+    assert card.data.library_name == "transformers"
+
+
+def test_a_link_in_place_of_the_card_is_replaced_and_not_followed(trainer, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    for name in ("README.md", "report.json", "pruning.png"):
+        (tmp_path / name).write_text("of somebody")
+        (tmp_path / "run" / name).symlink_to(tmp_path / name)
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path / "run"))
+    trainer.create_model_card()
+    for name in ("README.md", "report.json", "pruning.png"):
+        assert (tmp_path / name).read_text() == "of somebody"
+        assert not (tmp_path / "run" / name).is_symlink()
+
+
+def test_the_report_beside_the_card_names_no_folders(trainer, tmp_path, monkeypatch):
+    report = trainer.pruning_report
+    private = {"method": "el2n", "scores": "/home/me/s.parquet", "charged": False, "passes": 1}
+    monkeypatch.setattr(report, "preparation", private)
+    monkeypatch.setattr(report, "policy", {**report.policy, "scores": "/home/me/s.parquet"})
+    monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
+    trainer.create_model_card()
+    for name in ("README.md", "report.json"):
+        assert "/home" not in (tmp_path / name).read_text()
+    assert report.preparation == private  # the run's own report keeps it
+
+
+def test_secrets_are_not_in_the_snippet(trainer, monkeypatch):
+    secrets = {"token": "abc", "trust": "hf_abcdefghijkl", "dtype": "bf16"}
+    monkeypatch.setattr(trainer.args, "lr_scheduler_kwargs", secrets)
+    repeat = snippets(card_of_trainer(trainer))[-1]
+    assert "abc" not in repeat
+    assert "'bf16'" in repeat
+
+
+def test_metrics_that_are_not_finite():
+    def run(seed, value):
+        return a_report(accuracies=(0.5, 0.9, value), seed=seed)
+
+    for values in ([NAN, 0.5], [INF, -INF], [INF, 0.5], [NAN, NAN, NAN], [1.7e308, 1.7e308]):
+        runs = [run(seed, value) for seed, value in enumerate(values)]
+        result = facts_of(runs)["results"]["accuracy"]
+        assert not math.isfinite(result["mean"])
+        card = card_of(runs)
+        assert table(card, RESULTS)["accuracy"][0].startswith(("nan", "inf"))
+    card = card_of(run(0, NAN))
+    assert table(card, RESULTS)["accuracy"] == ["nan"]
+    assert "model-index" not in card.data.to_dict()
+
+
+def test_the_best_model_has_a_table_apart(data, tmp_path):
+    trainer = trained(
+        data,
+        tmp_path,
+        num_train_epochs=2,
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the first epoch is better
+    )
+    assert trainer.state.best_global_step < trainer.state.global_step
+    last = dict(trainer.pruning_report.metrics)
+    found = trainer.evaluate(data, metric_key_prefix="test")
+    again = trainer.evaluate()
+    report = trainer.pruning_report
+    assert report.metrics == last
+    assert report.best_model["step"] == trainer.state.best_global_step
+    assert report.best_model["metrics"]["test_loss"] == found["test_loss"]
+    assert report.best_model["metrics"]["eval_loss"] == again["eval_loss"]
+    rows = table(card_of_trainer(trainer), RESULTS)
+    assert rows["test_loss"] == [f"{found['test_loss']:.4g}"]
+    assert rows["loss"] == [f"{last['eval_loss']:.4g}"]
+
+
+def test_evaluations_of_the_last_model_after_the_run_are_results(data, tmp_path):
+    trainer = trained(data, tmp_path, num_train_epochs=1, eval_strategy="no")
+    found = trainer.evaluate(metric_key_prefix="test")
+    assert trainer.pruning_report.metrics["test_loss"] == found["test_loss"]
+    assert trainer.pruning_report.best_model == {}
