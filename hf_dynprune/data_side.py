@@ -176,6 +176,8 @@ class PrunedDataMixin(CardMixin):
     memory: Memory | None = None
     # Batches of the epoch that the loop has fetched.
     _fetched = 0
+    # The classes whose order of the training data pruning may replace.
+    _replaced_orders: tuple[type, ...] = (Trainer,)
     # The scheduler that follows the budget; None if a user's scheduler is in force.
     _following: LambdaLR | None = None
 
@@ -198,7 +200,7 @@ class PrunedDataMixin(CardMixin):
         _check_settings(self)
         _check_dataset(self.train_dataset, self.args)
         # Each run makes its own. This one finds out now what does not fit together.
-        self.pruner = self._make_pruner(run_shape(self.args, len(cast(Any, self.train_dataset))))
+        self.pruner = self._make_pruner(self._planned_shape())
         self._prepare_observation(self.pruner)
         if pruning.looks_once(self.pruner.shape, self.pruner.num_epochs):
             logger.warning(
@@ -242,6 +244,23 @@ class PrunedDataMixin(CardMixin):
 
     # ---- data ----
 
+    def _planned_shape(self) -> RunShape:
+        """The shape of a run, as the arguments tell it."""
+        return run_shape(self.args, len(cast(Any, self.train_dataset)))
+
+    def _shape_of(self, stock: DataLoader) -> RunShape:
+        """The shape of a run on the loader of the Trainer, which is checked."""
+        samples = len(cast(Any, self.train_dataset))
+        _check_loader(stock, samples)
+        batches: Any = stock.batch_sampler
+        return run_shape(
+            self.args, samples, batch_size=batches.batch_size, drop_last=batches.drop_last
+        )
+
+    def _indexed(self, collator: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The collator, whose batches know their samples."""
+        return IndexedCollator(collator)
+
     def _make_pruner(self, shape: RunShape) -> DynamicPruner:
         return DynamicPruner(
             cast(PruningPolicy, self.pruning),
@@ -262,20 +281,15 @@ class PrunedDataMixin(CardMixin):
         stock = super().get_train_dataloader()
         if self.pruning is None:
             return stock
-        samples = len(cast(Any, self.train_dataset))
-        _check_loader(stock, samples)
         batches: Any = stock.batch_sampler
-        shape = run_shape(
-            self.args, samples, batch_size=batches.batch_size, drop_last=batches.drop_last
-        )
-        pruner = self._make_pruner(shape)
+        pruner = self._make_pruner(self._shape_of(stock))
         loader = self.accelerator.prepare(
             DataLoader(
                 IndexedDataset(stock.dataset),
-                batch_size=shape.batch_size,
+                batch_size=batches.batch_size,
                 sampler=pruner.sampler,
-                collate_fn=cast(Any, IndexedCollator(cast(Any, stock.collate_fn))),
-                drop_last=shape.drop_last,
+                collate_fn=cast(Any, self._indexed(cast(Any, stock.collate_fn))),
+                drop_last=batches.drop_last,
                 **{name: getattr(stock, name) for name in _INHERITED},
             )
         )
@@ -562,7 +576,7 @@ def _check_settings(trainer: PrunedDataMixin) -> None:
             "data, and pruning does too: set it to 'random', or use pruning=None."
         )
     owner = owner_behind(type(trainer), PrunedDataMixin, "_get_train_sampler")
-    if owner is not Trainer:
+    if owner not in trainer._replaced_orders:
         raise ValueError(
             f"{owner.__name__}._get_train_sampler chooses the training data itself, and "
             "pruning would override it: remove it, or mix with another class."

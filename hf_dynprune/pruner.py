@@ -54,7 +54,7 @@ from .report import (
     numbers_in,
     selection_of,
 )
-from .sampler import IndexedCollator, IndexedDataset, PruningSampler, epoch_order
+from .sampler import IndexedCollator, IndexedDataset, PruningSampler
 from .schedule import Clock, RunShape, is_choice, is_full_data
 from .selection import indices_of, mask_of
 from .table import Last, Memories, Memory, SampleTable
@@ -87,6 +87,7 @@ class DynamicPruner:
         data_seed: Of the order, *optional*, defaults to `seed`.
         fingerprint: Identifies the dataset. A checkpoint of another dataset is refused.
         memory: What is remembered besides the policy's memory, *optional*.
+        sampler: Gives each epoch its order, *optional*, by default in batches of the shape.
         run: Fields of [`RunShape`], if `shape` is N: `batch_size=128, num_epochs=20`.
 
     Raises:
@@ -106,6 +107,7 @@ class DynamicPruner:
         data_seed: int | None = None,
         fingerprint: str = "",
         memory: Memory | None = None,
+        sampler: PruningSampler | None = None,
         **run: Any,
     ) -> None:
         if not isinstance(policy, PruningPolicy):
@@ -131,9 +133,11 @@ class DynamicPruner:
         self.table = SampleTable(shape.samples, self.memory.columns)
         self.seed, self.data_seed = seed, seed if data_seed is None else data_seed
         self.fingerprint = fingerprint or f"{shape.samples} samples"
-        self.sampler = PruningSampler(
-            shape.samples, self.shape.global_batch, ranks=ranks, drop_last=shape.drop_last
-        )
+        if sampler is None:
+            sampler = PruningSampler(
+                shape.samples, self.shape.global_batch, ranks=ranks, drop_last=shape.drop_last
+            )
+        self.sampler = sampler
         self.report = PruningReport(
             policy.to_dict(),
             shape.samples,
@@ -236,7 +240,7 @@ class DynamicPruner:
         plan = self._in_force
         self._weights = _lookup(plan, len(self.table))
         kept = None if plan is None else plan.indices
-        self.sampler.set_epoch_order(epoch_order(len(self.table), kept, self.data_seed, epoch))
+        self.sampler.set_epoch_order(self.sampler.order_of(kept, self.data_seed, epoch))
         self.clock.begin_epoch(epoch, step, self.shape.steps(record.samples))
         self._watch.lap("choosing")
         return record

@@ -29,6 +29,11 @@ from .policies import POLICIES, PruningPolicy
 
 FORMAT_VERSION = 1
 PHASES = ("training", "choosing", "scoring", "evaluation")
+# The phases that only runs of reinforcement learning have, and what they count: prompts that were
+# rolled out, those of them whose rewards differed (the others have no gradient), their completions,
+# the tokens of these, and the completions that each reward function was called on.
+ROLLOUT_PHASES = ("generation", "rewards")
+ROLLOUTS = ("prompts", "effective_prompts", "completions", "tokens", "reward_calls")
 KEPT = ("always", "sometimes", "never")  # the shares that `selection` holds, as tables show them
 _NO_CHOICE = np.ones(1)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
@@ -98,6 +103,9 @@ class EpochRecord:
         seconds: wall-clock by phase. `training` is the epoch minus the other phases, so it includes
             logging and checkpoints.
         metrics: metrics of the last evaluation in the epoch.
+        rollouts: what an epoch of reinforcement learning generated, see [`ROLLOUTS`]; empty in
+            other runs. A sample is a prompt there: it goes forward and backward once with all its
+            completions, however often they are trained on.
     """
 
     epoch: int
@@ -112,6 +120,7 @@ class EpochRecord:
     nonfinite: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     metrics: dict[str, float] = field(default_factory=dict)
+    rollouts: dict[str, int] = field(default_factory=dict)
 
     @property
     def passes(self) -> float:
@@ -162,7 +171,10 @@ class PruningReport:
 
     @property
     def totals(self) -> dict[str, Any]:
-        """Sums over the epochs: passes by kind, steps, non-finite losses, seconds by phase."""
+        """Sums over the epochs: passes by kind, steps, non-finite losses, seconds by phase.
+
+        With rollouts, if there are any.
+        """
         counts = (
             "forward_passes",
             "backward_passes",
@@ -170,9 +182,17 @@ class PruningReport:
             "optimizer_steps",
             "nonfinite",
         )
-        seconds = {phase: sum(record.seconds[phase] for record in self.epochs) for phase in PHASES}
+        rolled_out = any(record.rollouts for record in self.epochs)
+        phases = (*PHASES, *ROLLOUT_PHASES) if rolled_out else PHASES
+        seconds = {
+            phase: sum(record.seconds.get(phase, 0.0) for record in self.epochs) for phase in phases
+        }
+        rollouts = {
+            name: sum(record.rollouts.get(name, 0) for record in self.epochs) for name in ROLLOUTS
+        }
         return {
             **{name: sum(getattr(record, name) for record in self.epochs) for name in counts},
+            **({"rollouts": rollouts} if rolled_out else {}),
             "seconds": seconds,
         }
 
@@ -270,6 +290,7 @@ class PruningReport:
             "seed": f"{self.seed}{order}",
             "cost": cost,
             "passes": f"{self.passes:,.0f}, {per_sample} ({counts})",
+            **_rollouts_in_words(totals.get("rollouts")),
             "optimizer steps": f"{totals['optimizer_steps']:,}",
             "seconds": ", ".join(seconds),
             "last metrics": shown(self.metrics) or "none",
@@ -334,6 +355,9 @@ class PruningReport:
         own = asdict(self)
         if not self.best_model:  # few runs have it
             del own["best_model"]
+        for record in own["epochs"]:
+            if not record["rollouts"]:  # nor these
+                del record["rollouts"]
         return strict(
             {
                 "format_version": FORMAT_VERSION,
@@ -383,6 +407,18 @@ class PruningReport:
             ) from error
 
 
+def _rollouts_in_words(rollouts: Mapping[str, int] | None) -> dict[str, str]:
+    if not rollouts:
+        return {}
+    share = rollouts["effective_prompts"] / max(1, rollouts["prompts"])
+    return {
+        "rollouts": f"{rollouts['completions']:,} of {rollouts['prompts']:,} prompts, "
+        f"{100 * share:.1f} % of the prompts with a gradient",
+        "generated tokens": f"{rollouts['tokens']:,}",
+        "reward calls": f"{rollouts['reward_calls']:,}",
+    }
+
+
 # ---- reading -------------------------------------------------------------------------------------
 
 
@@ -404,7 +440,8 @@ def _selection(place: str, value: Any) -> dict[str, Any]:
 
 
 def _record(place: str, value: Any) -> EpochRecord:
-    return EpochRecord(**check.fields(_RECORD)(place, value))
+    given = {"rollouts": {}, **value} if isinstance(value, dict) else value
+    return EpochRecord(**check.fields(_RECORD)(place, given))
 
 
 _METRICS = check.mapping_of(check.real)
@@ -422,6 +459,7 @@ _RECORD: dict[str, check.Check] = {
     "nonfinite": check.count,
     "seconds": check.open_fields(dict.fromkeys(PHASES, check.finite)),
     "metrics": _METRICS,
+    "rollouts": check.or_empty(check.open_fields(dict.fromkeys(ROLLOUTS, check.count))),
 }
 _REPORT: dict[str, check.Check] = {
     "policy": check.open_fields({"name": check.text}),

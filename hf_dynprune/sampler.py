@@ -40,10 +40,15 @@ def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
     Returns:
         (K,) int32, or int64 from 2^31 samples on. Cost: O(n).
     """
-    order = permutation(n, torch.Generator().manual_seed(seed + epoch))
-    if kept is not None and len(kept) < n:
-        order = order.index_select(0, indices_of(mask_of(kept, n).index_select(0, order)))
-    return order
+    return _kept_of(permutation(n, torch.Generator().manual_seed(seed + epoch)), kept)
+
+
+def _kept_of(order: Tensor, kept: Tensor | None) -> Tensor:
+    """The kept samples in the order of all n; all of them if `kept` is None."""
+    n = len(order)
+    if kept is None or len(kept) == n:
+        return order
+    return order.index_select(0, indices_of(mask_of(kept, n).index_select(0, order)))
 
 
 def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: bool) -> Tensor:
@@ -82,8 +87,12 @@ class PruningSampler(Sampler[int]):
     def __init__(
         self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False
     ) -> None:
-        self.global_batch, self.ranks, self.drop_last = global_batch, ranks, drop_last
+        self.n, self.global_batch, self.ranks, self.drop_last = n, global_batch, ranks, drop_last
         self.set_epoch_order(torch.arange(n, dtype=index_dtype(n)))
+
+    def order_of(self, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
+        """The order of the kept samples in an epoch; see [`epoch_order`]."""
+        return epoch_order(self.n, kept, seed, epoch)
 
     def set_epoch_order(self, order: Tensor) -> None:
         """Set what the next epoch yields: (K,) integers."""
@@ -109,6 +118,55 @@ class PruningSampler(Sampler[int]):
         """The number of real samples, without padding, in `batches` global batches from `batch`."""
         begin = batch * self.global_batch
         return max(0, min(self.samples, begin + batches * self.global_batch) - begin)
+
+
+class RepeatingSampler(PruningSampler):
+    """Yields prompts as trl's RepeatSampler does: a batch holds whole groups of completions.
+
+    P prompts, each G times in a row, and that R times; then the next P. A tail of fewer than P is
+    left out. With P = 2, G = 3, R = 2 and the order 5 1 4 0 2:
+
+        5 5 5 1 1 1   5 5 5 1 1 1   4 4 4 0 0 0   4 4 4 0 0 0
+
+    One generator gives the permutations of all epochs, as trl's does: the epoch e takes the
+    (e + 1)-th. A run that trl resumes begins with the first one again. This one does not.
+
+    Args:
+        n: Number of prompts in the training set.
+        prompts: P, prompts of one generation on all ranks together.
+        generations: G, completions of a prompt.
+        repeats: R, how often a generation is trained on, in batches.
+        shuffle: Whether the order is random. Otherwise it is that of the dataset.
+    """
+
+    def __init__(
+        self, n: int, prompts: int, *, generations: int, repeats: int, shuffle: bool = True
+    ) -> None:
+        self.generations, self.repeats, self.shuffle = generations, repeats, shuffle
+        # The permutations drawn last: (seed, number of them, generator).
+        self._stream: tuple[int, int, torch.Generator] | None = None
+        super().__init__(n, prompts, drop_last=True)
+
+    def order_of(self, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
+        """The order of the kept prompts in an epoch. Cost: O(n), after a resume O(n * epoch)."""
+        if not self.shuffle:
+            return _kept_of(torch.arange(self.n, dtype=index_dtype(self.n)), kept)
+        if self._stream is None or self._stream[:2] != (seed, epoch):
+            self._stream = seed, 0, torch.Generator().manual_seed(seed)
+        _, drawn, generator = self._stream
+        for _ in range(drawn, epoch + 1):
+            order = permutation(self.n, generator)
+        self._stream = seed, epoch + 1, generator
+        return _kept_of(order, kept)
+
+    def __iter__(self) -> Iterator[int]:
+        for prompts in self._order.split(self.global_batch):
+            batch = prompts.repeat_interleave(self.generations).tolist()
+            for _ in range(self.repeats):
+                yield from batch
+
+    def __len__(self) -> int:
+        return len(self._order) * self.generations * self.repeats
 
 
 class _Indexed(NamedTuple):
@@ -156,6 +214,20 @@ class IndexedDataset(Dataset):
         batched = getattr(self.dataset, "__getitems__", None)
         data = batched(rows) if batched is not None else [self.dataset[i] for i in rows]
         return _Indexed(data, [i if i >= 0 else -1 for i in indices])
+
+
+class IndexedRows:
+    """Calls the user's collator on the samples, and adds `sample_index` to each row of its batch.
+
+    For trainers whose batches are lists of rows, as those of trl's reinforcement learning.
+    """
+
+    def __init__(self, collator: Callable[[Any], Any]) -> None:
+        self.collator = collator
+
+    def __call__(self, indexed: _Indexed) -> list[dict[str, Any]]:
+        rows = self.collator(indexed.data)
+        return [{**row, SAMPLE_INDEX: i} for row, i in zip(rows, indexed.indices, strict=True)]
 
 
 class IndexedCollator:
