@@ -415,11 +415,13 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
     selection = _load([file])[0].selection
     if not selection:
         raise ValueError(f"{file} has no selection: its run made no choice.")
-    if times.bincount(minlength=selection["choices"] + 1).tolist() != selection["histogram"]:
+    choices = selection["choices"]
+    fits = int(times.max()) <= choices
+    if not fits or times.bincount(minlength=choices + 1).tolist() != selection["histogram"]:
         raise ValueError(
             f"{path} and {file} are not of the same run: save the table of the run in the report."
         )
-    return times, selection["choices"]
+    return times, choices
 
 
 # ---- card ----------------------------------------------------------------------------------------

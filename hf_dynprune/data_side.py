@@ -123,6 +123,9 @@ class CardMixin(UpstreamMends):
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         """Upload the model, its card, `report.json` and the picture.
 
+        As the Trainer does, this uploads all other files of `output_dir`, too, except checkpoints
+        and names that begin with `_`. Keep private files elsewhere.
+
         Takes the Trainer's arguments, and those of `create_model_card`.
 
         Raises:

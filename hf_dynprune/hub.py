@@ -233,8 +233,11 @@ def load_scores_from_hub(
     fingerprint = about.get("fingerprint", "")
     if not isinstance(fingerprint, str):
         raise ValueError(f"{repo_id} has the fingerprint {fingerprint!r}: expected a text.")
-    is_table = TIMES_KEPT.name in columns
-    scores = SampleTable.from_columns(columns) if is_table else Scores.load(path)
+    try:
+        is_table = TIMES_KEPT.name in columns
+        scores = SampleTable.from_columns(columns) if is_table else Scores.load(path)
+    except ValueError as error:
+        raise ValueError(f"The dataset {repo_id} on the Hub: {error}") from error
     if dataset is not None:
         given, n = dataset_fingerprint(dataset), len(dataset)
         if n != len(scores) or not fingerprints_fit(given, fingerprint, n):

@@ -25,7 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 from . import checkpoints, distributed
 from .arguments import TRAINING_SETTINGS
 from .checks import check_count, did_you_mean
-from .files import SCORES_FILE, save_json
+from .files import SCORES_FILE, load_json, save_json
 from .losses import CLASS_RULES, LossRule
 from .policies import FullData
 from .pruner import DynamicPruner, choice_seed
@@ -398,12 +398,24 @@ def _claim(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings to a new folder, or compare them with those in the folder."""
     path = folder / _SETTINGS_FILE
     if path.exists():
-        _compare(json.loads(path.read_text()), settings, path)
+        try:
+            theirs = load_json(path)
+        except ValueError as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): give another output_dir, or remove the file to "
+                "score again."
+            ) from error
+        _compare(theirs, settings, path)
         return
     save_json(path, settings)
 
 
-def _compare(theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path) -> None:
+def _compare(theirs: Any, ours: Mapping[str, Any], path: Path) -> None:
+    if not isinstance(theirs, Mapping):
+        raise ValueError(
+            f"{path} holds a {type(theirs).__name__} in place of the settings: give another "
+            "output_dir."
+        )
     differing = [
         f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
         for key in ours

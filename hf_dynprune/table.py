@@ -378,12 +378,22 @@ class SampleTable:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Tensor]) -> "SampleTable":
-        """The table with these columns; ValueError without `times_kept` or `last_observed`."""
+        """The table with these columns; ValueError if they are not those of a table."""
         if not all(name in columns for name in _EVERY):
             raise ValueError(
                 f"the columns {sorted(columns)} are not those of a table of samples; expected are "
                 f"{' and '.join(_EVERY)} among them."
             )
+        n = columns[TIMES_KEPT.name].numel()
+        for name, column in columns.items():
+            counts = name in _EVERY and column.dtype != torch.int32
+            if counts or column.shape != (n,) or n == 0:
+                raise ValueError(
+                    f"the column {name!r} is {column.dtype} {tuple(column.shape)}: expected "
+                    f"{'int32' if counts else 'a value for each sample'} in shape (N,)."
+                )
+        if columns[TIMES_KEPT.name].min() < 0:
+            raise ValueError(f"the column {TIMES_KEPT.name!r} has negative counts.")
         table = cls.__new__(cls)
         table._columns = dict(columns)
         return table

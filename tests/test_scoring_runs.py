@@ -20,7 +20,7 @@ from hf_dynprune.data_side import dataset_fingerprint
 from hf_dynprune.losses import RULES, derive_rule
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.scoring import gradient_norms
-from hf_dynprune.scoring_runs import METHODS
+from hf_dynprune.scoring_runs import METHODS, _claim
 from hf_dynprune.table import Counts
 
 N = 24
@@ -501,6 +501,14 @@ def test_other_settings_are_refused(tmp_path, changed, message):
     score("el2n", tmp_path)
     with pytest.raises(ValueError, match=f"settings.json.*{message}"):
         score(**{"method": "el2n", "folder": tmp_path, **changed})
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null", "[" * 100_000])
+def test_settings_that_cannot_be_read(tmp_path, text):
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match=str(tmp_path / "settings.json")):
+        _claim(tmp_path, {"method": "el2n"})
+    assert (tmp_path / "settings.json").read_text() == text
 
 
 def test_run_of_other_settings_that_was_moved_there(tmp_path):

@@ -442,6 +442,27 @@ def test_a_table_of_given_columns():
         SampleTable.from_columns(columns)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"times_kept": torch.ones(3)}, r"'times_kept'.*float32.*int32"),
+        ({"last_observed": torch.ones(3, dtype=torch.bool)}, r"'last_observed'.*bool.*int32"),
+        ({"times_kept": torch.ones(3, 1, dtype=torch.int32)}, r"'times_kept'.*\(3, 1\)"),
+        ({"loss": torch.ones(2)}, r"'loss'.*\(2,\)"),
+        ({"loss": torch.ones(())}, r"'loss'.*\(\)"),
+        ({"times_kept": torch.tensor([0, -1, 0], dtype=torch.int32)}, "'times_kept'.*negative"),
+    ],
+)
+def test_columns_that_are_no_table(changes, message, tmp_path):
+    table = SampleTable(3, (Column("loss"),))
+    columns = {**table.state_dict(), **changes}
+    with pytest.raises(ValueError, match=message):
+        SampleTable.from_columns(columns)
+    save_tensors(tmp_path / "t.safetensors", columns, {})
+    with pytest.raises(ValueError, match=rf"t\.safetensors.*{message}"):
+        SampleTable.load(tmp_path / "t.safetensors")
+
+
 def test_missing_table_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         SampleTable.load(tmp_path / "none.safetensors")
