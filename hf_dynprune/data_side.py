@@ -8,9 +8,7 @@ It sees to the loader, the lengths of epochs, the learning rate, checkpoints, th
 card. [`SampleLossMixin`] adds the losses of single samples.
 """
 
-import hashlib
 import inspect
-import json
 import os
 import shlex
 import warnings
@@ -27,6 +25,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from . import checkpoints, distributed
+from .identity import dataset_fingerprint
 from .policies import PruningPolicy
 from .pruner import DynamicPruner
 from .report import PruningReport
@@ -179,6 +178,8 @@ class PrunedDataMixin(CardMixin):
     memory: Memory | None = None
     # Batches of the epoch that the loop has fetched.
     _fetched = 0
+    # The training set whose fingerprint is known, its length and the fingerprint.
+    _identified: tuple[Any, int, str] | None = None
     # The classes whose order of the training data pruning may replace.
     _replaced_orders: tuple[type, ...] = (Trainer,)
     # The scheduler that follows the budget; None if a user's scheduler is in force.
@@ -187,8 +188,8 @@ class PrunedDataMixin(CardMixin):
     def __init__(self, *args: Any, pruning: PruningPolicy | None = None, **kwargs: Any) -> None:
         self.pruning = pruning
         self.pruner = None
-        # The last loader of get_train_dataloader, with its pruner. The loop takes them over.
-        self._made: tuple[DataLoader, DynamicPruner] | None = None
+        # The last loader of get_train_dataloader, its pruner and its collator, for the loop.
+        self._made: tuple[DataLoader, DynamicPruner, Any] | None = None
         if pruning is not None:
             # transformers' own message about streams asks for max_steps, which would not help.
             _check_stream(kwargs.get("train_dataset"))
@@ -264,13 +265,21 @@ class PrunedDataMixin(CardMixin):
         """The collator, whose batches know their samples."""
         return IndexedCollator(collator)
 
+    def _fingerprint(self) -> str:
+        """The identity of the training set, which is looked at once."""
+        dataset, n = self.train_dataset, len(cast(Any, self.train_dataset))
+        known = self._identified
+        if known is None or known[0] is not dataset or known[1] != n:
+            self._identified = known = dataset, n, dataset_fingerprint(dataset)
+        return known[2]
+
     def _make_pruner(self, shape: RunShape) -> DynamicPruner:
         return DynamicPruner(
             cast(PruningPolicy, self.pruning),
             shape,
             seed=self.args.seed,
             data_seed=self.args.data_seed,
-            fingerprint=dataset_fingerprint(self.train_dataset),
+            fingerprint=self._fingerprint(),
             memory=self.memory,
         )
 
@@ -280,23 +289,31 @@ class PrunedDataMixin(CardMixin):
         return None if self.pruner is None else self.pruner.report
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own loader, over the samples that the pruner chooses."""
+        """The Trainer's own loader, over the samples that the pruner chooses.
+
+        Called outside `train()`, it gives the batches of the first epoch without a choice: all
+        samples in random order, as the Trainer's loader, without `sample_index`.
+        """
         stock = super().get_train_dataloader()
         if self.pruning is None:
             return stock
         batches: Any = stock.batch_sampler
         pruner = self._make_pruner(self._shape_of(stock))
+        first = pruner.sampler.order_of(None, pruner.data_seed, 0)
+        pruner.sampler.set_epoch_order(first)
+        collator: Any = self._indexed(cast(Any, stock.collate_fn))
+        collator.marks = False
         loader = self.accelerator.prepare(
             DataLoader(
                 IndexedDataset(stock.dataset),
                 batch_size=batches.batch_size,
                 sampler=pruner.sampler,
-                collate_fn=cast(Any, self._indexed(cast(Any, stock.collate_fn))),
+                collate_fn=collator,
                 drop_last=batches.drop_last,
                 **{name: getattr(stock, name) for name in _INHERITED},
             )
         )
-        self._made = (loader, pruner)
+        self._made = (loader, pruner, collator)
         return loader
 
     def get_batch_samples(
@@ -323,7 +340,8 @@ class PrunedDataMixin(CardMixin):
                 "The Trainer trains from another loader than the one that PrunedDataMixin made: "
                 f"let {type(self).__name__}.get_train_dataloader return what its super() returns."
             )
-        self.pruner = made[1]
+        _, self.pruner, collator = made
+        collator.marks = True
         self._operations = None
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
         clock = self.pruner.clock
@@ -551,20 +569,6 @@ def uploading(
             f"that may write there (`hf auth login`), and call {call} again. If this process has "
             f"ended, use `{command}`."
         ) from error
-
-
-def dataset_fingerprint(dataset: Any) -> str:
-    """Identify a dataset across processes.
-
-    By N, and for a `datasets.Dataset` also by its columns and 64 evenly spaced raw rows. The
-    `_fingerprint` of datasets would not do: it changes from process to process.
-    """
-    n = len(dataset)
-    if not isinstance(dataset, datasets.Dataset):
-        return f"{n} samples"
-    rows = dataset.with_format("arrow")[sorted({i * n // 64 for i in range(64)})].to_pylist()
-    content = json.dumps([dataset.column_names, rows], default=repr, sort_keys=True)
-    return f"{n} samples, {hashlib.sha256(content.encode()).hexdigest()[:16]}"
 
 
 # ---- checks --------------------------------------------------------------------------------------

@@ -17,11 +17,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
-from .data_side import PrunedDataMixin, dataset_fingerprint, run_shape
+from .data_side import PrunedDataMixin, run_shape
+from .identity import dataset_fingerprint
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX, IndexedRows, RepeatingSampler
 from .schedule import RunShape
@@ -445,7 +447,7 @@ class PromptPruningMixin(PrunedDataMixin):
         file, ranks = self._rollouts_file(folder), self.args.world_size
         saved = {"ranks": None}
         if file.exists():
-            saved = torch.load(file, map_location=self.args.device, weights_only=True)
+            saved = torch.load(file, map_location="cpu", weights_only=True)
         if saved["ranks"] != ranks:
             raise ValueError(
                 f"{folder} lies in the middle of a generation, and its rollouts are those of "
@@ -453,7 +455,7 @@ class PromptPruningMixin(PrunedDataMixin):
                 "checkpoint at the end of a generation, or set ignore_data_skip=True to begin the "
                 "epoch again."
             )
-        return cast(Any, saved)["batches"]
+        return send_to_device(cast(Any, saved)["batches"], self.args.device)
 
     # ---- logs and card ----
 

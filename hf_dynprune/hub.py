@@ -23,9 +23,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from . import __version__, distributed
 from .checks import check_count
-from .data_side import PrunedDataMixin, dataset_fingerprint, uploading
+from .data_side import PrunedDataMixin, uploading
 from .escape import Markdown, code_cell, hide_folders
 from .files import PICTURE_FILE, REPORT_FILE, load_parquet, save_parquet
+from .identity import dataset_fingerprint
 from .model_card import (
     CARD_FILE,
     facts_of,

@@ -14,16 +14,25 @@ It reaches the batch with `sample_index` -1. With 10 kept samples, batches of 4 
     batches of rank 1                5 9 2 6 |           -1 -1 -1 -1
 """
 
+import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
+from .collating import carries_tags, moves_rows, positions_in, tagged
 from .selection import index_dtype, indices_of, mask_of, permutation
 
 SAMPLE_INDEX = "sample_index"
+
+# The way out for a collator that reorders or drops samples.
+_HAND_ON = (
+    f"Or let its batch say which sample a row is: `if '{SAMPLE_INDEX}' in rows[0]: "
+    f"batch['{SAMPLE_INDEX}'] = torch.tensor([row['{SAMPLE_INDEX}'] for row in rows])`, for "
+    "samples that are dicts, in the order of its rows."
+)
 
 
 def epoch_order(n: int, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
@@ -51,12 +60,14 @@ def _kept_of(order: Tensor, kept: Tensor | None) -> Tensor:
     return order.index_select(0, indices_of(mask_of(kept, n).index_select(0, order)))
 
 
-def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: bool) -> Tensor:
+def fit_to_batches(
+    order: Tensor, global_batch: int, *, ranks: int, drop_last: bool, fills_one: bool = False
+) -> Tensor:
     """Make the order fill whole global batches if needed, so that all ranks have as many steps.
 
     With `drop_last`, the tail that does not fill a global batch is left out. Otherwise the last
     batch is short on one rank; on several ranks it is filled with padding (~i, a copy of sample i
-    that counts for nothing).
+    that counts for nothing). With `fills_one`, a tail of one sample on one rank gets one such copy.
     """
     tail = len(order) % global_batch
     if tail == 0:
@@ -64,7 +75,7 @@ def fit_to_batches(order: Tensor, global_batch: int, *, ranks: int, drop_last: b
     if drop_last:
         return order[: len(order) - tail]
     if ranks == 1:
-        return order
+        return torch.cat([order, ~order[-1:]]) if fills_one and tail == 1 else order
     missing = global_batch - tail
     copies = -(-missing // len(order))  # a plan may hold fewer samples than are missing
     return torch.cat([order, ~order.repeat(copies)[:missing]])
@@ -82,7 +93,14 @@ class PruningSampler(Sampler[int]):
         global_batch: Samples in a batch of all ranks together.
         ranks: Number of ranks.
         drop_last: Whether the tail that does not fill a global batch is left out.
+
+    Attributes:
+        fills_one: Whether a last batch of one chosen sample is filled with a copy that counts for
+            nothing, since a BatchNorm has no statistics of one sample. An epoch over all data stays
+            as it is.
     """
+
+    fills_one = False
 
     def __init__(
         self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False
@@ -98,7 +116,11 @@ class PruningSampler(Sampler[int]):
         """Set what the next epoch yields: (K,) integers."""
         self._real = len(order)
         self._order = fit_to_batches(
-            order, self.global_batch, ranks=self.ranks, drop_last=self.drop_last
+            order,
+            self.global_batch,
+            ranks=self.ranks,
+            drop_last=self.drop_last,
+            fills_one=self.fills_one and len(order) < self.n,
         )
 
     def __iter__(self) -> Iterator[int]:
@@ -223,26 +245,71 @@ class IndexedRows:
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
-        self.collator = collator
+        self.collator, self.marks = collator, True
 
     def __call__(self, indexed: _Indexed) -> list[dict[str, Any]]:
         rows = self.collator(indexed.data)
+        if not self.marks:
+            return rows
         return [{**row, SAMPLE_INDEX: i} for row, i in zip(rows, indexed.indices, strict=True)]
 
 
 class IndexedCollator:
     """Calls the user's collator on the samples, and adds `sample_index` (B,) int64 to its batch.
 
+    A collator that hands unknown entries of a sample on may reorder its samples: their indices go
+    through it. Any other must keep the order, see `hf_dynprune/collating.py`.
+
     Raises:
         TypeError: At the first batch, if the collator does not return a dict, or if its batch has
             an entry of that name already.
+        ValueError: If the collator reorders or drops samples, and does not hand their indices on.
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
         self.collator = collator
+        self._takes_tags = collator
+        columns = getattr(collator, "signature_columns", None)
+        if isinstance(columns, list):  # transformers' RemoveColumnsCollator would remove the tag
+            self._takes_tags = copy.copy(collator)
+            self._takes_tags.signature_columns = [*columns, SAMPLE_INDEX]  # type: ignore[attr-defined]
+        self._carries: bool | None = None  # whether tags come through; known at the first batch
+        self._batches = 0
 
     def __call__(self, indexed: _Indexed) -> Any:
+        size = len(indexed.indices)
+        if self._carries is None:
+            self._carries = carries_tags(self._takes_tags, indexed.data, SAMPLE_INDEX)
+        rows = tagged(indexed.data, SAMPLE_INDEX) if self._carries else None
+        if rows is not None:
+            batch = self._takes_tags(rows)
+            positions = positions_in(batch, SAMPLE_INDEX, size)
+            if positions is None:
+                raise ValueError(
+                    f"The data collator returned {SAMPLE_INDEX}={batch.get(SAMPLE_INDEX)!r:.200}: "
+                    f"expected the {SAMPLE_INDEX!r} of its samples, each once."
+                )
+            indices = [indexed.indices[position] for position in positions]
+            batch[SAMPLE_INDEX] = torch.tensor(indices, dtype=torch.int64)
+            return batch
+        self._check_order(indexed.data)
         batch = self.collator(indexed.data)
+        self._check_batch(batch)
+        batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)
+        return batch
+
+    def _check_order(self, data: Any) -> None:
+        """Raise ValueError if the collator reorders: at batches 1, 2, 4, ..., in one process."""
+        self._batches += 1
+        worker = get_worker_info()
+        power = self._batches & (self._batches - 1) == 0
+        if power and (worker is None or worker.id == 0) and moves_rows(self.collator, data):
+            raise ValueError(
+                "The data collator changes the order of its samples, so a row of the batch would "
+                f"be taken for another sample: let it keep the order. {_HAND_ON}"
+            )
+
+    def _check_batch(self, batch: Any) -> None:
         if not isinstance(batch, MutableMapping):
             raise TypeError(
                 f"The data collator returned a {type(batch).__name__}: expected a dict (of "
@@ -253,5 +320,3 @@ class IndexedCollator:
                 f"The batch already has an entry {SAMPLE_INDEX!r}: rename or remove that column of "
                 "the dataset."
             )
-        batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)
-        return batch

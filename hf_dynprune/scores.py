@@ -37,7 +37,7 @@ class Scores:
         values: (N,) numbers, that of sample i at position i; high is hard. Kept as float32 on the
             CPU. May hold infinities.
         method: What they are, such as `"el2n"`.
-        fingerprint: Of the dataset that was scored, [`hf_dynprune.data_side.dataset_fingerprint`].
+        fingerprint: Of the dataset that was scored, [`hf_dynprune.identity.dataset_fingerprint`].
             `""` or `"N samples"` compares only N with the dataset that is pruned.
         provenance: JSON values that say how they were made. `passes` is their cost: a sample once
             through forward and backward is 1, forward alone 1/3; 0 if they were free.

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_dynprune import DynamicPruner, FullData, Scores, StaticPruning, score_dataset
-from hf_dynprune.data_side import dataset_fingerprint
+from hf_dynprune.identity import dataset_fingerprint
 from hf_dynprune.losses import RULES, derive_rule
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.scoring import gradient_norms
