@@ -35,6 +35,8 @@ PHASES = ("training", "choosing", "scoring", "evaluation")
 ROLLOUT_PHASES = ("generation", "rewards")
 ROLLOUTS = ("prompts", "effective_prompts", "completions", "tokens", "reward_calls")
 KEPT = ("always", "sometimes", "never")  # the shares that `selection` holds, as tables show them
+# What `provenance` says of the dataset, if it is known.
+DATASET_FIELDS = ("id", "config", "split", "revision", "fingerprint", "labels")
 _NO_CHOICE = np.ones(1)
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "timm", "evaluate", "numpy")
 _SPEED = re.compile(r".*(runtime|_per_second|_time)")  # metrics of how fast an evaluation was
@@ -154,6 +156,11 @@ class PruningReport:
             for other policies.
         best_model: `step` and `metrics`, if weights of an earlier optimizer step were loaded after
             the run (`load_best_model_at_end`) and evaluated. Empty if not.
+        provenance: what was trained on what, as far as the trainer knows: `model` (Hub id, or name
+            of the folder), `model_class`, `task`, `dataset` (`fingerprint`, `labels`, and for a
+            dataset of the Hub `id`, `config`, `split`, `revision`) and `arguments`, the training
+            arguments. `labels` is a checksum of the labels in their order. Empty in the reports of
+            earlier versions.
     """
 
     policy: dict[str, Any]
@@ -168,6 +175,7 @@ class PruningReport:
     environment: dict[str, Any] = field(default_factory=dict)
     preparation: dict[str, Any] = field(default_factory=dict)
     best_model: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -288,6 +296,7 @@ class PruningReport:
         return {
             "policy": shown_policy(self.policy),
             "seed": f"{self.seed}{order}",
+            **self._provenance_in_words(),
             "cost": cost,
             "passes": f"{self.passes:,.0f}, {per_sample} ({counts})",
             **_rollouts_in_words(totals.get("rollouts")),
@@ -312,6 +321,14 @@ class PruningReport:
         """Versions of hf_dynprune, Python and the packages."""
         own = self.environment.get("hf_dynprune", "unknown")
         return {"hf_dynprune": own, **self.environment.get("versions", {})}
+
+    def _provenance_in_words(self) -> dict[str, str]:
+        known = self.provenance
+        model = [known[name] for name in ("model", "model_class", "task") if name in known]
+        data = known.get("dataset", {})
+        named = [data[name] for name in ("id", "config", "split", "fingerprint") if name in data]
+        lines = {"model": ", ".join(model), "dataset": ", ".join(named)}
+        return {label: text for label, text in lines.items() if text}
 
     def _selection_in_words(self) -> dict[str, str]:
         if not self.selection.get("choices"):
@@ -353,8 +370,9 @@ class PruningReport:
         JSON has no NaN and no infinities: they are the texts "NaN", "Infinity" and "-Infinity".
         """
         own = asdict(self)
-        if not self.best_model:  # few runs have it
-            del own["best_model"]
+        for name in ("best_model", "provenance"):  # reports without them stay as they are
+            if not own[name]:
+                del own[name]
         for record in own["epochs"]:
             if not record["rollouts"]:  # nor these
                 del record["rollouts"]
@@ -491,9 +509,17 @@ _REPORT: dict[str, check.Check] = {
         )
     ),
     "best_model": check.or_empty(check.open_fields({"step": check.count, "metrics": _METRICS})),
+    "provenance": check.open_fields(
+        {},
+        {
+            **dict.fromkeys(("model", "model_class", "task"), check.text),
+            "dataset": check.open_fields({}, dict.fromkeys(DATASET_FIELDS, check.text)),
+            "arguments": check.open_fields({}),
+        },
+    ),
 }
 # What reports of earlier versions lack.
-_ADDED: dict[str, Any] = {"preparation": {}, "best_model": {}}
+_ADDED: dict[str, Any] = {"preparation": {}, "best_model": {}, "provenance": {}}
 
 
 # ---- in words ------------------------------------------------------------------------------------
@@ -521,20 +547,24 @@ def shown_metric(name: str, value: float) -> str:
     return f"{100 * value:.2f} %" if in_percent(name, [value]) else f"{value:.4g}"
 
 
-def shown_policy(values: Mapping[str, Any]) -> str:
-    """A policy's name and fields, such as "ucb(keep_ratio=0.3)".
+def changed_fields(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a policy that are not at their defaults, and those that it always shows.
 
-    Fields at their defaults are left out, except those that the policy always shows. Policies of
-    other packages show all fields.
+    Policies of other packages show all fields. The digest of a file of scores is left out.
     """
-    known = POLICIES.get(values["name"], PruningPolicy)
+    known = POLICIES.get(policy["name"], PruningPolicy)
     defaults = {entry.name: json.dumps(entry.default, default=str) for entry in fields(known)}
-    shown = [
-        f"{name}={value!r}"
-        for name, value in values.items()
+    return {
+        name: value
+        for name, value in policy.items()
         if name not in ("name", "digest")
         and (json.dumps(value) != defaults.get(name, "null") or name in known.always_shown)
-    ]
+    }
+
+
+def shown_policy(values: Mapping[str, Any]) -> str:
+    """A policy's name and its [`changed_fields`], such as "ucb(keep_ratio=0.3)"."""
+    shown = [f"{name}={value!r}" for name, value in changed_fields(values).items()]
     return f"{values['name']}({', '.join(shown)})" if shown else values["name"]
 
 

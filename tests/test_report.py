@@ -83,6 +83,13 @@ def full() -> PruningReport:
         resumed=[{"epoch": 1, "step": 5}],
         environment={"device": "cpu", "versions": {"torch": "x"}},
         preparation={"method": "el2n", "passes": 30.0, "charged": False},
+        provenance={
+            "model": "owner/model",
+            "model_class": "Net",
+            "task": "image-classification",
+            "dataset": {"id": "owner/data", "fingerprint": "4 samples, 1f2e", "labels": "9a"},
+            "arguments": {"learning_rate": 0.1},
+        },
     )
 
 
