@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; a test compares it with
     from .table import Column, SampleTable
     from .trainer import DynamicPruningMixin, DynamicPruningTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # The table of contents. Nothing is imported until it is used (PEP 562), so that
 # `import hf_dynprune` costs nothing.

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import datasets
 import fragments
+import notebooks
 import pytest
 import reliability
 import speed
@@ -38,8 +39,15 @@ from recipes.studies.summarise import chosen_rates, summarise
 ROOT = Path(__file__).parents[1]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in fragments.PAGES}
 # Pages that are not part of the site. Their commands and links are checked, too.
-BESIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "recipes/results/README.md", "model_cards/README.md")
-EVERY = PAGES | {name: (ROOT / name).read_text() for name in BESIDE}
+BESIDE = (
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "CODE_OF_CONDUCT.md",
+    "SECURITY.md",
+    "recipes/results/README.md",
+    "model_cards/README.md",
+)
+EVERY = PAGES | {name: (ROOT / name).read_text() for name in BESIDE} | notebooks.texts()
 
 
 def blocks(text, language):
