@@ -23,7 +23,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .data_side import PrunedDataMixin, run_shape
-from .identity import dataset_fingerprint
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX, IndexedRows, RepeatingSampler
 from .schedule import RunShape
@@ -309,7 +308,7 @@ class PromptPruningMixin(PrunedDataMixin):
             shape,
             seed=self.args.seed,
             data_seed=self.args.seed,  # trl's order leaves data_seed out of account
-            fingerprint=dataset_fingerprint(self.train_dataset),
+            fingerprint=self._fingerprint(),
             memory=self.memory,
             sampler=sampler,
         )

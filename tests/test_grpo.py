@@ -268,8 +268,14 @@ def assert_stock(folder, kind, pruning, **settings):
     return ours
 
 
-@every_kind
-@pytest.mark.parametrize("schedule", SCHEDULES)
+# RLOO shares the code under test, so it need not go through all of them.
+every_schedule = pytest.mark.parametrize(
+    ("kind", "schedule"),
+    [("grpo", schedule) for schedule in SCHEDULES] + [("rloo", "plain"), ("rloo", "uneven")],
+)
+
+
+@every_schedule
 def test_full_data_is_the_stock_trainer(kind, schedule, tmp_path):
     assert_stock(tmp_path, kind, FullData(), **SCHEDULES[schedule])
 
@@ -288,11 +294,10 @@ def test_settings_of_trl_hold(scale_rewards, tmp_path):
 
 
 def test_metrics_of_a_log_are_not_torn_apart_by_an_epoch(tmp_path):
-    settings = {"logging_steps": 4}
-    stock = trainer(tmp_path, stock=True, **settings)
-    ours = pruned(tmp_path, FullData(), **settings)
-    for run in (stock, ours):
-        run.train()
+    stock = trainer(tmp_path, stock=True, logging_steps=4)
+    stock.train()
+    ours = pruned(tmp_path, FullData(), logging_steps=4)
+    ours.train()
     assert logged(ours, "reward") == logged(stock, "reward")
     assert [n for n in ours.state.log_history[0] if not n.startswith("pruning/")] == [
         "epoch",
@@ -308,8 +313,7 @@ def expected_of(i):
     return (i + 0.5, math.sqrt(1 / 3)) if i % 2 == 0 else (float(i), 0.0)
 
 
-@every_kind
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@every_schedule
 def test_each_observation_belongs_to_its_prompt(kind, schedule, tmp_path):
     memory = Last("reward_mean", "reward_std", "completions")
     run = pruned(
@@ -447,11 +451,11 @@ POLICIES = [
 ]
 
 
-@every_kind
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy.name)
-def test_every_rule_trains_and_leaves_out_what_it_should(kind, policy, tmp_path):
+def test_every_rule_trains_and_leaves_out_what_it_should(policy, tmp_path):
     data = prompts(20)
-    run = pruned(tmp_path, policy, kind, reward=solves, data=data, num_train_epochs=9)
+    settings = {"per_device_train_batch_size": 16, "num_train_epochs": 8}
+    run = pruned(tmp_path, policy, reward=solves, data=data, **settings)
     run.train()
     report = run.pruning_report
     assert report.totals["rollouts"]["completions"] == G * report.passes
@@ -538,9 +542,15 @@ def test_evaluation_is_not_part_of_the_bill(tmp_path):
 # ---- resuming ------------------------------------------------------------------------------------
 
 RESUMED = {
-    "plain": {},
-    "slices": {"steps_per_generation": 2, "num_iterations": 2, "per_device_train_batch_size": 4},
+    "plain": {"num_train_epochs": 3},
+    "slices": {
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "per_device_train_batch_size": 4,
+        "data": prompts(5),
+    },
     "accumulation": {
+        "num_train_epochs": 3,
         "steps_per_generation": 4,
         "gradient_accumulation_steps": 3,
         "per_device_train_batch_size": 4,
@@ -556,19 +566,22 @@ def resumable(kind, policy, settings):
             kind,
             model=llama(attention_dropout=0.2),
             disable_dropout=False,
-            data=prompts(9),
-            save_strategy="steps",
-            save_steps=1,
-            **settings,
+            **{"data": prompts(9), "save_strategy": "steps", "save_steps": 1, **settings},
         )
 
     return make
 
 
-@pytest.mark.parametrize("schedule", RESUMED)
-@pytest.mark.parametrize("kind", KINDS)
+def test_a_rule_without_a_fixed_size_resumes_too(tmp_path):
+    make = resumable("grpo", GRESO(), {"reward": solves, "data": prompts(6)})
+    assert len(list(every_checkpoint(make, tmp_path))) >= 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "schedule"), [("grpo", schedule) for schedule in RESUMED] + [("rloo", "slices")]
+)
 def test_resume_from_every_checkpoint(kind, schedule, tmp_path):
-    policy = ThompsonPrompts(0.5) if kind == "grpo" else GRESO()
+    policy = ThompsonPrompts(0.5) if kind == "grpo" else UCB(0.5, signal="reward_std")
     resumed = list(every_checkpoint(resumable(kind, policy, RESUMED[schedule]), tmp_path))
     assert len(resumed) >= 3
     if schedule != "plain":
@@ -623,72 +636,64 @@ def test_other_completions_of_a_prompt_are_another_run(tmp_path):
 # ---- several ranks -------------------------------------------------------------------------------
 
 
-def run_on_ranks(folder, policy, **settings):
-    """Completions that do not depend on the rank: the likeliest ones."""
+def run_on_ranks(folder, policy, batch, reward=solves, **settings):
+    """A run with the same batches on any number of ranks, and completions without chance."""
     run = pruned(
         folder,
         policy,
-        reward=solves,
-        data=prompts(20),
+        reward=reward,
+        data=prompts(12),
         top_k=1,
         num_train_epochs=4,
+        per_device_train_batch_size=batch // RANKS,
         ddp_find_unused_parameters=False,
-        **{
-            name: value // RANKS if "batch_size" in name else value
-            for name, value in settings.items()
-        },
+        **settings,
     )
     run.train()
+    records = run.pruning_report.epochs
+    for record in records:
+        # Slices of a generation are cut at random, on each rank apart, so that weights and then
+        # completions differ.
+        record.rollouts.pop("tokens")
     return {
         "weights": {name: value.double() for name, value in run.model.state_dict().items()},
         "table": run.pruner.table.state_dict(),
         "rates": learning_rates(run),
         "effective": logged(run, "pruning/effective_prompts"),
-        "records": [
-            (record.samples, record.optimizer_steps, record.passes, record.rollouts)
-            for record in run.pruning_report.epochs
-        ],
+        "records": [(r.samples, r.optimizer_steps, r.passes, r.rollouts) for r in records],
     }
 
 
 def everything_on_ranks(folder):
-    seen = {}
-    for number, policy in enumerate((ThompsonPrompts(0.5), GRESO(), FullData())):
-        seen[policy.name, "plain"] = run_on_ranks(
-            folder / f"{number}", policy, per_device_train_batch_size=8
-        )
-        seen[policy.name, "slices"] = run_on_ranks(
-            folder / f"{number}s",
-            policy,
-            per_device_train_batch_size=8,
-            num_iterations=2,
-            steps_per_generation=2,
-        )
-    # A group of four on two ranks.
-    seen["shared"] = run_on_ranks(folder / "shared", GRESO(), per_device_train_batch_size=4)[
-        "records"
-    ]
-    make = resumable("grpo", ThompsonPrompts(0.5), {**RESUMED["slices"], "num_train_epochs": 1})
-    seen["resumed"] = len(list(every_checkpoint(make, folder / "resumed"))) if RANKS > 1 else 0
-    return seen
+    slices = {"num_iterations": 2, "steps_per_generation": 2}
+    runs = {
+        "thompson": run_on_ranks(folder / "0", ThompsonPrompts(0.5), 8),
+        "greso, slices": run_on_ranks(folder / "1", GRESO(), 8, **slices),
+        "a group on two ranks": run_on_ranks(folder / "2", GRESO(), 4, reward=by_prompt),
+    }
+    make = resumable(
+        "grpo",
+        ThompsonPrompts(0.5),
+        {**RESUMED["slices"], "data": prompts(9), "num_train_epochs": 1},
+    )
+    resumed = len(list(every_checkpoint(make, folder / "resumed"))) if RANKS > 1 else 0
+    return runs, resumed
 
 
 def test_two_ranks_train_what_one_trains(tmp_path):
     done = torchrun(__file__, tmp_path, ranks=2)
     assert done.returncode == 0, done.stderr
-    parts = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=False) for rank in range(2)]
-    alone = everything_on_ranks(tmp_path / "alone")
-    assert all(part["resumed"] > 2 for part in parts)
-    assert alone["shared"] == parts[0]["shared"] == parts[1]["shared"]
-    for key in (key for key in alone if isinstance(key, tuple)):
-        for part in parts:
-            one, two = alone[key], part[key]
-            assert two["rates"] == one["rates"], key
-            assert two["records"] == one["records"], key
-            assert two["effective"] == one["effective"], key
-            for name, column in one["table"].items():
-                assert torch.equal(two["table"][name].nan_to_num(7), column.nan_to_num(7)), key
-            if key[1] == "plain":  # slices are cut at random, on each rank apart
+    alone, _ = everything_on_ranks(tmp_path / "alone")
+    for rank in range(2):
+        runs, resumed = torch.load(tmp_path / f"rank{rank}.pt", weights_only=False)
+        assert resumed == 3
+        for name, two in runs.items():
+            one = alone[name]
+            for part in ("rates", "records", "effective"):
+                assert two[part] == one[part], (name, part)
+            for column, values in one["table"].items():
+                assert torch.equal(two["table"][column].nan_to_num(7), values.nan_to_num(7)), name
+            if "slices" not in name:
                 torch.testing.assert_close(two["weights"], one["weights"], rtol=1e-4, atol=1e-5)
 
 
