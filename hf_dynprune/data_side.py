@@ -27,10 +27,11 @@ from transformers.utils import logging
 from . import checkpoints, distributed
 from .identity import dataset_fingerprint
 from .policies import PruningPolicy
+from .provenance import provenance_of
 from .pruner import DynamicPruner
 from .report import PruningReport
 from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
-from .schedule import RunShape
+from .schedule import RunShape, is_choice, is_full_data
 from .table import Memory
 from .upstream import UpstreamMends, owner_behind, start_workers
 
@@ -365,7 +366,8 @@ class PrunedDataMixin(CardMixin):
         if self.lr_scheduler is not None:
             logger.warning(
                 "The learning-rate scheduler that was passed in stays as it is: make sure that it "
-                "was made for the %d optimizer steps of the pruned run.",
+                "was made for the %d optimizer steps of the pruned run. To let the Trainer make "
+                "one for them, pass optimizers=(optimizer, None) and set lr_scheduler_type.",
                 pruner.clock.total_steps(),
             )
             return super().create_scheduler(num_training_steps, optimizer)
@@ -445,6 +447,8 @@ class PrunedDataMixin(CardMixin):
                 restart_epoch=self.args.ignore_data_skip,
             )
         self._loading_from = None  # what is loaded from here on is the best model
+        self.pruner.report.provenance = provenance_of(self, self._fingerprint())
+        _announce_length(self.pruner, position[0], self.state.global_step)
         self._passes_before = self.pruner.report.totals["forward_passes"]
         return position
 
@@ -472,6 +476,7 @@ class PrunedDataMixin(CardMixin):
         if pruner.batches_done == batches and self.state.global_step > steps:
             raise self._unobserved()
         pruner.end_epoch(**self._now())
+        _announce_length(pruner, epoch + 1, self.state.global_step)
 
     def _begin_epoch(self, epoch: int) -> Callable[[torch.Tensor], Mapping[str, Any]] | None:
         """Get ready for an epoch; return what scores samples by forward passes, or None."""
@@ -523,7 +528,29 @@ class PrunedDataMixin(CardMixin):
             checkpoints.save(self.pruner, output_dir, writes=self.args.should_save, **self._now())
 
 
-# ---- learning rate -------------------------------------------------------------------------------
+# ---- length and learning rate --------------------------------------------------------------------
+
+
+def _announce_length(pruner: DynamicPruner, epoch: int, step: int) -> None:
+    """Give the loader the length of an epoch before its choice, for callbacks on `on_epoch_begin`.
+
+    Nothing changes if the length depends on the data, or if the run is over.
+    """
+    policy, n, budget = pruner.policy, pruner.shape.samples, pruner.shape.budget
+    if budget.is_spent(epoch, step):
+        return
+    progress = budget.progress(epoch, step)
+    size: int | None
+    if len(pruner.report.epochs) > epoch:  # resumed in the middle of it
+        size = pruner.report.epochs[epoch].samples
+    elif is_full_data(policy, epoch, progress):
+        size = n
+    elif pruner.plan is None or is_choice(policy, epoch, has_plan=True):
+        size = policy.planned_size(n, epoch, progress)
+    else:
+        size = len(pruner.plan)
+    if size is not None:
+        pruner.sampler.set_epoch_order(torch.arange(size))
 
 
 def _follow_budget(scheduler: LambdaLR, pruner: DynamicPruner) -> None:

@@ -20,7 +20,6 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import jinja2
 import transformers
 import yaml
@@ -28,9 +27,8 @@ from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData, Repo
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id, yaml_dump
 from transformers import TrainingArguments
-from transformers.modelcard import TASK_MAPPING, TrainingSummary
+from transformers.modelcard import TrainingSummary
 
-from .arguments import TRAINING_SETTINGS
 from .escape import (
     Markdown,
     code,
@@ -49,7 +47,8 @@ from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
 from .losses import RULES, unwrapped
 from .plots import plot_runs, plot_selection, save_picture
 from .policies import POLICIES, FullData, PruningPolicy, ScoredPolicy, make_policy
-from .report import KEPT, PHASES, PruningReport, by_seed
+from .provenance import ARGUMENTS, hub_dataset, loaded_from, tasks_of
+from .report import KEPT, PHASES, PruningReport, by_seed, changed_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,9 +57,6 @@ if TYPE_CHECKING:
 SEAMS = {
     "Trainer._created_lr_scheduler": "whether the Trainer made the scheduler; its arguments do not "
     "describe another one",
-    "PreTrainedConfig._name_or_path": "where the model was loaded from",
-    "Parameter._is_hf_initialized": "whether weights were loaded; a loaded config has a name "
-    "even if the model made from it has random weights",
     "_BaseAutoModelClass._model_mapping": "which classes an Auto class makes, for the snippet "
     "that loads the model",
 }
@@ -69,21 +65,11 @@ SEAMS = {
 Reports = PruningReport | Sequence[PruningReport]
 
 CARD_FILE = "README.md"
+_WITH_FOLDERS = ("policy", "preparation", "provenance")  # fields of a report that may name some
 _TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 # On a command line, the option of a token, in full or as argparse lets it be shortened.
 _TOKEN = re.compile(r"--(push[_-]to[_-])?hub[_-]t\w*")
-# Arguments that decide what is trained. "How to repeat" shows those that differ from their default.
-# Evaluation is included because it draws from the same random numbers as dropout.
-_ARGUMENTS = (
-    "max_steps",
-    "per_device_train_batch_size",
-    *TRAINING_SETTINGS,
-    "eval_strategy",
-    "eval_steps",
-    "seed",
-    "data_seed",
-)
 
 
 @dataclass
@@ -381,9 +367,9 @@ def _finalize(value: Any) -> Any:
 
 
 def fields_in_words(policy: Mapping[str, Any]) -> str:
-    """The fields of a policy, as a card lists them."""
-    shown = (f"{name}={_code(policy[name])}" for name in policy if name != "name")
-    return ", ".join(map(code, shown))
+    """The fields of a policy that are not at their defaults, as a card lists them."""
+    shown = (f"{name}={_code(value)}" for name, value in changed_fields(policy).items())
+    return ", ".join(map(code, shown)) or "its defaults"
 
 
 def _shown(value: Mapping[str, Any]) -> str:
@@ -467,7 +453,7 @@ def write_card(trainer: Any, folder: Path, *args: Any, **settings: Any) -> None:
 
 def published(report: PruningReport) -> PruningReport:
     """The report without what is private: folders of this machine."""
-    hidden = {name: hide_folders(getattr(report, name)) for name in ("policy", "preparation")}
+    hidden = {name: hide_folders(getattr(report, name)) for name in _WITH_FOLDERS}
     return replace(report, **hidden)
 
 
@@ -520,7 +506,7 @@ def _metadata(
 ) -> ModelCardData:
     model, folder = unwrapped(trainer.model), Path(trainer.args.output_dir)
     ids = _listed(given.dataset_tags) or _listed(source.get("id"))
-    tasks = _listed(given.tasks) or _tasks_of(type(model).__name__)
+    tasks = _listed(given.tasks) or tasks_of(type(model).__name__)
     license = given.license
     if license is None and base is not None:
         # This asks the Hub.
@@ -572,23 +558,11 @@ def _old_metadata(path: Path) -> Mapping[str, Any]:
     return card.data.to_dict()
 
 
-def _tasks_of(class_name: str) -> list[str]:
-    """The Hub's tasks of a model class. transformers maps a task to names or tuples of names."""
-    found = []
-    classes: Any
-    for task, classes in TASK_MAPPING.items():
-        names = [name for value in classes.values() for name in _listed(value)]
-        if class_name in names:
-            found.append(task)
-    return found
-
-
 def _origin(trainer: Any, finetuned_from: str | None) -> tuple[str | None, str]:
     """The Hub id of the base model, if it has one, and where the weights come from in words."""
     model = unwrapped(trainer.model)
-    loaded = any(getattr(weight, "_is_hf_initialized", False) for weight in model.parameters())
-    if finetuned_from is None and loaded:
-        finetuned_from = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if finetuned_from is None:
+        finetuned_from = loaded_from(model)
     if not finetuned_from:
         return None, "trained from scratch"
     try:
@@ -601,20 +575,6 @@ def _origin(trainer: Any, finetuned_from: str | None) -> tuple[str | None, str]:
         return None, f"fine-tuned from the local checkpoint {name}"
     link = f"[{finetuned_from}](https://huggingface.co/{finetuned_from})"
     return finetuned_from, f"fine-tuned from {link}"
-
-
-def hub_dataset(dataset: Any) -> dict[str, str]:
-    """Id, revision, config and split of a `datasets.Dataset` on the Hub; empty if unknown."""
-    if not isinstance(dataset, datasets.Dataset):
-        return {}
-    urls = map(str, dataset.info.download_checksums or {})
-    matches = [re.match(r"hf://datasets/([^@]+)@(\w+)/", url) for url in urls]
-    found = {match.groups() for match in matches if match}
-    if len(found) != 1:
-        return {}
-    ((name, revision),) = found
-    split = str(dataset.split)
-    return {"id": name, "revision": revision, "config": dataset.info.config_name, "split": split}
 
 
 def _hyperparameters(trainer: Any) -> dict[str, str]:
@@ -721,7 +681,7 @@ def _repeating(trainer: Any) -> dict[str, Any]:
     more = sorted(set(defaults) - {entry.name for entry in fields(TrainingArguments)})
     arguments = {
         name: _code(getattr(args, name))
-        for name in (*_ARGUMENTS, *more)
+        for name in (*ARGUMENTS, *more)
         if hasattr(args, name)
         and (name == "seed" or getattr(args, name) != defaults.get(name))
         and not is_secret(name)

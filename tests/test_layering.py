@@ -56,6 +56,7 @@ TRAINER = [
     "losses",
     "scoring",
     "identity",
+    "provenance",
     "data_side",
     "loss_check",
     "loss_side",
