@@ -8,6 +8,7 @@ task has one for each valid token. An optimizer step minimises
 so that gradient accumulation and several ranks give the gradient of one big batch.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from .checks import did_you_mean
 
 IGNORED = -100  # the label that transformers leaves out of a loss
+
+# The end of each error that has this way out.
+FALLBACK = ", or 'batch_mean' if only the loss of a batch is known."
 
 
 class SampleLosses(NamedTuple):
@@ -43,8 +47,9 @@ class LossRule:
         terms: inputs -> (B,) int64, the number of terms of each sample, known before the forward
             pass. None if each sample has one.
         from_own_loss: Whether `losses` may use the loss that the model gives.
-        matches_model: Whether the mean over the terms is the model's own loss. It is compared on
-            the first batch. False for a loss that differs on purpose.
+        matches_model: Whether the mean over the terms is the loss that the Trainer would train. It
+            is compared on the first batch, and on later ones (`hf_dynprune.loss_check`). False for
+            a loss that differs on purpose.
     """
 
     name: str
@@ -57,6 +62,14 @@ class LossRule:
 def unwrapped(model: Any) -> Any:
     """The model below PEFT's wrapper, if it has one. Its class says which head it has."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def virtual_tokens(model: Any) -> int:
+    """How many tokens PEFT's prompt tuning puts in front of each sequence of a decoder, or 0."""
+    config = getattr(model, "active_peft_config", None)
+    kind = str(getattr(config, "peft_type", "")).rsplit(".", 1)[-1]
+    lengthens = kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
+    return int(config.num_virtual_tokens) if config is not None and lengthens else 0
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -75,7 +88,7 @@ def logits_of(outputs: Any) -> Tensor:
         raise ValueError(
             "The model's output has no logits, so the loss of one sample cannot be derived. With "
             'Liger kernels set `liger_kernel_config={"fused_linear_cross_entropy": False}`. '
-            "Otherwise pass `per_sample_loss_fn=`."
+            f"Otherwise pass `per_sample_loss_fn=`{FALLBACK}"
         )
     return logits
 
@@ -85,8 +98,19 @@ def _labels(inputs: Mapping[str, Any]) -> Tensor:
         if key in inputs:
             return inputs[key]
     raise ValueError(
-        f"The batch has no 'labels' (it has {', '.join(map(repr, inputs))}): a loss needs them."
+        f"The batch has no 'labels' (it has {', '.join(map(repr, inputs))}): a loss needs them. "
+        "Rename the column, or read it in a function per_sample_loss_fn(outputs, inputs). A column "
+        "that the model's forward does not take reaches the batch if TrainingArguments has it in "
+        "label_names=[...], or with remove_unused_columns=False."
     )
+
+
+def _counted(inputs: Mapping[str, Any]) -> Tensor:
+    """(B,) int64: 1 for a sample with a label, 0 if the label is ignored."""
+    labels = _labels(inputs)
+    if labels.is_floating_point():
+        return torch.ones(len(labels), dtype=torch.int64, device=labels.device)
+    return labels.reshape(-1).ne(IGNORED).long()
 
 
 def _cross_entropy(
@@ -124,10 +148,7 @@ _MIXED = (
 def _single_label(
     outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
 ) -> SampleLosses:
-    """Cross-entropy. A label -100 has no loss, as in the models.
-
-    Its sample still counts as one of the optimizer step.
-    """
+    """Cross-entropy. A sample with the label -100 has no loss and no term, as in the models."""
     logits, labels = logits_of(outputs), _labels(inputs)
     if labels.is_floating_point():
         raise ValueError(_MIXED.format(f"{labels.dtype} labels of shape {tuple(labels.shape)},"))
@@ -162,12 +183,16 @@ def _classification(
     return SampleLosses(train, train.detach(), torch.ones_like(train))
 
 
-def _token_rule(name: str, shift: int) -> LossRule:
-    """A loss for each token: logits (B, T, C). With shift 1 the logits at t predict label t + 1."""
+def _token_rule(name: str, shift: int, virtual: int = 0) -> LossRule:
+    """A loss for each token: logits (B, T, C). With shift 1 the logits at t predict label t + 1.
+
+    The first `virtual` positions are a prompt without labels, in front of those of the batch.
+    """
 
     def targets(inputs: Mapping[str, Any]) -> Tensor:
         # The labels are shifted and not the logits, because a part of the logits would be a copy.
-        return F.pad(_labels(inputs)[:, shift:], (0, shift), value=IGNORED)
+        labels = F.pad(_labels(inputs), (virtual, 0), value=IGNORED)
+        return F.pad(labels[:, shift:], (0, shift), value=IGNORED)
 
     def losses(
         outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
@@ -189,14 +214,21 @@ def _question_answering(
     """
     if isinstance(outputs, tuple | list):
         start, end = outputs[1], outputs[2]
-    else:
+    elif "start_logits" in outputs and "end_logits" in outputs:
         start, end = outputs["start_logits"], outputs["end_logits"]
+    else:
+        raise ValueError(
+            "The outputs have no start_logits and end_logits (they have "
+            f"{', '.join(map(repr, outputs))}), so the loss of an answer is not known: pass "
+            f"`per_sample_loss_fn=`, a function (outputs, inputs) -> (batch size,){FALLBACK}"
+        )
+    terms = _answers(inputs, start.shape[1])
     train = plain = torch.zeros(len(start), device=start.device)
     for logits, key in ((start, "start_positions"), (end, "end_positions")):
         target = inputs[key].reshape(-1).clamp(0, logits.shape[1])
         loss, raw = _cross_entropy(logits, target, 0.0, ignored=logits.shape[1])
         train, plain = train + loss / 2, plain + raw / 2
-    return SampleLosses(train, plain, _answers(inputs, start.shape[1]))
+    return SampleLosses(train, plain, terms)
 
 
 def _batch_mean(
@@ -211,20 +243,28 @@ def _batch_mean(
     """
     loss = outputs["loss"] if isinstance(outputs, Mapping) else outputs[0]
     size = next(len(value) for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+    return shared_loss(loss, size)
+
+
+def shared_loss(loss: Tensor, size: int) -> SampleLosses:
+    """The loss of a batch for each of its samples."""
     each = loss.float().mean().expand(size)
     return SampleLosses(each, each.detach(), torch.ones_like(each))
 
 
 def _answers(inputs: Mapping[str, Any], length: int) -> Tensor:
-    return sum(
-        inputs[key].reshape(-1).lt(length).float() / 2
-        for key in ("start_positions", "end_positions")
-    )
+    keys = [key for key in ("start_positions", "end_positions") if key in inputs]
+    if len(keys) < 2:
+        raise ValueError(
+            "The batch has no 'start_positions' or no 'end_positions' (it has "
+            f"{', '.join(map(repr, inputs))}): the loss of question answering needs both."
+        )
+    return sum(inputs[key].reshape(-1).lt(length).float() / 2 for key in keys)
 
 
 RULES: dict[str, LossRule] = {
-    "single_label": LossRule("single_label", _single_label),
-    "classification": LossRule("classification", _classification),
+    "single_label": LossRule("single_label", _single_label, _counted),
+    "classification": LossRule("classification", _classification, _counted),
     "tokens": _token_rule("tokens", 0),
     "shifted_tokens": _token_rule("shifted_tokens", 1),
     "question_answering": LossRule(
@@ -235,7 +275,7 @@ RULES: dict[str, LossRule] = {
     "batch_mean": LossRule("batch_mean", _batch_mean, from_own_loss=True),
 }
 
-# transformers' names of heads say what their loss is. The trainer compares on the first batch.
+# transformers' names of heads say what their loss is. It is a hypothesis: the trainer compares.
 _RULE_OF_HEAD = {
     "ForSequenceClassification": "classification",
     "ForImageClassification": "classification",
@@ -250,6 +290,25 @@ _RULE_OF_HEAD = {
     "ForQuestionAnswering": "question_answering",
 }
 
+# The causal models of transformers whose labels are at the positions that predict them.
+_UNSHIFTED = (
+    "BartForCausalLM",
+    "BigBirdPegasusForCausalLM",
+    "BlenderbotForCausalLM",
+    "BlenderbotSmallForCausalLM",
+    "CpmAntForCausalLM",
+    "FlaubertWithLMHeadModel",
+    "MBartForCausalLM",
+    "MarianForCausalLM",
+    "MvpForCausalLM",
+    "PLBartForCausalLM",
+    "PegasusForCausalLM",
+    "TrOCRForCausalLM",
+    "WhisperForCausalLM",
+    "XLMWithLMHeadModel",
+    "XLNetLMHeadModel",
+)
+
 
 def derive_rule(
     model: nn.Module, per_sample_loss_fn: Callable[..., Tensor] | str | LossRule | None = None
@@ -257,8 +316,8 @@ def derive_rule(
     """How the loss of one sample of this model is computed.
 
     Args:
-        model: The model, without wrappers. A class of transformers, or one derived from it, is
-            known by its head.
+        model: The model, without wrappers but PEFT's. A class of transformers, or one derived from
+            it, is known by its head.
         per_sample_loss_fn: For all others the name of a rule in `RULES`, a function (outputs,
             inputs) -> (B,) losses, or a LossRule.
 
@@ -273,21 +332,24 @@ def derive_rule(
                 f"per_sample_loss_fn={per_sample_loss_fn!r} is not a known rule: "
                 f"{did_you_mean(per_sample_loss_fn, RULES)}The rules are {', '.join(RULES)}."
             )
-        return RULES[per_sample_loss_fn]
+        return _behind_a_prompt(RULES[per_sample_loss_fn], model)
     if per_sample_loss_fn is not None:
         return _custom_rule(per_sample_loss_fn)
-    rule = _rule_of_head(model)
+    base = unwrapped(model)
+    rule = _rule_of_head(base)
     if rule is None:
         raise ValueError(
-            f"No loss of one sample is known for a {type(model).__name__}: pass "
+            f"No loss of one sample is known for a {type(base).__name__}: pass "
             f"`per_sample_loss_fn=`, the name of a rule ({', '.join(map(repr, RULES))}) or a "
-            "function (outputs, inputs) -> losses of shape (batch size,)."
+            f"function (outputs, inputs) -> losses of shape (batch size,){FALLBACK}"
         )
-    return rule
+    return _behind_a_prompt(rule, model)
 
 
 def _rule_of_head(model: nn.Module) -> LossRule | None:
     for cls in type(model).__mro__:
+        if cls.__name__ in _UNSHIFTED:
+            return RULES["tokens"]
         for head, name in _RULE_OF_HEAD.items():
             if not cls.__name__.endswith(head):
                 continue
@@ -296,6 +358,20 @@ def _rule_of_head(model: nn.Module) -> LossRule | None:
                 name = "shifted_tokens"
             return RULES[name]
     return None
+
+
+def _behind_a_prompt(rule: LossRule, model: nn.Module) -> LossRule:
+    """The rule for logits that begin with those of PEFT's virtual tokens, if there are any."""
+    virtual = virtual_tokens(model)
+    if virtual and rule is RULES["shifted_tokens"]:
+        return _token_rule(rule.name, 1, virtual)
+    return rule
+
+
+def forward_of_transformers(model: nn.Module) -> bool:
+    """Whether the model's forward is one of transformers, and not one of a user's class."""
+    forward = inspect.unwrap(type(model).forward)
+    return forward.__module__.startswith("transformers.")
 
 
 def _custom_rule(function: Callable[..., Tensor]) -> LossRule:
@@ -416,7 +492,10 @@ def observe_signals(
                 raise ValueError(
                     f"The signal {name!r} is defined for single-label classification: use 'loss'."
                 )
-            values[name] = function(
-                logits_of(outputs).detach().float().reshape(len(labels), -1), labels
-            )
+            logits = logits_of(outputs).detach().float().reshape(len(labels), -1)
+            if name != "label":
+                # A sample with an ignored label has the loss 0. Its other signals are as low: those
+                # of a sample whose label is what the model predicts.
+                labels = torch.where(labels.eq(IGNORED), logits.argmax(-1), labels)
+            values[name] = function(logits, labels)
     return values

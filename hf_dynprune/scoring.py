@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -152,6 +153,19 @@ def scoring_state(model: nn.Module, mode: Literal["eval", "train"], seed: int) -
                         buffer.copy_(buffers[name])
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether a layer takes the statistics of its batch while the model trains."""
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    if not norms:
+        return False
+    modes = [(module, module.training) for module in model.modules()]
+    model.train()  # a model may keep its norms in eval mode
+    found = any(norm.training for norm in norms)
+    for module, training in modes:
+        module.training = training
+    return found
 
 
 # ---- the norm of each sample's gradient ----------------------------------------------------------

@@ -215,7 +215,7 @@ def test_a_large_vocabulary_takes_no_more_memory_where_the_model_computes_its_lo
     assert peak_memory(tmp_path, make, pruning=UCB(keep_ratio=1.0)) <= 1.05 * stock
 
 
-def test_a_models_own_loss_is_computed_on_the_first_batch_alone(tmp_path):
+def test_a_models_own_loss_is_computed_for_comparisons_alone(tmp_path):
     model, calls = language_model(64), []
     stock = model.loss_function
 
@@ -229,10 +229,10 @@ def test_a_models_own_loss_is_computed_on_the_first_batch_alone(tmp_path):
     )
     run.train()
     assert run.state.global_step == 6
-    assert len(calls) == 1
+    assert len(calls) == 3  # at batches 1, 2 and 4
     assert model.loss_function is count
     run.evaluate(sequences(64, n=4))
-    assert len(calls) == 2
+    assert len(calls) == 4
 
 
 def test_the_outputs_of_a_batch_have_its_mean_loss(tmp_path):
@@ -321,7 +321,9 @@ def test_an_unknown_loss_is_an_error_at_construction(changes, message, tmp_path)
     [
         (lambda outputs, inputs: outputs["losses"].mean(), r"shape \(\)"),
         (lambda outputs, inputs: outputs["losses"][:3], r"\(3,\).* 8 "),
-        (lambda outputs, inputs: 2 * outputs["losses"], "matches_model"),
+        (lambda outputs, inputs: outputs["losses"] ** 2, "'custom'"),
+        (lambda outputs, inputs: outputs["losses"][:1].expand(8), "'custom'"),
+        (lambda outputs, inputs: outputs["losses"].detach(), "batch_mean"),
     ],
 )
 def test_a_wrong_per_sample_loss_is_an_error_at_the_first_batch(function, message, tmp_path):
