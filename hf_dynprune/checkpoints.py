@@ -129,9 +129,16 @@ def complete_checkpoint(
         newest = newest_complete(output_dir, stock=stock)
         if newest is not None:
             return newest
+        found = _newest_first(output_dir)
+        without_state = (str(folder) for folder in found if fault_of(folder, stock=True) is None)
+        way_out = "start the run without resume_from_checkpoint"
+        if usable := next(without_state, None):
+            way_out = (
+                f"to continue without scores from {usable}, which has no {STATE_FILE}, call "
+                f"train(resume_from_checkpoint=True, stock_checkpoint=True). Or {way_out}"
+            )
         raise ValueError(
-            f"No checkpoint in {output_dir} is complete ({len(_newest_first(output_dir))} found): "
-            "start the run without resume_from_checkpoint."
+            f"No checkpoint in {output_dir} is complete ({len(found)} found): {way_out}."
         )
     fault = fault_of(Path(requested), stock=stock)
     if fault is not None:
