@@ -144,6 +144,20 @@ def language(folder):
     }
 
 
+def reinforced(folder):
+    """A tiny language model, prompts, and a reward function."""
+    import test_grpo
+
+    run = test_grpo.trainer(folder, max_steps=3)
+    return {
+        "model": run.model,
+        "reward_function": test_grpo.by_tokens,
+        "args": run.args,
+        "prompts": test_grpo.prompts(),
+        "tokenizer": test_grpo.tokenizer(),
+    }
+
+
 def on_the_hub(folder):
     """A trained trainer, a trained timm trainer, and the reports of more runs."""
     from test_hub import timm_trainer
@@ -177,6 +191,7 @@ CONTEXTS = {
     "docs/loss.md": losses,
     "docs/loop.md": a_loop,
     "docs/text.md": language,
+    "docs/rl.md": reinforced,
     "docs/report.md": trained,
     "docs/hub.md": on_the_hub,
     "docs/scores.md": many_images,

@@ -849,6 +849,54 @@ def test_every_seam_exists(tmp_path):
             assert hasattr(found["RLOOTrainer"], name), seam
 
 
+# ---- the recipe ----------------------------------------------------------------------------------
+
+
+def test_recipe(recipe, tmp_path, capsys):
+    """A first model, saved, and two runs that continue from it; the files differ in the pruning."""
+    little = ["--prompts", "30", "--eval_prompts", "12", "--width", "16", "--layers", "1"]
+    little += ["--per_device_train_batch_size", "16", "--per_device_eval_batch_size", "16"]
+    little += ["--warm_steps", "2", "--warm_batch", "8", "--num_train_epochs", "2"]
+    little += ["--report_to", "none", "--disable_tqdm", "True"]
+    recipe("grpo", *little, "--warm_only", "True", "--output_dir", tmp_path / "warm")
+    capsys.readouterr()
+    little += ["--model", tmp_path / "warm"]
+    configs = Path(__file__).parents[1] / "recipes" / "configs"
+    for name in ("full", "pruned"):
+        recipe("grpo", configs / f"grpo_{name}.yaml", *little, "--output_dir", tmp_path / name)
+        report = PruningReport.load(tmp_path / name / "report.json")
+        assert report.num_samples == 30
+        assert report.totals["rollouts"]["prompts"] == {"full": 60, "pruned": 16}[name] // 2 * 2
+        assert {"eval_reward", "eval_accuracy/level_1"} <= set(report.metrics)
+    assert "thompson-prompts: reward " in capsys.readouterr().out
+
+
+def test_sums_are_different_and_held_out_ones_are_not_trained_on(recipe):
+    module = recipe("grpo")
+    task, taken = module.TaskArguments(), set()
+    test, train = (module.different_sums(task, n, taken) for n in (100, 300))
+    assert len(set(test["prompt"]) | set(train["prompt"])) == 400
+    assert all(
+        eval(p[:-1]) == int(a) for p, a in zip(train["prompt"], train["answer"], strict=True)
+    )
+    assert [train["level"].count(level) for level in (1, 2, 3)] == [30, 90, 180]
+    with pytest.raises(ValueError, match="1 digits"):
+        module.different_sums(task, 1000, taken)
+    for shares in ([0.5], [-0.5, 1.5], [0.1] * 10):
+        with pytest.raises(ValueError, match="level_shares"):
+            module.TaskArguments(level_shares=shares)
+
+
+def test_a_right_answer_has_nothing_else(recipe):
+    module, noted = recipe("grpo"), {}
+    words = module.make_tokenizer()
+    texts = ["12", "12", "13", "121"]
+    ids = [[*words(text).input_ids, *[1] * (i != 1)] for i, text in enumerate(texts)]
+    rewards = module.is_right(ids, ["12"] * 4, [1, 1, 2, 2], noted.__setitem__, words)
+    assert rewards == [1.0, 0.0, 0.0, 0.0]
+    assert noted == {"accuracy/level_1": 0.5, "accuracy/level_2": 0.0}
+
+
 def main(folder):
     seen = everything_on_ranks(folder)
     torch.save(seen, folder / f"rank{RANK}.pt")

@@ -11,7 +11,7 @@ from tiny import images, learning_rates, recorded, same_weights, trainer, vit
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
-from trl import SFTTrainer
+from trl import GRPOTrainer, SFTTrainer
 
 from hf_dynprune import UCB, FullData, RandomPruning
 from hf_dynprune.checkpoints import logger
@@ -145,7 +145,8 @@ def test_global_random_states_are_the_stock_trainers(tmp_path):
 # The modules that lean on names of others which are private, or public but not documented. What the
 # seams do is tested where they act: lengths, rates and resuming in test_data_side.py and
 # test_checkpoints.py, losses in test_loss_side.py, names of weights in test_upstream.py.
-MODULES = ("upstream", "checkpoints", "data_side", "loss_side", "trainer", "scoring_runs", "sft")
+MODULES = ("upstream", "checkpoints", "data_side", "loss_side", "trainer", "scoring_runs")
+MODULES += ("sft", "grpo")
 
 
 def seams(module):
@@ -159,9 +160,8 @@ def foreign(tmp_path_factory):
     """The private names of the objects that we lean on, with those of their attributes."""
     run = trainer(tmp_path_factory.mktemp("stock"), cls=Trainer)
     run.train()
-    names = {
-        name for owner in (run, run.lr_scheduler, run.model, SFTTrainer) for name in dir(owner)
-    }
+    owners = (run, run.lr_scheduler, run.model, SFTTrainer, GRPOTrainer)
+    names = {name for owner in owners for name in dir(owner)}
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
 
