@@ -62,6 +62,7 @@ TRAINER = [
     "loss_side",
     "trainer",
     "sft",
+    "grpo",
     "scoring_runs",
     "data",
     "vision",
