@@ -27,6 +27,7 @@ from transformers.utils import logging
 from . import checkpoints, distributed
 from .identity import dataset_fingerprint
 from .policies import PruningPolicy
+from .potential import Magnitude
 from .provenance import provenance_of
 from .pruner import DynamicPruner
 from .report import PruningReport
@@ -274,6 +275,10 @@ class PrunedDataMixin(CardMixin):
             self._identified = known = dataset, n, dataset_fingerprint(dataset)
         return known[2]
 
+    def _magnitude(self) -> Magnitude | None:
+        """What stands in for the size of a sample's gradient, if something observed does."""
+        return None
+
     def _make_pruner(self, shape: RunShape) -> DynamicPruner:
         return DynamicPruner(
             cast(PruningPolicy, self.pruning),
@@ -282,6 +287,7 @@ class PrunedDataMixin(CardMixin):
             data_seed=self.args.data_seed,
             fingerprint=self._fingerprint(),
             memory=self.memory,
+            magnitude=self._magnitude(),
         )
 
     @property
@@ -500,6 +506,9 @@ class PrunedDataMixin(CardMixin):
             if "train_samples_per_second" in logs and seconds > 0:
                 passes = self.pruner.report.totals["forward_passes"] - self._passes_before
                 logs["train_samples_per_second"] = round(passes / seconds, 3)
+            share = self.pruner.report.effective_share
+            if "train_runtime" in logs and share is not None:
+                logs["pruning/effective_share"] = share  # of the last epoch: none begins after it
         super().log(logs, *args, **kwargs)
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -701,4 +710,6 @@ def _epoch_logs(report: PruningReport) -> dict[str, float]:
     }
     if record.scoring_passes:
         logs["pruning/scoring_seconds"] = record.seconds["scoring"]
+    if report.effective_share is not None:  # at the end of the epoch before
+        logs["pruning/effective_share"] = report.effective_share
     return {**logs, **{f"pruning/score_{name}": value for name, value in record.scores.items()}}

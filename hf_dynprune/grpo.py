@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from .data_side import PrunedDataMixin, run_shape
+from .potential import Magnitude
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX, IndexedRows, RepeatingSampler
 from .schedule import RunShape
@@ -294,6 +295,11 @@ class PromptPruningMixin(PrunedDataMixin):
     def _indexed(self, collator: Any) -> Any:
         return IndexedRows(collator)
 
+    def _magnitude(self) -> Magnitude | None:
+        """The spread of a prompt's rewards, if the policy observes it: a run may have none."""
+        observed = "reward_std" in cast(Any, self.pruning).signals
+        return Magnitude("reward_std", "signal") if observed else None
+
     def _make_pruner(self, shape: RunShape) -> PromptPruner:
         shape = cast(PromptShape, shape)
         sampler = RepeatingSampler(
@@ -310,6 +316,7 @@ class PromptPruningMixin(PrunedDataMixin):
             data_seed=self.args.seed,  # trl's order leaves data_seed out of account
             fingerprint=self._fingerprint(),
             memory=self.memory,
+            magnitude=self._magnitude(),
             sampler=sampler,
         )
 

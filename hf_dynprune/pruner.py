@@ -44,6 +44,7 @@ from .files import STATE_FILE, load_tensors, save_tensors
 from .observations import Observations
 from .policies import Choice, EpochPlan, PruningPolicy, ScoredPolicy
 from .policies.guards import guarded_plan, guarded_score
+from .potential import Magnitude, measure
 from .report import (
     FORMAT_VERSION,
     EpochRecord,
@@ -87,6 +88,9 @@ class DynamicPruner:
         data_seed: Of the order, *optional*, defaults to `seed`.
         fingerprint: Identifies the dataset. A checkpoint of another dataset is refused.
         memory: What is remembered besides the policy's memory, *optional*.
+        magnitude: What stands in for the size of a sample's gradient, *optional*, such as
+            `Magnitude("loss")`. The effective share is then measured each epoch. Its signal must be
+            observed: the table keeps its last value, unless a memory does so already.
         sampler: Gives each epoch its order, *optional*, by default in batches of the shape.
         run: Fields of [`RunShape`], if `shape` is N: `batch_size=128, num_epochs=20`.
 
@@ -107,6 +111,7 @@ class DynamicPruner:
         data_seed: int | None = None,
         fingerprint: str = "",
         memory: Memory | None = None,
+        magnitude: Magnitude | None = None,
         sampler: PruningSampler | None = None,
         **run: Any,
     ) -> None:
@@ -129,7 +134,8 @@ class DynamicPruner:
             raise TypeError(f"fingerprint={fingerprint!r} is not a str.")
         self.rank, ranks = distributed.world()
         self.policy, self.shape = policy, replace(shape, ranks=ranks)
-        self.memory = _memory_of(policy, memory)
+        self.magnitude = magnitude
+        self.memory = _memory_of(policy, memory, magnitude)
         self.table = SampleTable(shape.samples, self.memory.columns)
         self.seed, self.data_seed = seed, seed if data_seed is None else data_seed
         self.fingerprint = fingerprint or f"{shape.samples} samples"
@@ -145,6 +151,8 @@ class DynamicPruner:
             self.data_seed,
             environment=describe_environment(ranks=ranks),
         )
+        if magnitude is not None:
+            self.report.magnitude = str(magnitude)
         policy.check_dataset(shape.samples, self.fingerprint)
         self.report.preparation = policy.preparation()
         self.clock = Clock.of(policy, self.shape)
@@ -468,6 +476,15 @@ class DynamicPruner:
         self.report.num_epochs = record.epoch + done
         chance = chance_of(size / len(self.table) for size in self._sizes)
         self.report.selection = selection_of(self.table["times_kept"].numpy(), chance)
+        record.effective_share = self._effective_share()
+
+    def _effective_share(self) -> float | None:
+        """By the last observation of each sample; None if none is known. Cost: O(N)."""
+        magnitude = self.magnitude
+        column = None if magnitude is None else self.memory.last_of(magnitude.signal)
+        if magnitude is None or column is None:
+            return None
+        return measure(self.table[column].float(), magnitude)
 
     def end_epoch(self, *, step: int | None = None, learning_rate: float | None = None) -> None:
         """Flush observations and close the epoch's record. Collective.
@@ -713,12 +730,20 @@ def _checked_index(index: Any) -> Tensor:
     return index.to(torch.int64)
 
 
-def _memory_of(policy: PruningPolicy, more: Memory | None) -> Memory:
-    """The policy's memory, the label if there is a floor for each class, and what is given."""
+def _memory_of(policy: PruningPolicy, more: Memory | None, magnitude: Magnitude | None) -> Memory:
+    """The policy's memory, the label if there is a floor for each class, and what is given.
+
+    And the last value of the magnitude's signal, unless it is remembered already or a column of
+    another meaning has its name.
+    """
     parts = [policy.memory, *([] if more is None else [more])]
     names = {column.name for part in parts for column in part.columns}
     if policy.min_per_class and LABEL not in names:
         parts.append(Last(LABEL))
+    if magnitude is not None:
+        held = Memories(*parts).last_of(magnitude.signal) is not None
+        if not held and magnitude.signal not in names:
+            parts.append(Last(magnitude.signal))
     return parts[0] if len(parts) == 1 else Memories(*parts)
 
 

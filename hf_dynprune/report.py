@@ -108,6 +108,8 @@ class EpochRecord:
         rollouts: what an epoch of reinforcement learning generated, see [`ROLLOUTS`]; empty in
             other runs. A sample is a prompt there: it goes forward and backward once with all its
             completions, however often they are trained on.
+        effective_share: [`hf_dynprune.potential.effective_share`] at the end of the epoch, by the
+            last observation of each sample; None if it was not measured or is not defined.
     """
 
     epoch: int
@@ -123,6 +125,7 @@ class EpochRecord:
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PHASES, 0.0))
     metrics: dict[str, float] = field(default_factory=dict)
     rollouts: dict[str, int] = field(default_factory=dict)
+    effective_share: float | None = None
 
     @property
     def passes(self) -> float:
@@ -161,6 +164,8 @@ class PruningReport:
             dataset of the Hub `id`, `config`, `split`, `revision`) and `arguments`, the training
             arguments. `labels` is a checksum of the labels in their order. Empty in the reports of
             earlier versions.
+        magnitude: what stands in for the size of a sample's gradient in `effective_share`, such as
+            `1 - exp(-loss)`. Empty if nothing does.
     """
 
     policy: dict[str, Any]
@@ -176,6 +181,7 @@ class PruningReport:
     preparation: dict[str, Any] = field(default_factory=dict)
     best_model: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    magnitude: str = ""
 
     @property
     def totals(self) -> dict[str, Any]:
@@ -253,6 +259,22 @@ class PruningReport:
         return sum(record.full_data for record in self.epochs)
 
     @property
+    def effective_share(self) -> float | None:
+        """That of the last epoch that has one; None if there is none."""
+        shares = [record.effective_share for record in self.epochs]
+        return next((share for share in reversed(shares) if share is not None), None)
+
+    @property
+    def gain(self) -> float | None:
+        """G, the mean over the epochs of 1 / effective share; None if none was measured.
+
+        So many times fewer samples an ideal draw would need for a gradient as exact.
+        """
+        shares = [record.effective_share for record in self.epochs]
+        gains = [1 / share for share in shares if share is not None]
+        return sum(gains) / len(gains) if gains else None
+
+    @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the last evaluation. They describe the last model, never the best one.
 
@@ -305,6 +327,7 @@ class PruningReport:
             "last metrics": shown(self.metrics) or "none",
             **({"best weights": f"step {self.best_model['step']:,}: {best}"} if best else {}),
             **self._selection_in_words(),
+            **self._potential_in_words(),
             **self._events_in_words(),
             "hardware": self.hardware,
             "versions": ", ".join(f"{name} {text}" for name, text in self.versions.items()),
@@ -342,6 +365,12 @@ class PruningReport:
             "kept by chance": shares(self.selection["chance_shares"]),
         }
 
+    def _potential_in_words(self) -> dict[str, str]:
+        if self.effective_share is None or self.gain is None:
+            return {}
+        by = f"; s = {self.magnitude}" if self.magnitude else ""
+        return {"effective share": f"{self.effective_share:.3f} (mean G {self.gain:.2f}{by})"}
+
     def _events_in_words(self) -> dict[str, str]:
         """What only some runs have: preparation, non-finite losses, resumptions."""
         lines = {}
@@ -370,12 +399,14 @@ class PruningReport:
         JSON has no NaN and no infinities: they are the texts "NaN", "Infinity" and "-Infinity".
         """
         own = asdict(self)
-        for name in ("best_model", "provenance"):  # reports without them stay as they are
-            if not own[name]:
+        for name in ("best_model", "provenance", "magnitude"):
+            if not own[name]:  # reports without them stay as they are
                 del own[name]
         for record in own["epochs"]:
             if not record["rollouts"]:  # nor these
                 del record["rollouts"]
+            if record["effective_share"] is None:
+                del record["effective_share"]
         return strict(
             {
                 "format_version": FORMAT_VERSION,
@@ -384,6 +415,7 @@ class PruningReport:
                 "passes": self.passes,
                 "totals": self.totals,
                 "metrics": self.metrics,
+                **({} if self.gain is None else {"gain": self.gain}),
                 **own,
             }
         )
@@ -458,8 +490,14 @@ def _selection(place: str, value: Any) -> dict[str, Any]:
 
 
 def _record(place: str, value: Any) -> EpochRecord:
-    given = {"rollouts": {}, **value} if isinstance(value, dict) else value
+    given = {"rollouts": {}, "effective_share": None, **value} if isinstance(value, dict) else value
     return EpochRecord(**check.fields(_RECORD)(place, given))
+
+
+def _effective_share(place: str, value: Any) -> float:
+    if check.share(place, value) <= 0:
+        raise check.wrong(place, value, "a share above 0")
+    return value
 
 
 _METRICS = check.mapping_of(check.real)
@@ -478,6 +516,7 @@ _RECORD: dict[str, check.Check] = {
     "seconds": check.open_fields(dict.fromkeys(PHASES, check.finite)),
     "metrics": _METRICS,
     "rollouts": check.or_empty(check.open_fields(dict.fromkeys(ROLLOUTS, check.count))),
+    "effective_share": check.or_none(_effective_share),
 }
 _REPORT: dict[str, check.Check] = {
     "policy": check.open_fields({"name": check.text}),
@@ -509,6 +548,7 @@ _REPORT: dict[str, check.Check] = {
         )
     ),
     "best_model": check.or_empty(check.open_fields({"step": check.count, "metrics": _METRICS})),
+    "magnitude": lambda place, value: "" if value == "" else check.text(place, value),
     "provenance": check.open_fields(
         {},
         {
@@ -519,7 +559,12 @@ _REPORT: dict[str, check.Check] = {
     ),
 }
 # What reports of earlier versions lack.
-_ADDED: dict[str, Any] = {"preparation": {}, "best_model": {}, "provenance": {}}
+_ADDED: dict[str, Any] = {
+    "preparation": {},
+    "best_model": {},
+    "provenance": {},
+    "magnitude": "",
+}
 
 
 # ---- in words ------------------------------------------------------------------------------------

@@ -54,6 +54,10 @@ class Memory(ABC):
         """What is observed of a sample: a name of [`hf_dynprune.losses.SIGNALS`], such as
         `"loss"`, or one that the caller of [`DynamicPruner.observe`] provides."""
 
+    def last_of(self, signal: str) -> str | None:
+        """The column that holds the last observation of a signal; None if none is known to."""
+        return None
+
     @abstractmethod
     def observe(self, rows: Rows, signals: Rows) -> Rows:
         """New values of the columns of M different samples. Pure.
@@ -90,6 +94,10 @@ class Memories(Memory):
     def signals(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.signals))
 
+    def last_of(self, signal: str) -> str | None:
+        found = (part.last_of(signal) for part in self.parts)
+        return next((column for column in found if column is not None), None)
+
     def observe(self, rows: Rows, signals: Rows) -> Rows:
         changed: dict[str, Tensor] = {}
         for part in self.parts:
@@ -117,6 +125,9 @@ class Last(Memory):
     def signals(self) -> tuple[str, ...]:
         return self.names
 
+    def last_of(self, signal: str) -> str | None:
+        return signal if signal in self.names else None
+
     def observe(self, rows: Rows, signals: Rows) -> Rows:
         return {name: signals[name] for name in self.names}
 
@@ -138,6 +149,9 @@ class MovingMean(Memory):
     @property
     def signals(self) -> tuple[str, ...]:
         return (self.signal,)
+
+    def last_of(self, signal: str) -> str | None:
+        return "mean" if signal == self.signal and self.decay == 1 else None
 
     def observe(self, rows: Rows, signals: Rows) -> Rows:
         mean, value = rows["mean"], signals[self.signal]
@@ -180,6 +194,9 @@ class History(Memory):
     @property
     def signals(self) -> tuple[str, ...]:
         return (self.signal,)
+
+    def last_of(self, signal: str) -> str | None:
+        return self.columns[0].name if signal == self.signal else None
 
     def observe(self, rows: Rows, signals: Rows) -> Rows:
         names = [column.name for column in self.columns]

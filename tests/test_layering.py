@@ -34,6 +34,7 @@ CORE = {
     "collating": set(),
     "sampler": {"collating", "selection"},
     "distributed": {"policies", "table"},
+    "potential": {"checks"},
     "report": {"files", "json_fields", "policies"},
     "observations": {"distributed", "selection", "table"},
     "pruner": {
@@ -42,6 +43,7 @@ CORE = {
         "files",
         "observations",
         "policies",
+        "potential",
         "report",
         "sampler",
         "schedule",
