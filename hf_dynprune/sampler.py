@@ -264,10 +264,14 @@ class IndexedCollator:
         TypeError: At the first batch, if the collator does not return a dict, or if its batch has
             an entry of that name already.
         ValueError: If the collator reorders or drops samples, and does not hand their indices on.
+
+    Attributes:
+        marks: Whether it adds `sample_index`; if not, it is the user's collator. Set it before the
+            workers of the loader start.
     """
 
     def __init__(self, collator: Callable[[Any], Any]) -> None:
-        self.collator = collator
+        self.collator, self.marks = collator, True
         self._takes_tags = collator
         columns = getattr(collator, "signature_columns", None)
         if isinstance(columns, list):  # transformers' RemoveColumnsCollator would remove the tag
@@ -277,6 +281,8 @@ class IndexedCollator:
         self._batches = 0
 
     def __call__(self, indexed: _Indexed) -> Any:
+        if not self.marks:
+            return self.collator(indexed.data)
         size = len(indexed.indices)
         if self._carries is None:
             self._carries = carries_tags(self._takes_tags, indexed.data, SAMPLE_INDEX)
