@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from . import __version__
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from matplotlib.figure import Figure
     from torch import Tensor
 
@@ -19,6 +22,13 @@ if TYPE_CHECKING:
 _EXIT_STATUS = "exit status: 0; 2 for a mistake in the arguments or files; 1 for any other failure"
 _REPORT_HELP = "report.json of a run, or its folder"
 _LABEL_HELP = "Column of the labels; default: the only ClassLabel column, else label or fine_label."
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong before it shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n\n{self.format_usage()}")
 
 
 def _option(text: str, default: Any = None, **more: Any) -> Any:
@@ -90,8 +100,10 @@ def score(argv: Sequence[str]) -> None:
     from . import distributed
     from .data import classification
     from .files import SCORES_FILE
-    from .scoring_runs import score_dataset
+    from .scoring_runs import check_method, score_dataset
 
+    check_method(options.method)
+    _check_model(options.model)
     args.remove_unused_columns = False
     data, collator, model_init = classification(options)
     folder = Path(args.output_dir or ".")
@@ -141,6 +153,7 @@ def advise(argv: Sequence[str]) -> None:
     from .advice import advise as advise_on
     from .data import classification
 
+    _check_model(options.model)
     args.remove_unused_columns = False
     data, collator, model_init = classification(options)
     evaluation = None
@@ -164,6 +177,23 @@ def advise(argv: Sequence[str]) -> None:
             print(advice)
 
 
+def _check_model(name: str) -> None:
+    """Raise OSError or ValueError unless there is such a model. Only its config is read."""
+    from transformers import AutoConfig
+
+    # A Hub id is `name` or `owner/name`. A name that looks different must be a path.
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if is_path and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"The model {name!r} is neither an existing folder nor a Hub id (owner/name): check "
+            "the path."
+        )
+    try:
+        AutoConfig.from_pretrained(name)
+    except OSError as error:
+        raise FileNotFoundError(f"The model {name!r} cannot be loaded: {error}") from error
+
+
 def _evaluation_split(options: AdviseArguments) -> str:
     from .data import load_splits
 
@@ -183,16 +213,32 @@ def _parse_with_trainer(
     """The options and the Trainer's arguments."""
     from transformers import HfArgumentParser, TrainingArguments
 
+    from .checks import did_you_mean
+
+    class Parser(_Parser, HfArgumentParser):
+        pass
+
     shown = _parser(command, description, examples)
     groups: Any = (options, TrainingArguments)
-    parser = HfArgumentParser(
+    own = [entry for entry in fields(options) if entry.init]
+    needed = [entry.name for entry in own if entry.default is MISSING]
+    usage = " ".join(f"--{name} {name.upper()}" for name in needed)
+    parser = Parser(
         groups,
         prog=shown.prog,
+        usage=f"%(prog)s {usage} [options, also the Trainer's: --help lists them]",
         description=shown.description,
         epilog=shown.epilog,
         formatter_class=shown.formatter_class,
     )
-    return parser.parse_args_into_dataclasses(args=list(argv))  # type: ignore[return-value]
+    parsed: Any = parser.parse_args_into_dataclasses(list(argv), return_remaining_strings=True)
+    *found, unknown = parsed
+    if unknown:
+        known = [f"--{entry.name}" for group in groups for entry in fields(group)]
+        near = did_you_mean(unknown[0], known).rstrip()
+        parser.error(f"unknown argument {unknown[0]!r}{near and ': '}{near}")
+    settings, args = found
+    return settings, args
 
 
 # ---- report --------------------------------------------------------------------------------------
@@ -203,8 +249,10 @@ def report(argv: Sequence[str]) -> None:
     parser = _parser(
         "report",
         "Shows what a run cost, what it reached and how often it kept its samples.\n"
-        "Of several runs it shows a table with one row per run.",
+        "Of several runs it shows a table with one row per run. Their cost has one denominator:\n"
+        "the passes of a full run with as many epochs as the longest run, or as --full.",
         "hf-dynprune report runs/ucb\n"
+        "hf-dynprune report runs/short runs/ucb --full runs/full\n"
         "hf-dynprune report runs/full/report.json runs/ucb/report.json --metric eval_loss\n"
         "hf-dynprune report runs/* --json",
     )
@@ -214,19 +262,30 @@ def report(argv: Sequence[str]) -> None:
         help="metric of the last evaluation to show; default for several runs: eval_accuracy, else "
         "eval_loss",
     )
+    _add_path(parser, "--full", "report of the full run: a row of the table, with the cost 1")
     _add_flag(parser, "--json", "print a JSON list: file and report of each run, without epochs")
     options = parser.parse_args(argv)
     from .escape import printable
 
     files = [_report_file(path) for path in options.files]
+    if options.full is not None and _report_file(options.full) not in files:
+        options.files.insert(0, options.full)
+        files.insert(0, _report_file(options.full))
     runs = _load(files)
+    epochs, of_run = _full_epochs(options.full, files, runs)
     for file, run in zip(files, runs, strict=True):
         if options.metric is not None and options.metric not in run.metrics:
             known = ", ".join(map(repr, run.metrics)) or "none"
             raise ValueError(f"{file} has no metric {options.metric!r}; it has {known}.")
     if options.json:
         about = [
-            {"file": str(file), **run.to_dict()} for file, run in zip(files, runs, strict=True)
+            {
+                "file": str(file),
+                "cost": run.cost_against(epochs),
+                "cost_against_epochs": epochs,
+                **run.to_dict(),
+            }
+            for file, run in zip(files, runs, strict=True)
         ]
         for values in about:
             del values["epochs"]
@@ -239,11 +298,38 @@ def report(argv: Sequence[str]) -> None:
         names = [_name_of(file) for file in files]
         if len(set(names)) < len(names):
             names = [str(path) for path in options.files]
-        _print_comparison(names, runs, options.metric)
+        _print_comparison(names, runs, options.metric, epochs)
+        print(f"cost: passes / (N × {epochs:g}), the passes of a full run {of_run}")
+        print("seconds: without evaluation; cost and seconds include charged preparation")
+
+
+def _full_epochs(
+    full: Path | None, files: Sequence[Path], runs: Sequence["PruningReport"]
+) -> tuple[float, str]:
+    """The epochs of the full run that costs are shares of, and which run they are of, in words.
+
+    Raises:
+        ValueError: If the run of `--full` is not a full run, or if another one has other data.
+    """
+    if full is None:
+        return max(run.num_epochs for run in runs), "as long as the longest of these runs"
+    given = runs[files.index(_report_file(full))]
+    if given.policy["name"] != "full":
+        raise ValueError(
+            f"--full {full}: its policy is {given.policy['name']!r}, expected 'full', a run on all "
+            "data."
+        )
+    for file, run in zip(files, runs, strict=True):
+        if run.num_samples != given.num_samples:
+            raise ValueError(
+                f"{file} has {run.num_samples:,} samples, --full {full} has "
+                f"{given.num_samples:,}: expected runs on the same data."
+            )
+    return given.num_epochs, "as long as --full"
 
 
 def _print_comparison(
-    names: Sequence[str], runs: Sequence["PruningReport"], metric: str | None
+    names: Sequence[str], runs: Sequence["PruningReport"], metric: str | None, epochs: float
 ) -> None:
     from .escape import printable
     from .report import KEPT, shown_metric, shown_policy
@@ -260,7 +346,7 @@ def _print_comparison(
             [
                 name,
                 shown_metric(metric, run.metrics[metric]) if metric else "-",
-                f"{run.cost_ratio:.3f}",
+                f"{run.cost_against(epochs):.3f}",
                 f"{run.passes / run.num_samples:.2f}",
                 f"{run.num_epochs:g}",
                 f"{run.totals['optimizer_steps']:,}",
@@ -274,8 +360,6 @@ def _print_comparison(
     for first, *middle, last in rows:
         right = [text.rjust(width) for text, width in zip(middle, widths[1:-1], strict=True)]
         print("  ".join([first.ljust(widths[0]), *right, last]))
-    print("cost: passes as a share of a full run with as many epochs; seconds: without evaluation")
-    print("cost and seconds include charged preparation")
 
 
 # ---- plot ----------------------------------------------------------------------------------------
@@ -294,6 +378,8 @@ def plot(argv: Sequence[str]) -> None:
         figure = plots.plot_runs(runs, options.metric, options.against)
     elif options.kind == "selection":
         figure = plots.plot_selection(_by_name(options.files, options.name))
+    elif options.kind == "potential":
+        figure = plots.plot_potential(_by_name(options.files, options.name))
     elif options.kind == "scores":
         figure = plots.plot_scores(*_load([options.file]))
     else:
@@ -331,6 +417,11 @@ def _plot_parser() -> argparse.ArgumentParser:
         "--split", default="train", help="the training rows in order, such as train or train[:20%%]"
     )
     data.add_argument("--label_column", help=_LABEL_HELP)
+    _add_flag(
+        data,
+        "--other_labels",
+        "draw even if no column of the dataset has the labels that the run trained on",
+    )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", title="kinds")
 
     def kind(
@@ -354,6 +445,8 @@ def _plot_parser() -> argparse.ArgumentParser:
     runs.add_argument("--against", nargs="+", choices=costs, default=costs, help="one panel each")
     summary = "how often samples were kept, and what chance would give"
     kind("selection", summary, "runs/random runs/ucb", several)
+    summary = "the part of the data that still matters, by epoch"
+    kind("potential", summary, "runs/short runs/pruned", several)
     scores = kind("scores", "the distribution of a run's scores by epoch", "runs/ucb")
     scores.add_argument("file", type=_report_file, metavar="FILE", help=_REPORT_HELP)
     example = "runs/ucb --dataset uoft-cs/cifar10"
@@ -383,8 +476,10 @@ def _plot_data(options: argparse.Namespace) -> "Figure":
     from . import plots
     from .data import class_names, find_column, load_splits
 
-    times, choices = _times_kept(options.run)
+    times, choices, provenance = _times_kept(options.run)
     data, _ = load_splits(options.dataset, options.dataset_config, train=options.split)
+    if len(data) == len(times) and not options.other_labels:  # other lengths are refused below
+        _check_same_data(options, data, provenance.get("dataset", {}))
     label = find_column(data.features, "label", options.label_column)
     if options.kind == "classes":
         return plots.plot_classes(times, choices, data[label][:], class_names(data, label))
@@ -393,8 +488,29 @@ def _plot_data(options: argparse.Namespace) -> "Figure":
     )
 
 
-def _times_kept(path: Path) -> tuple["Tensor", int]:
-    """(how often each sample was kept, number of choices) of a run or of a checkpoint."""
+def _check_same_data(
+    options: argparse.Namespace, data: "Dataset", trained_on: Mapping[str, str]
+) -> None:
+    """Raise ValueError if the run trained on other labels, as far as its report tells."""
+    from .identity import dataset_fingerprint
+    from .provenance import has_labels
+
+    checksum = trained_on.get("labels")
+    if checksum is None or has_labels(data, checksum):
+        return
+    if dataset_fingerprint(data) == trained_on.get("fingerprint"):
+        return
+    known = (trained_on.get(name) for name in ("id", "config", "split", "fingerprint"))
+    raise ValueError(
+        f"The dataset {options.dataset!r} (split {options.split!r}) is not the one that "
+        f"{options.run} trained on, which was {', '.join(filter(None, known))}: no column has its "
+        f"labels (checksum {checksum}). Give the run's data in their order. If the run trained "
+        "on labels that the dataset does not have, add --other_labels."
+    )
+
+
+def _times_kept(path: Path) -> tuple["Tensor", int, Mapping[str, Any]]:
+    """(how often each sample was kept, number of choices, provenance) of a run or a checkpoint."""
     from .files import STATE_FILE, TABLE_FILE, load_tensors
     from .table import SampleTable
 
@@ -410,9 +526,11 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
         tensors, metadata = load_tensors(path)
         if "table.times_kept" not in tensors or not isinstance(metadata.get("sizes"), list):
             raise ValueError(f"{path} is not the pruning state of a checkpoint.")
-        return tensors["table.times_kept"], len(metadata["sizes"])
+        provenance = metadata.get("report", {}).get("provenance", {})
+        return tensors["table.times_kept"], len(metadata["sizes"]), provenance
     times, file = SampleTable.load(path)["times_kept"], _report_file(path.parent)
-    selection = _load([file])[0].selection
+    report = _load([file])[0]
+    selection = report.selection
     if not selection:
         raise ValueError(f"{file} has no selection: its run made no choice.")
     choices = selection["choices"]
@@ -421,7 +539,7 @@ def _times_kept(path: Path) -> tuple["Tensor", int]:
         raise ValueError(
             f"{path} and {file} are not of the same run: save the table of the run in the report."
         )
-    return times, choices
+    return times, choices, report.provenance
 
 
 # ---- card ----------------------------------------------------------------------------------------
@@ -450,7 +568,9 @@ def card(argv: Sequence[str]) -> None:
     if options.json:
         _print_json(facts)
         return
-    task, dataset, metrics = options.task, options.dataset, metrics_of(facts)
+    known, metrics = runs[0].provenance, metrics_of(facts)
+    task = options.task or known.get("task")
+    dataset = options.dataset or known.get("dataset", {}).get("id")
     data = ModelCardData(
         model_name=options.name or _name_of(options.files[0]),
         library_name=options.library,
@@ -477,10 +597,11 @@ def card(argv: Sequence[str]) -> None:
         raise ValueError(f"{options.files[0]}: {error}") from error
     if figure is not None:
         save_picture(figure, options.picture)
-    if options.output:
-        save_card(text, options.output)
-    else:
+    if not options.output:
         print(text)
+        return
+    save_card(text, options.output)
+    print(f"Wrote {' and '.join(str(path) for path in (options.output, options.picture) if path)}.")
 
 
 def _check_places(options: argparse.Namespace) -> None:
@@ -523,8 +644,9 @@ def _card_parser() -> argparse.ArgumentParser:
     _add_path(parser, "--picture", "draw a picture to this file and show it in the card")
     for name, text in {
         "--name": "title; default: name of the first file, or of the folder of a report.json",
-        "--dataset": "id on the Hub, or a name; with --task the metadata holds the results",
-        "--task": "such as image-classification",
+        "--dataset": "id on the Hub, or a name; with --task the metadata holds the results; "
+        "default: that of the report",
+        "--task": "such as image-classification; default: that of the report",
         "--library": "library that loads the model: transformers, timm or peft",
         "--command": "command line that repeats the run",
     }.items():
@@ -538,7 +660,7 @@ def _card_parser() -> argparse.ArgumentParser:
 
 def _parser(command: str, description: str, examples: str) -> argparse.ArgumentParser:
     indented = "\n".join(f"  {line}" for line in examples.splitlines())
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"hf-dynprune {command}",
         description=description,
         epilog=f"examples:\n{indented}\n\n{_EXIT_STATUS}",
@@ -608,13 +730,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     commands = "\n".join(f"  {name:8} {command.__doc__}" for name, command in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="hf-dynprune",
         description="Tools for dynamic data pruning.",
         epilog=f"commands:\n{commands}\n\n`hf-dynprune COMMAND --help` explains each.\n\n"
         f"{_EXIT_STATUS}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"hf-dynprune {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     command = parser.parse_args(argv[:1]).command
     if hasattr(sys.stdout, "reconfigure"):  # a terminal that has no "×" is no reason to fail

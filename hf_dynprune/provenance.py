@@ -140,7 +140,7 @@ def has_labels(dataset: datasets.Dataset, checksum: str) -> bool:
 
 def labels_checksum(labels: np.ndarray) -> str:
     """The checksum of labels (N,) int64, as 16 hexadecimal digits."""
-    return xxhash.xxh3_64(np.ascontiguousarray(labels, "<i8")).hexdigest()
+    return xxhash.xxh3_64(np.ascontiguousarray(labels, "<i8").data).hexdigest()
 
 
 def _integers_in(dataset: datasets.Dataset, column: str) -> np.ndarray | None:

@@ -150,7 +150,7 @@ def score_dataset(
     Papers: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (EL2N, GraNd); Toneva et al.,
     ICLR 2019, arXiv 1812.05159 (forgetting events; code mtoneva/example_forgetting).
     """
-    how = _method(method)
+    how = check_method(method)
     if isinstance(model_init, nn.Module) or not callable(model_init):
         raise TypeError(
             f"model_init is a {type(model_init).__name__}: expected a function that makes a new "
@@ -201,7 +201,8 @@ def score_dataset(
 # ---- arguments -----------------------------------------------------------------------------------
 
 
-def _method(name: str) -> Method:
+def check_method(name: str) -> Method:
+    """The method of a name in `METHODS`. ValueError if there is none."""
     if name not in METHODS:
         raise ValueError(
             f"There is no method {name!r}: {did_you_mean(name, METHODS)}The methods are "

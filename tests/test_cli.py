@@ -16,7 +16,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast, ViTImageProcessor
 
-from hf_dynprune import Scores, StaticPruning
+from hf_dynprune import Scores, StaticPruning, __version__
 from hf_dynprune.cli import COMMANDS, main
 
 
@@ -112,6 +112,8 @@ def test_score_texts(texts, tmp_path):
     ("changes", "value"),
     [
         (["--method", "el3n"], "el3n"),
+        (["--model", "/no/such/model"], "/no/such/model"),
+        (["--model", "no/such"], "'no/such'"),
         (["--dataset", "/no/such/place"], "/no/such/place"),
         (["--label_column", "colour"], "'colour'"),
         (["--image_column", "label2"], "'label2'"),
@@ -134,6 +136,34 @@ def test_a_mistake_is_reported_without_a_traceback(changes, value, images, tmp_p
     captured = capsys.readouterr()
     assert value in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("changes", [["--method", "el3n"], ["--model", "/no/such/model"]])
+def test_a_wrong_method_or_model_is_reported_before_the_data_are_read(changes, texts, monkeypatch):
+    monkeypatch.setattr("hf_dynprune.data.classification", lambda options: pytest.fail("was read"))
+    where = ["--method", "el2n", "--model", texts[0], "--dataset", texts[1], *changes]
+    assert main(["score", *map(str, where)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "value"),
+    [
+        ([], "--method"),
+        (["--method", "el2n", "--model", "a", "--dataset", "b", "--sede", "1"], "'--seed'"),
+        (["--method", "el2n", "--model", "a", "--dataset", "b", "--seed", "one"], "'one'"),
+    ],
+)
+def test_the_error_comes_first_and_not_all_options_of_the_trainer(arguments, value, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["score", *arguments])
+    first, *others = capsys.readouterr().err.splitlines()
+    assert value in first
+    assert len(others) < 5
+
+
+def test_version():
+    done = hf_dynprune("--version")
+    assert (done.returncode, done.stdout) == (0, f"hf-dynprune {__version__}\n")
 
 
 def test_help_names_the_commands_and_their_arguments():

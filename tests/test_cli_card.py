@@ -88,6 +88,25 @@ def test_results_are_in_the_metadata_if_it_is_known_of_what(capsys):
     assert found["accuracy"] == PruningReport.load(UCB).metrics["eval_accuracy"]
 
 
+def test_task_and_dataset_are_those_of_the_report(tmp_path, capsys):
+    report = PruningReport.load(UCB)
+    report.provenance = {"task": "image-classification", "dataset": {"id": "uoft-cs/cifar10"}}
+    report.save(tmp_path / "report.json")
+    assert main(["card", str(tmp_path)]) == 0
+    data = ModelCard(capsys.readouterr().out).data
+    assert (data.pipeline_tag, data.datasets) == ("image-classification", ["uoft-cs/cifar10"])
+    assert data.eval_results[0].dataset_type == "uoft-cs/cifar10"
+
+
+def test_what_was_written_is_printed(tmp_path, capsys):
+    card, picture = str(tmp_path / "README.md"), str(tmp_path / "a.png")
+    assert main(["card", str(UCB), "--output", card]) == 0
+    assert card in capsys.readouterr().out
+    assert main(["card", str(UCB), "--output", card, "--picture", picture]) == 0
+    out = capsys.readouterr().out
+    assert (card in out, picture in out) == (True, True)
+
+
 def test_json(capsys):
     assert main(["card", str(UCB), "--full", str(FULL), "--short", str(SHORT), "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

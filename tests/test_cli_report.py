@@ -9,15 +9,18 @@ import sys
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from hostile import RAW, TEXTS
 from PIL import Image
 
-from hf_dynprune import UCB, DynamicPruner, PruningReport, RunShape
+from hf_dynprune import UCB, DynamicPruner, FullData, PruningReport, RunShape
 from hf_dynprune.cli import COMMANDS, main
 from hf_dynprune.escape import printable
-from hf_dynprune.files import save_tensors
+from hf_dynprune.files import load_tensors, save_tensors
+from hf_dynprune.identity import dataset_fingerprint
+from hf_dynprune.provenance import labels_checksum
 
 N, CHOICES = 12, 3
 ROOT = Path(__file__).parents[1]
@@ -98,6 +101,39 @@ def test_runs_side_by_side(runs, capsys):
     ]
     assert out[2].endswith("ucb(keep_ratio=0.25)")
     assert "1.5 " in call(capsys, "report", *runs, "--metric", "eval_loss").splitlines()[1]
+
+
+def cells(out, column):
+    header, *rows = [line.split() for line in out.splitlines()]
+    return [row[header.index(column) + (row[2] == "%")] for row in rows[:-2]]
+
+
+def test_costs_have_one_denominator(runs, capsys):
+    train(runs[0].parent / "short", keep_ratio=1.0, epochs=2)
+    train(runs[0].parent / "long", keep_ratio=0.25, epochs=6)
+    three = [runs[0], runs[0].parent / "short", runs[0].parent / "long"]
+    out = call(capsys, "report", *three)
+    assert cells(out, "passes/N") == ["1.50", "2.00", "1.50"]
+    assert cells(out, "cost") == ["0.250", "0.333", "0.250"]  # of 6 epochs
+    read = json.loads(call(capsys, "report", *three, "--json"))
+    assert [run["cost"] for run in read] == pytest.approx([1.5 / 6, 2 / 6, 1.5 / 6])
+    assert {run["cost_against_epochs"] for run in read} == {6}
+    assert read[0]["cost_ratio"] == 0.5
+
+
+def test_costs_against_a_full_run(runs, capsys):
+    full = runs[0].parent / "full"
+    pruner = train(full, keep_ratio=1.0, epochs=2)
+    pruner.report.policy = FullData().to_dict()
+    pruner.report.save(full / "report.json")
+    for files in ([runs[0]], [full, runs[0]]):
+        out = call(capsys, "report", *files, "--full", full)
+        assert cells(out, "cost") == ["1.000", "0.750"]  # of 2 epochs
+    assert "'ucb'" in call(capsys, "report", runs[0], "--full", runs[1], status=2)
+    pruner.report.num_samples = 99
+    pruner.report.save(full / "report.json")
+    error = call(capsys, "report", runs[0], "--full", full, status=2)
+    assert re.search(r"\b12 samples.*\b99\b", error)
 
 
 def test_committed_reports_side_by_side(capsys):
@@ -301,6 +337,35 @@ def test_plot_samples(runs, dataset, capsys):
     file = runs[0] / "samples.svg"
     call(capsys, "plot", "samples", runs[0], "--dataset", dataset / "images", "--output", file)
     assert file.read_text().count("<image") >= N
+
+
+def test_another_dataset_of_the_same_length_is_refused(runs, dataset, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    data = datasets.load_dataset(str(dataset / "images"), split="train")
+    other = data.map(lambda row: {"label": 1 - row["label"]}, load_from_cache_file=False)
+    other.to_parquet(tmp_path / "train-00000-of-00001.parquet")
+    report = PruningReport.load(runs[0] / "report.json")
+    labels = labels_checksum(np.array(data["label"]))
+    known = {"id": "owner/data", "fingerprint": "12 samples, 1f2e", "labels": labels}
+    report.provenance = {"dataset": known}
+    report.save(runs[0] / "report.json")
+    state = runs[0] / "checkpoint-6" / "pruning_state.safetensors"
+    tensors, metadata = load_tensors(state)
+    save_tensors(state, tensors, {**metadata, "report": report.to_dict()})
+    output = ["--output", tmp_path / "x.png"]
+    for source in (runs[0], state):
+        for kind in ("samples", "classes"):
+            plot = ["plot", kind, source, *output, "--dataset"]
+            call(capsys, *plot, dataset / "images")
+            error = call(capsys, *plot, tmp_path, status=2)
+            assert str(tmp_path) in error
+            assert "owner/data" in error
+            call(capsys, *plot, tmp_path, "--other_labels")
+    report.provenance["dataset"]["fingerprint"] = dataset_fingerprint(
+        datasets.load_dataset(str(tmp_path), split="train")
+    )
+    report.save(runs[0] / "report.json")
+    call(capsys, "plot", "classes", runs[0], *output, "--dataset", tmp_path)
 
 
 def test_mistakes_about_the_samples(runs, dataset, capsys, tmp_path):
