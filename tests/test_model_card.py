@@ -10,6 +10,7 @@ import math
 import re
 import shlex
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ from hf_dynprune.model_card import (
 )
 from hf_dynprune.report import KEPT, EpochRecord, chance_of, selection_of
 
+README = Path(__file__).parents[1] / "README.md"
 N = 40
 # The titles of the sections.
 PRUNED, COST, RESULTS = "What was pruned", "What it cost", "Results"
@@ -335,8 +337,8 @@ def test_words_are_defined_once(trainer):
 
 def test_policy_and_selection(trainer):
     card = card_of_trainer(trainer)
-    assert "`keep_ratio=0.25`" in sections(card)[PRUNED]
-    assert '`signal="loss"`' in sections(card)[PRUNED]
+    fields = [text for text in re.findall("`(.+?)`", sections(card)[PRUNED]) if "=" in text]
+    assert fields == ["keep_ratio=0.25", "c=2.0"]  # those at their defaults are left out
     selection, rows = trainer.pruning_report.selection, table(card, PRUNED)
     for name in KEPT:
         shares = (selection[name], selection["chance_shares"][name])
@@ -683,7 +685,10 @@ def test_architecture_of_ours_asks_for_its_import(tmp_path):
         )
         trainer.train()
         load = snippets(card_of_trainer(trainer))[0]
-        assert load.startswith("import hf_dynprune.vision") == needs_import
+        assert ("import hf_dynprune.vision" in load) == needs_import
+        installs = re.findall(r"pip install \S+", load)
+        assert len(installs) == needs_import
+        assert all(line in README.read_text() for line in installs)
         assert "AutoModelForImageClassification.from_pretrained(name)" in load
         assert "AutoImageProcessor.from_pretrained(name)" in load
 
@@ -694,7 +699,7 @@ def test_architecture_of_ours_asks_for_its_import(tmp_path):
 def card_with(text):
     """A card in which every text that may be somebody else's is `text`, and its parts."""
     report = a_report()
-    report.policy = {**report.policy, "signal": text or "loss"}
+    report.policy = {**report.policy, "signal": text or "other"}
     report.environment = {
         "hf_dynprune": text or "0",
         "device": text or "cpu",
@@ -744,7 +749,7 @@ def test_texts_of_others_show_as_they_are(text, reliability, tmp_path):
     path.write_text(str(card), encoding="utf-8")  # no half of a surrogate pair
     assert not RAW.search(str(card))
     data, shown = ModelCard.load(path).data, printable(text)
-    assert data["hf_dynprune"]["policy"]["signal"] == (shown or "loss")
+    assert data["hf_dynprune"]["policy"]["signal"] == (shown or "other")
     assert data.model_name == (shown or "m")
     assert [result.metric_type for result in data.eval_results] == [shown]
     (program,) = programs(str(card))
