@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from .losses import FALLBACK, RULES, LossRule, SampleLosses, check_unmixed, unwrapped
+
 # Nodes that hand a tensor on as it is: accelerate converts the outputs of a pass to float32, and
 # DDP passes them through a function of its own. The own loss may depend on what is before them.
 _COPIES = ("ToCopyBackward0", "_DDPSinkBackward", "CloneBackward0", "AliasBackward0")
@@ -42,22 +44,6 @@ _KEPT = 8
 
 # So many trainable parameters are looked at if no output will do.
 _LAST = 8
-
-
-class Schedule:
-    """Which batches of a run are compared."""
-
-    def __init__(self) -> None:
-        self._batches, self._next = 0, 1
-
-    def due(self) -> bool:
-        """Whether the batch that begins is compared. Counts it."""
-        self._batches += 1
-        return self._batches >= self._next
-
-    def compared(self) -> None:
-        """Note that the batch had a valid label and was compared."""
-        self._next = 2 * self._batches
 
 
 class Slope(NamedTuple):
@@ -85,6 +71,7 @@ class Difference(NamedTuple):
     beyond_ratio: float
 
 
+# Of a forward pass: with respect to what a gradient can be taken.
 Places = Mapping[str, Mapping[str, Any]]
 
 
@@ -233,3 +220,145 @@ def agree(
         if left <= max(values * abs(own.value), 1e-6):
             return None
     return found
+
+
+def differs(own: Slope, ours: Slope, found: Difference, name: str, rule: str, way_out: str) -> str:
+    """The error for losses that differ."""
+    gradients = ""
+    if own.where:
+        gradients = (
+            f", and their gradients with respect to the {own.where} differ by {found.gradients:.2%}"
+        )
+    return (
+        f"The mean of the per-sample losses ({rule!r}) on a batch is {ours.value:.6g}, the loss of "
+        f"{name} is {own.value:.6g}{gradients}: pruning would train something else. Way out: "
+        f"{way_out}"
+    )
+
+
+def part_of(
+    batch: dict[str, Any], size: int, rule: LossRule, samples: int
+) -> tuple[dict[str, Any], int]:
+    """At most so many samples of a batch that have a label, and how many these are.
+
+    The whole batch if not all of its tensors have one row for each sample.
+    """
+    tensors = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    device = next((tensor.device for tensor in tensors.values()), None)
+    valid = torch.arange(size, device=device)
+    if rule.terms is not None:
+        valid = valid[rule.terms(batch).to(valid.device) > 0]
+    if len(valid) == 0 or any(len(tensor) != size for tensor in tensors.values()):
+        return batch, size if len(valid) else 0
+    rows = valid[:samples]
+    return {**batch, **{n: v[rows.to(v.device)] for n, v in tensors.items()}}, len(rows)
+
+
+class LossCheck:
+    """Compares our loss with the Trainer's, on batches 1, 2, 4, ... of a run.
+
+    Args:
+        model: With PEFT's wrapper, without those for several ranks.
+        rule: Ours.
+        name: What computes the Trainer's loss: a model, a compute_loss, ...
+        given: The `per_sample_loss_fn`.
+        half: Whether the run computes in half precision.
+        gradients: Whether gradients can be looked at.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        rule: LossRule,
+        name: str,
+        *,
+        given: Any = None,
+        half: bool = False,
+        gradients: bool = True,
+    ) -> None:
+        self.model, self.rule, self.name, self.given = model, rule, name, given
+        dtypes = {parameter.dtype for parameter in model.parameters()}
+        self.half = half or not dtypes.isdisjoint({torch.bfloat16, torch.float16})
+        self.gradients = gradients
+        self._batches, self._next = 0, 1
+
+    def due(self) -> bool:
+        """Whether the batch that begins is compared. Counts it."""
+        self._batches += 1
+        return self._batches >= self._next
+
+    def places(self, outputs: Any) -> Places:
+        """Where gradients are compared, as in [`places_of`]; empty for the values alone."""
+        return places_of(outputs, self.model) if self.gradients else {}
+
+    def __call__(
+        self,
+        own: Slope | None,
+        losses: SampleLosses,
+        places: Places,
+        outputs: Any,
+        batch: dict[str, Any],
+        *,
+        adds: bool = False,
+    ) -> None:
+        """Compare. A batch without a valid label has no loss, so the next one is compared.
+
+        Args:
+            own: The Trainer's loss; None if it differs on purpose.
+            losses: Ours.
+            places, outputs, batch: Of the forward pass that `losses` belongs to.
+            adds: Whether the model adds another loss to its own, so that only gradients compare.
+
+        Raises:
+            ValueError: If the losses differ.
+
+        Cost: One backward pass through each loss. Waits for the device.
+        """
+        rule, terms = self.rule, float(losses.terms.sum())
+        # An answer with its start or its end behind the sequence: transformers averages the starts
+        # and the ends apart, and we over all of the optimizer step.
+        halves = rule is RULES["question_answering"] and bool((losses.terms % 1 != 0).any())
+        if terms == 0 or halves:
+            return
+        self._next = 2 * self._batches
+        config = getattr(unwrapped(self.model), "config", None)
+        check_unmixed(rule, batch, config)
+        if own is None or (adds and not own.where):
+            return
+        ours = slope(losses.train.sum() / terms, places, own.where)
+        if adds:
+            own = own._replace(value=ours.value)
+        found = agree(own, ours, terms, self.half, multiple=rule.name == "custom")
+        if found is None:
+            return
+        fits = []
+        for name, other in RULES.items():
+            try:
+                each = other.losses(outputs, batch, 0.0, config)
+                mean = slope(each.train.sum() / each.terms.sum(), places, own.where)
+            except Exception:  # the rule is for other outputs or labels
+                continue
+            if name != "batch_mean" and agree(own, mean, terms, self.half, multiple=False) is None:
+                fits.append(name)
+        raise ValueError(differs(own, ours, found, self.name, rule.name, self._way_out(fits)))
+
+    def _way_out(self, fits: list[str]) -> str:
+        if isinstance(self.given, LossRule):
+            return "if the difference is intended, pass a LossRule with matches_model=False."
+        if fits:
+            return f"pass per_sample_loss_fn={fits[0]!r}, which is that loss."
+        if self.rule.name == "custom" and self.name == type(unwrapped(self.model)).__name__:
+            return (
+                "to train the losses of your per_sample_loss_fn (a focal loss, say), pass their "
+                "mean as `compute_loss_func=` too. To train the model's loss, let the function "
+                "return its parts."
+            )
+        if self.rule.name == "custom":
+            return (
+                f"let per_sample_loss_fn return the parts of {self.name}: losses whose sum is "
+                "proportional to it in each batch, also in its gradient."
+            )
+        return (
+            "pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape (batch "
+            f"size,), the parts of that loss{FALLBACK}"
+        )

@@ -48,7 +48,7 @@ from transformers import PreTrainedModel, Trainer
 
 from . import distributed
 from .data_side import PrunedDataMixin, tell_epoch
-from .loss_check import Difference, Places, Schedule, Slope, agree, places_of, slope
+from .loss_check import LossCheck, Places, Slope, part_of, slope
 from .losses import (
     CLASS_RULES,
     FALLBACK,
@@ -57,7 +57,6 @@ from .losses import (
     LossRule,
     SampleLosses,
     check_signals,
-    check_unmixed,
     derive_rule,
     forward_of_transformers,
     observe_signals,
@@ -88,6 +87,9 @@ LossFunction = Callable[..., torch.Tensor] | str | LossRule
 
 class SampleLossMixin(PrunedDataMixin):
     """Adds the losses of single samples to [`PrunedDataMixin`].
+
+    Longer than other classes, because what is observed, the loss of a step, its comparison and the
+    scoring passes are all methods of one Trainer.
 
     Args:
         per_sample_loss_fn: How the loss of one sample is computed if transformers' name of the
@@ -217,15 +219,14 @@ class SampleLossMixin(PrunedDataMixin):
 
     # ---- the loss of an optimizer step ----
 
-    # Which batches of the run are compared with the Trainer's loss.
-    _checks = Schedule()
+    _run_check: LossCheck | None = None
     # The sample indices of the batches of the running step, and which of them had a pass.
     _of_step: tuple[torch.Tensor, ...] = ()
     _passed: frozenset[int] = frozenset()
 
     def set_initial_training_values(self, args: Any, dataloader: DataLoader) -> tuple:
         """As in [`PrunedDataMixin`]. A new run begins here."""
-        self._checks, self._seen = Schedule(), None
+        self._run_check = self._seen = None
         return super().set_initial_training_values(args, dataloader)
 
     def _magnitude(self) -> Magnitude | None:
@@ -333,7 +334,7 @@ class SampleLossMixin(PrunedDataMixin):
 
         Long, because the own loss's graph must go before ours is made, which ties the order.
         """
-        compares = first and rule is not RULES["batch_mean"] and self._checks.due()
+        compares = first and rule is not RULES["batch_mean"] and self._check.due()
         skips = self._model_with_loss(rule)
         if compares and rule.matches_model and (skips is not None or hasattr(model, "_orig_mod")):
             # A loss over tokens needs as much memory as a step leaves, and the graph of a compiled
@@ -343,7 +344,7 @@ class SampleLossMixin(PrunedDataMixin):
         own: Slope | None = None
         with loss_left_out(skips) as left_out:
             own_loss, outputs = self._own_loss(model, inputs)
-        places = self._places(outputs) if compares else {}
+        places: Places = self._check.places(outputs) if compares else {}
         if compares and rule.matches_model:
             own = slope(own_loss, places)
         # A router's loss and the like, which the model added to its own: kept, unweighted.
@@ -365,8 +366,7 @@ class SampleLossMixin(PrunedDataMixin):
             mean = losses.train.detach().sum() / terms
             outputs["loss"] = mean + (0.0 if extra is None else extra.detach())
         if compares:
-            check_unmixed(rule, batch, getattr(unwrapped(self.model), "config", None))
-            self._compare(own, losses, places, outputs, batch, values=auxiliary is None)
+            self._check(own, losses, places, outputs, batch, adds=auxiliary is not None)
         if rule.name == "custom" and auxiliary is None:
             losses = losses._replace(train=losses.train * _multiple(own_loss, losses))
         return losses, extra, outputs
@@ -401,10 +401,20 @@ class SampleLossMixin(PrunedDataMixin):
             return f"label_smoothing_factor={self.args.label_smoothing_factor}"
         return type(unwrapped(self.model)).__name__
 
-    def _places(self, outputs: Any) -> Places:
-        # FSDP and DeepSpeed put hooks on the outputs of a pass.
-        hooked = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        return {} if hooked else places_of(outputs, cast(torch.nn.Module, self.model))
+    @property
+    def _check(self) -> LossCheck:
+        """What compares our loss with the Trainer's. Each run has its own."""
+        if self._run_check is None:
+            self._run_check = LossCheck(
+                cast(torch.nn.Module, self.model),
+                cast(LossRule, self.loss_rule),
+                self._loss_name(),
+                given=self._given_loss,
+                half=self.args.bf16 or self.args.fp16,
+                # FSDP and DeepSpeed put hooks on the outputs of a pass.
+                gradients=not (self.is_deepspeed_enabled or self.is_fsdp_enabled),
+            )
+        return self._run_check
 
     def _compare_apart(self, batch: dict[str, Any], size: int, rule: LossRule) -> None:
         """Compare on a quarter of a batch, by two passes of the model that change nothing.
@@ -413,103 +423,20 @@ class SampleLossMixin(PrunedDataMixin):
         neither holds more memory than a step.
         """
         model = cast(torch.nn.Module, self.model)
-        seed, least = self.args.seed, 2 if has_batch_norm(model) else 1
-        part, taken = _part(batch, size, rule, max(least, size // 4))
+        part, taken = part_of(batch, size, rule, max(2 if has_batch_norm(model) else 1, size // 4))
         if taken == 0:
             return
-        with scoring_state(model, "train", seed):
+        with scoring_state(model, "train", self.args.seed):
             own_loss, outputs = self._own_loss(model, dict(part))
-            places, values = self._places(outputs), _auxiliary(outputs) is None
+            places, adds = self._check.places(outputs), _auxiliary(outputs) is not None
             del outputs
             own = slope(own_loss, places)
             del own_loss
-        with scoring_state(model, "train", seed):
+        with scoring_state(model, "train", self.args.seed):
             with loss_left_out(self._model_with_loss(rule)):
                 own_loss, outputs = self._own_loss(model, dict(part))
             losses = self._sample_losses(own_loss, outputs, part, taken, rule)
-            check_unmixed(rule, part, getattr(unwrapped(model), "config", None))
-            self._compare(own, losses, self._places(outputs), outputs, part, values=values)
-
-    def _compare(
-        self,
-        own: Slope | None,
-        losses: SampleLosses,
-        places: Places,
-        outputs: Any,
-        batch: dict[str, Any],
-        *,
-        values: bool,
-    ) -> None:
-        """Raise ValueError unless our loss is the Trainer's. Waits for the device.
-
-        A batch without a valid label has no loss, so the next one is compared.
-
-        Args:
-            own: The Trainer's loss; None if it differs on purpose.
-            values: Whether the values are comparable; not if the model adds another loss.
-        """
-        terms, rule = float(losses.terms.sum()), cast(LossRule, self.loss_rule)
-        if terms == 0:
-            return
-        self._checks.compared()
-        if own is None or not (values or own.where):
-            return
-        ours = slope(losses.train.sum() / terms, places, own.where)
-        if not values:
-            own = own._replace(value=ours.value)
-        half = self._in_half_precision()
-        found = agree(own, ours, terms, half, multiple=rule.name == "custom")
-        if found is None:
-            return
-        fits = []
-        for name, other in RULES.items():
-            try:
-                config = getattr(unwrapped(self.model), "config", None)
-                each = other.losses(outputs, batch, 0.0, config)
-                mean = slope(each.train.sum() / each.terms.sum(), places, own.where)
-            except Exception:  # the rule is for other outputs or labels
-                continue
-            if name != "batch_mean" and agree(own, mean, terms, half, multiple=False) is None:
-                fits.append(name)
-        raise self._differs(own, ours, found, fits)
-
-    def _in_half_precision(self) -> bool:
-        dtypes = {parameter.dtype for parameter in cast(torch.nn.Module, self.model).parameters()}
-        half_weights = not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        return self.args.bf16 or self.args.fp16 or half_weights
-
-    def _differs(self, own: Slope, ours: Slope, found: Difference, fits: list[str]) -> ValueError:
-        rule, name = cast(LossRule, self.loss_rule), self._loss_name()
-        compared = f"the loss of {name} is {own.value:.6g}"
-        if own.where:
-            compared += (
-                f", and their gradients with respect to the {own.where} differ by "
-                f"{found.gradients:.2%}"
-            )
-        if isinstance(self._given_loss, LossRule):
-            way_out = "if the difference is intended, pass a LossRule with matches_model=False."
-        elif fits:
-            way_out = f"pass per_sample_loss_fn={fits[0]!r}, which is that loss."
-        elif rule.name == "custom" and name == type(unwrapped(self.model)).__name__:
-            way_out = (
-                "to train the losses of your per_sample_loss_fn (a focal loss, say), pass their "
-                "mean as `compute_loss_func=` too. To train the model's loss, let the function "
-                "return its parts."
-            )
-        elif rule.name == "custom":
-            way_out = (
-                f"let per_sample_loss_fn return the parts of {name}: losses whose sum is "
-                "proportional to it in each batch, also in its gradient."
-            )
-        else:
-            way_out = (
-                "pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of shape "
-                f"(batch size,), the parts of that loss{FALLBACK}"
-            )
-        return ValueError(
-            f"On a batch of the run the mean of the per-sample losses ({rule.name!r}) is "
-            f"{ours.value:.6g}, {compared}: pruning would train something else. Way out: {way_out}"
-        )
+            self._check(own, losses, self._check.places(outputs), outputs, part, adds=adds)
 
     def _model_with_loss(self, rule: LossRule) -> PreTrainedModel | None:
         """The model whose own loss we may skip, or None.
@@ -520,7 +447,8 @@ class SampleLossMixin(PrunedDataMixin):
         model = unwrapped(self.model)
         owner = owner_behind(type(self), SampleLossMixin, "compute_loss")
         stock = owner is Trainer and self.compute_loss_func is None
-        tokens = rule.terms is not None and rule.name not in CLASS_RULES
+        small = (*CLASS_RULES, "question_answering")
+        tokens = rule.terms is not None and rule.name not in small
         skips = stock and tokens and not rule.from_own_loss
         return model if skips and isinstance(model, PreTrainedModel) else None
 
@@ -610,24 +538,6 @@ def _auxiliary(outputs: Any) -> torch.Tensor | None:
     if isinstance(outputs, Mapping):
         return outputs.get("aux_loss")
     return getattr(outputs, "aux_loss", None)
-
-
-def _part(
-    batch: dict[str, Any], size: int, rule: LossRule, samples: int
-) -> tuple[dict[str, Any], int]:
-    """At most so many samples of a batch that have a label, and how many these are.
-
-    The whole batch if not all of its tensors have one row for each sample.
-    """
-    tensors = {n: v for n, v in batch.items() if isinstance(v, torch.Tensor) and v.ndim}
-    device = next((tensor.device for tensor in tensors.values()), None)
-    valid = torch.arange(size, device=device)
-    if rule.terms is not None:
-        valid = valid[rule.terms(batch).to(valid.device) > 0]
-    if len(valid) == 0 or any(len(tensor) != size for tensor in tensors.values()):
-        return batch, size if len(valid) else 0
-    rows = valid[:samples]
-    return {**batch, **{n: v[rows.to(v.device)] for n, v in tensors.items()}}, len(rows)
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -257,7 +257,9 @@ def _answers(inputs: Mapping[str, Any], length: int) -> Tensor:
     if len(keys) < 2:
         raise ValueError(
             "The batch has no 'start_positions' or no 'end_positions' (it has "
-            f"{', '.join(map(repr, inputs))}): the loss of question answering needs both."
+            f"{', '.join(map(repr, inputs))}): the loss of question answering needs both. For "
+            "another loss pass `per_sample_loss_fn=`, a function (outputs, inputs) -> losses of "
+            f"shape (batch size,){FALLBACK}"
         )
     return sum(inputs[key].reshape(-1).lt(length).float() / 2 for key in keys)
 
