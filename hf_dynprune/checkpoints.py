@@ -5,48 +5,57 @@ A checkpoint is the Trainer's folder with our `STATE_FILE` in it. It is written 
     model, optimizer, random states  ──▶  STATE_FILE, which lists them  ──▶  trainer_state.json
 
 So a checkpoint is complete if both of the last two can be read, tell of the same step, and every
-file has the size and the checksum that were listed.
+file has the size and the checksum that were listed. Texts that a person may edit, such as
+config.json, may differ.
 """
 
-import json
 import os
 import re
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError, safe_open
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from .files import STATE_FILE, load_tensors, save_tensors
+from .files import STATE_FILE, load_json, load_tensors, save_tensors
 from .pruner import DynamicPruner
 
 # Below transformers' own logger, so that its `set_verbosity` and `log_level` hold for us as well.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _BLOCK_BYTES = 1 << 24
+_TEXTS = {".json", ".txt", ".jinja"}
+_NOT_LISTED = {".tmp", ".md"}
 
 
 def content(folder: Path) -> dict[str, list]:
     """Map the name of each file of a checkpoint to [bytes, xxh3 checksum of 128 bits].
 
     `STATE_FILE`, which holds this list, and the Trainer's state, which is written later, are left
-    out.
+    out. So are notes in Markdown.
 
     Cost: reads all files, from the page cache if they were just written.
     """
     found: dict[str, list] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        listed = name not in (STATE_FILE, TRAINER_STATE_NAME) and not name.endswith(".tmp")
+        listed = name not in (STATE_FILE, TRAINER_STATE_NAME) and path.suffix not in _NOT_LISTED
         if path.is_file() and listed:
-            digest = xxhash.xxh3_128()
-            with open(path, "rb") as file:
-                while block := file.read(_BLOCK_BYTES):
-                    digest.update(block)
-            found[name] = [path.stat().st_size, digest.hexdigest()]
+            found[name] = _size_and_checksum(path)
     return found
+
+
+def _size_and_checksum(path: Path) -> list:
+    digest = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return [path.stat().st_size, digest.hexdigest()]
 
 
 def fault_of(folder: Path, *, stock: bool = False) -> str | None:
@@ -57,37 +66,86 @@ def fault_of(folder: Path, *, stock: bool = False) -> str | None:
         stock: Whether a checkpoint without our file will do.
     """
     try:
-        step = json.loads((folder / TRAINER_STATE_NAME).read_text())["global_step"]
+        step = load_json(folder / TRAINER_STATE_NAME)["global_step"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         return f"its {TRAINER_STATE_NAME} cannot be read ({error!r})"
     try:
+        if not os.path.lexists(folder / STATE_FILE):
+            return _fault_of_stock(folder, stock)
+        if not (folder / STATE_FILE).is_file():
+            return f"its {STATE_FILE} is not a file"
         _, metadata = load_tensors(folder / STATE_FILE)
-    except FileNotFoundError:
-        if stock:
-            return None
+        if metadata.get("step") != step:
+            return (
+                f"its {TRAINER_STATE_NAME} is of step {step}, its {STATE_FILE} is of step "
+                f"{metadata.get('step')}"
+            )
+        return _damage(folder, metadata.get("files", {}))
+    except ValueError as error:
+        return str(error)
+    except OSError as error:  # of the disk or of the rights
+        return f"a file of it cannot be read ({error})"
+
+
+def _fault_of_stock(folder: Path, stock: bool) -> str | None:
+    """The fault of a checkpoint without our file, whose checksums nobody noted."""
+    if not stock:
         return (
             f"it has no {STATE_FILE}, because a stock Trainer or save_only_model=True wrote it. To "
             "continue without scores, call train(..., stock_checkpoint=True)"
         )
-    except ValueError as error:
-        return str(error)
-    if metadata["step"] != step:
-        return (
-            f"its {TRAINER_STATE_NAME} is of step {step}, its {STATE_FILE} is of step "
-            f"{metadata['step']}"
-        )
-    return _damage(content(folder), metadata.get("files", {}))
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _FORMATS and not _FORMATS[path.suffix](path):
+            return f"its {path.name} is damaged or cannot be read"
+    return None
 
 
-def _damage(found: dict[str, list], listed: dict[str, list]) -> str | None:
+def _is_safetensors(path: Path) -> bool:
+    """Whether the header can be read and the file has the length that it states."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+# How to see that a file of a stock checkpoint is whole. torch.save writes a zip file.
+_FORMATS = {
+    ".safetensors": _is_safetensors,
+    **dict.fromkeys((".pt", ".pth", ".bin"), zipfile.is_zipfile),
+}
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file is a text that a person may edit, such as config.json, and no state."""
+    return not name.endswith(".index.json") and Path(name).suffix in _TEXTS
+
+
+def _damage(folder: Path, listed: Mapping[str, list]) -> str | None:
+    """The first damage of the files that were listed, or None.
+
+    Resuming reads no number from a text, so a text may have changed. It must be one.
+    """
     for name, written in listed.items():
-        if name not in found:
-            return f"its {name} is missing"
-        if found[name] != written:
+        path = folder / name
+        if not path.is_file():
+            return f"its {name} is {'not a file' if os.path.lexists(path) else 'missing'}"
+        try:
+            found = _size_and_checksum(path)
+            if found == written:
+                continue
+            if _is_text(name) and path.suffix == ".json":
+                load_json(path)
+            elif _is_text(name):
+                path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            return f"its {name} is damaged or cannot be read ({error})"
+        if not _is_text(name):
             return (
-                f"its {name} is damaged: it has {found[name][0]} bytes of {written[0]}, or another "
+                f"its {name} is damaged: it has {found[0]} bytes of {written[0]}, or another "
                 "checksum"
             )
+        logger.warning("%s was changed after the checkpoint was written.", path)
     return None
 
 
@@ -123,8 +181,14 @@ def complete_checkpoint(
         stock: Whether a checkpoint without our file will do.
 
     Raises:
+        TypeError: If `requested` is neither True nor a path.
         ValueError: If the named one is not complete, or if there is none.
     """
+    if not isinstance(requested, bool | str | os.PathLike):
+        raise TypeError(
+            f"resume_from_checkpoint={requested!r} is neither True nor the folder of a checkpoint, "
+            f"such as {str(Path(output_dir) / 'checkpoint-500')!r}."
+        )
     if isinstance(requested, bool):
         newest = newest_complete(output_dir, stock=stock)
         if newest is not None:
@@ -142,6 +206,9 @@ def complete_checkpoint(
         )
     fault = fault_of(Path(requested), stock=stock)
     if fault is not None:
+        inside = _newest_first(requested)
+        if inside:
+            fault += f". It is a folder of {len(inside)} checkpoints, the newest is {inside[0]}"
         raise ValueError(
             f"Cannot resume from {requested}: {fault}. Name another checkpoint, or pass "
             "resume_from_checkpoint=True for the newest complete one."
@@ -151,7 +218,7 @@ def complete_checkpoint(
 
 def epoch_of(checkpoint: str | os.PathLike[str]) -> float:
     """How many epochs were trained when a complete checkpoint was written; may be fractional."""
-    return json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_text())["epoch"]
+    return load_json(Path(checkpoint) / TRAINER_STATE_NAME)["epoch"]
 
 
 def save(
@@ -163,7 +230,7 @@ def save(
         pruner: The run's.
         folder: The checkpoint.
         writes: Whether this rank writes.
-        now: `step` and `learning_rate`, as for [`DynamicPruner.state_dict`].
+        now: `step`, `learning_rate` and `epoch_over`, as for [`DynamicPruner.state_dict`].
     """
     # Collective. When it returns, the other ranks have written their files.
     state = pruner.state_dict(**now)

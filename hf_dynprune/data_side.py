@@ -14,6 +14,7 @@ import shlex
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +23,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from . import checkpoints, distributed
@@ -34,7 +36,7 @@ from .report import PruningReport
 from .sampler import SAMPLE_INDEX, IndexedCollator, IndexedDataset
 from .schedule import RunShape, is_choice, is_full_data
 from .table import Memory
-from .upstream import UpstreamMends, owner_behind, start_workers
+from .upstream import UpstreamMends, start_workers
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -47,6 +49,10 @@ SEAMS = {
     "the first epoch",
     "Trainer._save_rng_state": "runs on every rank, after the weights and before "
     "trainer_state.json, the upload and the rotation; on_save comes after all three",
+    "Trainer._maybe_log_save_evaluate": "runs after each step; then the step is known at which the "
+    "next share of the run is done",
+    "Trainer._hp_search_setup": "the trial's values reach the arguments here, and fields of the "
+    "policy the policy",
     "Trainer._get_train_sampler": "a class that overrides it chooses the data and is refused",
     "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
     "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
@@ -184,6 +190,12 @@ class PrunedDataMixin(CardMixin):
     _identified: tuple[Any, int, str] | None = None
     # The classes whose order of the training data pruning may replace.
     _replaced_orders: tuple[type, ...] = (Trainer,)
+    # Optimizer steps of the run as the loop knows them; 0 before the first run.
+    _loop_steps = 0
+    # What is logged of an epoch, until the Trainer logs a loss.
+    _waiting_logs: Mapping[str, float] = {}
+    # The policy that was given, and the one that a search made of it.
+    _searched: tuple[PruningPolicy, PruningPolicy] | None = None
     # The scheduler that follows the budget; None if a user's scheduler is in force.
     _following: LambdaLR | None = None
 
@@ -349,9 +361,10 @@ class PrunedDataMixin(CardMixin):
             )
         _, self.pruner, collator = made
         collator.marks = True
-        self._operations = None
+        self._operations, self._waiting_logs = None, {}
         _, _, num_examples, num_train_samples, batch_size, steps_in_epoch, _ = values
         clock = self.pruner.clock
+        self._loop_steps = clock.total_steps()
         return (
             clock.num_epochs,
             clock.length,
@@ -359,13 +372,17 @@ class PrunedDataMixin(CardMixin):
             num_train_samples,
             batch_size,
             steps_in_epoch,
-            clock.total_steps(),
+            self._loop_steps,
         )
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> Any:
-        """The Trainer's scheduler, evaluated at the virtual steps of the run's clock."""
+        """The Trainer's scheduler, evaluated at the virtual steps of the run's clock.
+
+        A subclass may ask for a longer or shorter schedule than that of the run:
+        `super().create_scheduler(2 * num_training_steps, optimizer)`.
+        """
         if self.pruning is None or self.pruner is None:
             return super().create_scheduler(num_training_steps, optimizer)
         pruner = self.pruner
@@ -377,7 +394,10 @@ class PrunedDataMixin(CardMixin):
                 pruner.clock.total_steps(),
             )
             return super().create_scheduler(num_training_steps, optimizer)
-        scheduler = super().create_scheduler(pruner.clock.total, optimizer)
+        total, steps = pruner.clock.total, self._loop_steps or pruner.clock.total_steps()
+        if num_training_steps != steps:  # a subclass asks for it
+            total = max(1, round(total * num_training_steps / steps))
+        scheduler = super().create_scheduler(total, optimizer)
         if isinstance(scheduler, LambdaLR):
             _follow_budget(scheduler, pruner)
             self._following = scheduler
@@ -415,10 +435,15 @@ class PrunedDataMixin(CardMixin):
                 scores: the table starts empty, an interrupted epoch starts again, and earlier
                 epochs are charged as full-data epochs.
 
+        After an error or Ctrl-C, `pruning_report` describes what was trained so far.
+
         Raises:
-            ValueError: If the checkpoint is not complete or belongs to another run. Nothing has
-                changed then.
+            TypeError, ValueError: If the checkpoint is not complete or belongs to another run.
+                Nothing has changed then.
         """
+        if self.pruning is not None:
+            # A rank alone would wait for the others forever.
+            distributed.check_same({"resume_from_checkpoint": bool(resume_from_checkpoint)})
         if self.pruning is not None and resume_from_checkpoint:
             requested, folder = resume_from_checkpoint, self.args.output_dir or "."
             # Rank 0 looks: all ranks continue from the same checkpoint, and its files are read
@@ -428,9 +453,45 @@ class PrunedDataMixin(CardMixin):
             )
             self._loading_from = resume_from_checkpoint
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._loading_from = None
+        if self.pruner is not None and self.state.global_step and not self.pruner.report.epochs:
+            raise RuntimeError(
+                f"{type(self).__name__} trained {self.state.global_step} steps in a loop of its "
+                "own, so nothing was pruned: use a DynamicPruner in that loop, or pruning=None."
+            )
+        return output
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        """Also set fields of the policy, such as `keep_ratio`, as the trial has them."""
+        policy = self.pruning
+        if self._searched is not None and self._searched[1] is policy:
+            self.pruning = policy = self._searched[0]
+        backend: Any = self.hp_search_backend
+        if policy is None or trial is None or backend is None:
+            return super()._hp_search_setup(trial)
+        own: dict[str, Any] = {}
+
+        def rest_of(values: Mapping[str, Any]) -> dict[str, Any]:
+            own.update(_policy_fields(policy, self.args, values))
+            return {name: value for name, value in values.items() if name not in own}
+
+        if backend == HPSearchBackend.OPTUNA:
+            space: Any = self.hp_space
+            self.hp_space = lambda trial: rest_of(space(trial))
+            try:
+                super()._hp_search_setup(trial)
+            finally:
+                self.hp_space = space
+        else:
+            super()._hp_search_setup(rest_of(trial))
+            self._trial = trial
+        if own:
+            self.pruning = replace(policy, **own)
+            self._searched = policy, self.pruning
+            self.pruner = self._make_pruner(self._planned_shape())
+            self._prepare_observation(self.pruner)
 
     def _init_training_state(
         self,
@@ -461,7 +522,14 @@ class PrunedDataMixin(CardMixin):
     def _run_epoch(self, **loop: Any) -> None:  # type: ignore[override]  # the loop passes names
         if self.pruning is None or self.pruner is None:
             return super()._run_epoch(**loop)
-        pruner, epoch, loader = self.pruner, loop["epoch"], loop["train_dataloader"]
+        try:
+            self._run_pruned_epoch(self.pruner, loop)
+        except BaseException:  # also Ctrl-C, and a trial that was given up
+            self.pruner.interrupt(**self._now())
+            raise
+
+    def _run_pruned_epoch(self, pruner: DynamicPruner, loop: dict[str, Any]) -> None:
+        epoch, loader = loop["epoch"], loop["train_dataloader"]
         records = len(pruner.report.epochs)
         scorer = self._begin_epoch(epoch)
         pruner.begin_epoch(epoch, step=self.state.global_step, scorer=scorer)
@@ -469,8 +537,11 @@ class PrunedDataMixin(CardMixin):
             _renew_learning_rate(self._following)
         self._renew_total(pruner.clock.total_steps())
         begins = len(pruner.report.epochs) > records  # not resumed in the middle of an epoch
-        if begins and self.args.logging_strategy != "no":
-            self.log(_epoch_logs(pruner.report))
+        # With the first loss of the epoch: readers of a log expect a loss in each training entry.
+        self._waiting_logs = {}
+        if begins or not _logged_since(self.state.log_history, epoch):
+            self._waiting_logs = _epoch_logs(pruner.report)
+        self._resolve_shares()
         loop["steps_in_epoch"] = len(loader)
         loop["num_update_steps_per_epoch"] = pruner.clock.length
         resumes = loop["resume_from_checkpoint"] and epoch == loop["epochs_trained"]
@@ -498,9 +569,36 @@ class PrunedDataMixin(CardMixin):
             "has it and pass `per_sample_loss_fn=`."
         )
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if self.pruning is not None:
+            self._resolve_shares()
+
+    def _resolve_shares(self) -> None:
+        """Say at which step the next share of the run is done, if lengths depend on the data.
+
+        The Trainer resolves `eval_steps=0.25` once, by the number of steps. If that is not known
+        beforehand, the share is one of the epochs.
+        """
+        pruner = cast(DynamicPruner, self.pruner)
+        if pruner.clock.is_exact:
+            return
+        for kind in ("logging", "eval", "save"):
+            share = getattr(self.args, f"{kind}_steps")
+            if share is not None and 0 < share < 1:
+                step = pruner.clock.next_step(self.state.global_step, share)
+                # The Trainer acts at multiples of it. The first is the step itself.
+                setattr(self.state, f"{kind}_steps", step)
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The Trainer's log. Its samples per second are those that were trained."""
+        """The Trainer's log. Its samples per second are those that were trained.
+
+        The first loss of an epoch is logged with the numbers of its choice.
+        """
         if self.pruning is not None and self.pruner is not None:
+            if "loss" in logs:
+                logs.update(self._waiting_logs)
+                self._waiting_logs = {}
             self.pruner.drain()  # the Trainer has just synchronised with the device, too
             seconds = logs.get("train_runtime", 0.0)
             if "train_samples_per_second" in logs and seconds > 0:
@@ -534,7 +632,13 @@ class PrunedDataMixin(CardMixin):
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         if self.pruning is not None and self.pruner is not None:
-            checkpoints.save(self.pruner, output_dir, writes=self.args.should_save, **self._now())
+            checkpoints.save(
+                self.pruner,
+                output_dir,
+                writes=self.args.should_save,
+                epoch_over=self.control.should_epoch_stop,
+                **self._now(),
+            )
 
 
 # ---- length and learning rate --------------------------------------------------------------------
@@ -618,11 +722,18 @@ def _check_settings(trainer: PrunedDataMixin) -> None:
             f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
             "data, and pruning does too: set it to 'random', or use pruning=None."
         )
-    owner = owner_behind(type(trainer), PrunedDataMixin, "_get_train_sampler")
+    # In a class above this one or behind it.
+    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
     if owner not in trainer._replaced_orders:
         raise ValueError(
             f"{owner.__name__}._get_train_sampler chooses the training data itself, and "
             "pruning would override it: remove it, or mix with another class."
+        )
+    if not getattr(args.accelerator_config, "use_seedable_sampler", True):
+        logger.warning(
+            "accelerator_config: use_seedable_sampler=False has no effect with pruning: the order "
+            "of an epoch follows from data_seed and the epoch, as with True. FullData() then has "
+            "another order than the stock Trainer."
         )
     if args.n_gpu > 1:
         raise ValueError(
@@ -699,6 +810,31 @@ def tell_epoch(dataset: Any, epoch: int) -> None:
     """Tell a dataset that follows the epochs, such as one that augments, which one begins."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
+
+
+def _policy_fields(
+    policy: PruningPolicy, args: TrainingArguments, values: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Those of a trial's values that are fields of the policy and no training arguments.
+
+    Raises:
+        ValueError: If a share to keep or to prune is not a field of the policy.
+    """
+    names = [entry.name for entry in fields(policy)]
+    for name in ("keep_ratio", "prune_ratio"):
+        if name in values and name not in names:
+            raise ValueError(
+                f"hp_space has {name}={values[name]!r}, and {policy} has no such field: expected "
+                f"one of {', '.join(names)}, or a training argument."
+            )
+    return {
+        name: value for name, value in values.items() if name in names and not hasattr(args, name)
+    }
+
+
+def _logged_since(history: list[dict[str, Any]], epoch: int) -> bool:
+    """Whether the numbers of an epoch that is resumed were logged before."""
+    return any("pruning/kept_samples" in entry and entry["epoch"] > epoch for entry in history)
 
 
 def _epoch_logs(report: PruningReport) -> dict[str, float]:

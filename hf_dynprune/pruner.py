@@ -29,6 +29,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,9 @@ class DynamicPruner:
         self._next = 0  # the epoch that must begin next
         self._resumed_in: int | None = None  # the epoch in whose middle the run was resumed
         self._agreed = False  # whether the ranks compared their arguments and position
+        self._over = False  # whether the epoch ended, also before its last batch
+        self._trained = 0.0  # epochs trained before this one; an epoch that was stopped counts less
+        self._steps_before = 0  # optimizer steps of this epoch before it was begun again
 
     @property
     def num_epochs(self) -> int:
@@ -234,8 +238,10 @@ class DynamicPruner:
         self._check_order(epoch, step)
         if not resumed:
             full = is_full_data(self.policy, epoch, self.shape.budget.progress(epoch, step))
+            # After a checkpoint without our state, a part of this epoch may have been trained.
+            self._trained = min(self.report.num_epochs, epoch)
             self.report.epochs.append(EpochRecord(epoch, full, len(self.table)))
-            self._batches_done = 0
+            self._batches_done = self._steps_before = 0
         record = self.report.epochs[-1]
         self._watch.start(record.seconds)
         if not resumed and not record.full_data:
@@ -244,7 +250,7 @@ class DynamicPruner:
                 self._choose(epoch, self.shape.budget.progress(epoch, step))
             record.samples = len(self._in_force or self.table)
         self.shape.check_size(epoch, record.samples)
-        self._resumed_in, self._next = None, epoch + 1
+        self._resumed_in, self._next, self._over = None, epoch + 1, False
         plan = self._in_force
         self._weights = _lookup(plan, len(self.table))
         kept = None if plan is None else plan.indices
@@ -260,6 +266,10 @@ class DynamicPruner:
                 "epoch": epoch,
                 "optimizer steps": step,
                 "batches of the epoch done": self._batches_done,
+                # A resumed run may be longer. Ranks that end at different steps would hang.
+                "number of epochs": self.shape.num_epochs,
+                "max_steps": self.shape.max_steps,
+                "batch size": self.shape.batch_size,
             }
             distributed.check_same({**self._identity(), **position})
             self._agreed = True
@@ -386,6 +396,7 @@ class DynamicPruner:
         record = self.report.epochs[-1]
         record.forward_passes += len(index) * self.shape.ranks
         record.backward_passes += len(index) * self.shape.ranks
+        self._count_steps(self._step())  # a loop may end at any batch, and not say so
         if self.policy.scoring != "all":
             self._observations.add(index, checked)
 
@@ -401,7 +412,7 @@ class DynamicPruner:
             )
         expected = shape.batch_size
         if shape.ranks == 1:  # the last batch is short; several ranks pad it
-            expected = min(expected, samples - self._batches_done * shape.batch_size)
+            expected = min(expected, len(self.sampler) - self._batches_done * shape.batch_size)
         if size != expected:
             raise ValueError(
                 f"`observe` got a batch of {size} samples, expected {expected}: the loader or the "
@@ -470,10 +481,8 @@ class DynamicPruner:
             return
         self._watch.lap("training")
         record = self.report.epochs[-1]
-        record.optimizer_steps = (self._step() if step is None else step) - self.clock.start
+        self._count_steps(self._step() if step is None else step)
         record.learning_rate = record.learning_rate if learning_rate is None else learning_rate
-        done = min(1.0, record.optimizer_steps / self.clock.length)
-        self.report.num_epochs = record.epoch + done
         chance = chance_of(size / len(self.table) for size in self._sizes)
         self.report.selection = selection_of(self.table["times_kept"].numpy(), chance)
         record.effective_share = self._effective_share()
@@ -486,6 +495,14 @@ class DynamicPruner:
             return None
         return measure(self.table[column].float(), magnitude)
 
+    def _count_steps(self, step: int) -> None:
+        """Note the steps of the epoch, and how many epochs were trained. Cost: O(1)."""
+        record, clock = self.report.epochs[-1], self.clock
+        # An epoch that was interrupted while its samples were chosen has no steps.
+        done = step - clock.start + self._steps_before if clock.epoch == record.epoch else 0
+        record.optimizer_steps = done
+        self.report.num_epochs = self._trained + min(1.0, done / clock.length)
+
     def end_epoch(self, *, step: int | None = None, learning_rate: float | None = None) -> None:
         """Flush observations and close the epoch's record. Collective.
 
@@ -494,6 +511,21 @@ class DynamicPruner:
         if self._watch.running:
             self.flush()
             self.update_record(step=step, learning_rate=learning_rate)
+            self._watch.stop()
+            # A run that is continued with a larger budget goes on within its last epoch.
+            self._over = (self._step() if step is None else step) < self.clock.total_steps()
+
+    def interrupt(self, *, step: int | None = None, learning_rate: float | None = None) -> None:
+        """Close the record of an epoch that an error or Ctrl-C ended. Not collective.
+
+        The epoch is not over: a run that is resumed from its state trains the rest. On one rank the
+        observations are applied; on several they are lost, because the others may be gone.
+        """
+        if self._watch.running:
+            self.update_record(step=step, learning_rate=learning_rate)
+            if self.shape.ranks == 1:
+                with suppress(Exception):  # of a device that failed
+                    self.flush()
             self._watch.stop()
 
     def add_evaluation(self, metrics: Mapping[str, Any], *, best_step: int | None = None) -> None:
@@ -543,13 +575,18 @@ class DynamicPruner:
         }
 
     def state_dict(
-        self, *, step: int | None = None, learning_rate: float | None = None
+        self,
+        *,
+        step: int | None = None,
+        learning_rate: float | None = None,
+        epoch_over: bool = False,
     ) -> dict[str, Any]:
         """What the run needs to continue: `{"tensors": ..., "metadata": JSON}`. Collective.
 
         Args:
             step: Optimizer steps done, *optional*, as in `begin_epoch`.
             learning_rate: In force now, for the record.
+            epoch_over: Whether the rest of the epoch is left out, as after `end_epoch`.
         """
         self.flush()
         self.update_record(step=step, learning_rate=learning_rate)
@@ -564,6 +601,8 @@ class DynamicPruner:
             "identity": self._identity(),
             "step": self._step() if step is None else step,
             "batches_done": self._batches_done,
+            "epoch_over": epoch_over or self._over,
+            "epochs_before": self._trained,
             "lr_scale": 1.0 if self.plan is None else self.plan.lr_scale,
             "sizes": list(self._sizes),
             "clock": {"epoch": clock.epoch, "start": clock.start, "length": clock.length},
@@ -601,9 +640,14 @@ class DynamicPruner:
         self._watch.stop()
         self._batches_done = metadata["batches_done"]
         self._resumed_in, self._agreed = None, False
+        self._over, self._trained = metadata["epoch_over"], metadata["epochs_before"]
         epoch, batch = self.clock.epoch, self._batches_done
         if self.report.epochs:
-            if batch >= self.shape.batches(self.report.epochs[-1].samples):
+            record = self.report.epochs[-1]
+            # More than 0 if the epoch was begun again after an earlier resume.
+            done = metadata["step"] - self.clock.start
+            self._steps_before = record.optimizer_steps - done
+            if self._over or batch >= self.shape.batches(record.samples):
                 epoch, batch = epoch + 1, 0
             else:
                 self._resumed_in = epoch
@@ -635,6 +679,7 @@ class DynamicPruner:
         """After `load_state_dict` in mid-epoch: train the epoch's plan again from its start."""
         if self._resumed_in is not None:
             self.clock.start, self._batches_done = step, 0
+            self._steps_before = self.report.epochs[-1].optimizer_steps
 
     def adopt(self, epochs: float, step: int) -> tuple[int, int]:
         """Continue from a checkpoint without pruning state.
@@ -665,6 +710,7 @@ class DynamicPruner:
             )
             done = end
         begins = math.floor(round(epochs, 9))
+        self.report.num_epochs = self._trained = epochs
         self.clock.begin_epoch(begins, step, self.clock.length)
         self._next = begins
         self.report.resumed.append({"epoch": begins, "step": step, "stock_checkpoint": True})
@@ -676,9 +722,10 @@ class DynamicPruner:
         *,
         step: int | None = None,
         learning_rate: float | None = None,
+        epoch_over: bool = False,
     ) -> None:
         """Write `STATE_FILE` in the folder, whole or not at all. Collective; rank 0 writes."""
-        state = self.state_dict(step=step, learning_rate=learning_rate)
+        state = self.state_dict(step=step, learning_rate=learning_rate, epoch_over=epoch_over)
         if self.rank == 0:
             Path(folder).mkdir(parents=True, exist_ok=True)
             save_tensors(Path(folder) / STATE_FILE, state["tensors"], state["metadata"])
@@ -730,7 +777,9 @@ def _checked_index(index: Any) -> Tensor:
     return index.to(torch.int64)
 
 
-def _memory_of(policy: PruningPolicy, more: Memory | None, magnitude: Magnitude | None) -> Memory:
+def _memory_of(
+    policy: PruningPolicy, more: Memory | None, magnitude: Magnitude | None
+) -> Memory:
     """The policy's memory, the label if there is a floor for each class, and what is given.
 
     And the last value of the magnitude's signal, unless it is remembered already or a column of

@@ -8,6 +8,7 @@ The pruner, the trainer, the advice and the comparison tool all ask this module.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -244,6 +245,8 @@ class Clock:
         budget: Of the run.
         planned: Optimizer steps planned for each epoch; those of all data if a size is unknown.
         epoch, start, length: The running epoch, the step at which it began, its steps.
+        is_exact: Whether the number of steps of the run is known before it. It is not if the size
+            of a choice depends on the data and the budget is in epochs.
     """
 
     budget: Epochs | Steps
@@ -251,13 +254,16 @@ class Clock:
     epoch: int = 0
     start: int = 0
     length: int = 1
+    is_exact: bool = True
 
     @classmethod
     def of(cls, policy: Scheduled, shape: RunShape) -> "Clock":
         """The clock of a run before its first epoch."""
         sizes = [planned.size for planned in planned_epochs(policy, shape)]
         steps = tuple(shape.steps(shape.samples if size is None else size) for size in sizes)
-        return cls(shape.budget, steps, length=1 if isinstance(shape.budget, Steps) else steps[0])
+        if isinstance(shape.budget, Steps):
+            return cls(shape.budget, steps)
+        return cls(shape.budget, steps, length=steps[0], is_exact=None not in sizes)
 
     @property
     def num_epochs(self) -> int:
@@ -295,6 +301,22 @@ class Clock:
             steps, span = self._last_steps(self.length), self.total - begun
         done = step - self.start
         return min(begun + (done if steps == span else span * done / steps), self.total)
+
+    def next_step(self, step: int, share: float) -> int:
+        """The first step after `step` at which a multiple of `share` of the schedule is done.
+
+        Args:
+            step: Of the running epoch.
+            share: In (0, 1].
+
+        Returns:
+            A step of the running epoch; the one after its last if it reaches no such multiple.
+        """
+        part = share * self.total
+        # Virtual steps are fractions: compare with a tolerance, never for equality.
+        target = (math.floor(self.virtual(step) / part + 1e-9) + 1) * part - 1e-9
+        ahead = range(step + 1, self.start + self.length + 1)
+        return step + 1 + bisect_left(ahead, target, key=self.virtual)
 
     def _last_steps(self, length: int) -> int:
         """Steps of the last epoch that are trained, of the `length` that it would have whole."""
