@@ -1,13 +1,16 @@
 """Should I prune, and how much? A short dry run of the Trainer predicts the seconds of whole runs.
 
     Trainer ──dry run──▶ Measured ──predict(policy, settings)──▶ Prediction, ... ──▶ Advice
+    report of a short run ──effective share──▶ Potential ─────────────────────────────▶
 
 [`advise`] measures on this machine, with the run's model, loader and arguments. It answers in
-words, as a table and as JSON. [`predict`] is the arithmetic behind it, a pure function.
+words, as a table and as JSON. [`predict`] is the arithmetic behind it, a pure function. What
+pruning does to the result follows from no dry run: a short run tells it, see [`Potential`].
 """
 
 import copy
 import math
+import os
 import random
 import tempfile
 import time
@@ -29,9 +32,13 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .checks import check_count
 from .data_side import run_shape
-from .policies import UCB, FullData, InfoBatch, PruningPolicy, RandomPruning
+from .escape import printable
+from .files import REPORT_FILE, STATE_FILE, load_tensors
+from .policies import UCB, FullData, InfoBatch, LossProportional, PruningPolicy, RandomPruning
+from .potential import LEAST_LOST, STUDIES, Saving, predicted_saving
+from .provenance import provenance_of
 from .pruner import LABEL, DynamicPruner
-from .report import PHASES, passes
+from .report import PHASES, PruningReport, passes
 from .schedule import RunShape, epoch_costs, planned_epochs
 from .selection import keep_count
 
@@ -41,7 +48,9 @@ _NOTABLE = 0.3
 _LEAST_SECONDS = 5.0
 # Steps that are not timed: memory is allocated, kernels are chosen, caches fill.
 _WARM_UP = 3
-_SCORING: tuple[Literal["trained", "dropped", "all"], ...] = ("trained", "dropped", "all")
+_SCORING: tuple[Literal["dropped", "all"], ...] = ("dropped", "all")
+# Below this factor a predicted saving is not worth a trial.
+_WORTH = 1.05
 
 
 # ---- what a run is, and what it takes ------------------------------------------------------------
@@ -264,7 +273,151 @@ def _predict(
     )
 
 
+# ---- what a finished run tells -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Potential:
+    """What the effective share of a finished run lets expect of pruning.
+
+    Attributes:
+        name: The run, in words.
+        gain: G, the mean over its epochs of 1 / effective share.
+        keep_ratio: What the advised policy keeps: at it the run costs what the finished one did. If
+            that was not shorter than the full run, 1 / G.
+        saving: The factor by which a short run with the same result is predicted to cost more.
+    """
+
+    name: str
+    gain: float
+    keep_ratio: float
+    saving: Saving
+
+    @classmethod
+    def of(cls, report: PruningReport, shape: RunShape, name: str) -> "Potential":
+        """From the report of a finished run on the same data.
+
+        Args:
+            report: Of the finished run.
+            shape: Of the run to advise on.
+            name: Of the finished run.
+
+        Raises:
+            ValueError: If the report is of another number of samples, or has no effective share.
+        """
+        if report.num_samples != shape.samples:
+            raise ValueError(
+                f"{name} trained on {report.num_samples:,} samples, and this run has "
+                f"{shape.samples:,}: expected a run on the same data."
+            )
+        gain = report.gain
+        if gain is None:
+            raise ValueError(
+                f"The report of {name} has no effective share: train a short run with this "
+                "version, of a model whose loss of one sample is known (pruning=FullData())."
+            )
+        cost = 1.0 if shape.num_epochs is None else report.cost_against(shape.num_epochs)
+        ratio = cost if 0.01 <= cost <= 0.95 else min(0.95, max(0.05, 1 / gain))
+        return cls(name, gain, round(ratio, 2), predicted_saving(gain))
+
+    @property
+    def policy(self) -> PruningPolicy:
+        """The policy that is advised."""
+        return LossProportional(self.keep_ratio)
+
+    @property
+    def prunes(self) -> bool | None:
+        """True if all of the interval saves, False if the middle hardly does, else None."""
+        if self.saving.factor < _WORTH:
+            return False
+        return True if self.saving.low > 1 else None
+
+    def __str__(self) -> str:
+        """Prune or not, which rule, which ratio: two sentences."""
+        costs = [f"{100 / factor:.0f}" for factor in self.saving]
+        middle, most, least = costs
+        beyond = ""
+        if self.gain > STUDIES.highest:
+            beyond = f"; G is above the {STUDIES.highest:.2f} of these, at which the line ends"
+        predicted = (
+            f"{self.policy} is predicted to need {middle} % of the cost of a short run with the "
+            f"same result (95 % interval {least} to {most} %, from {STUDIES.studies} of our "
+            f"studies{beyond})"
+        )
+        begin = {True: "Prune", False: "Do not prune", None: "Pruning may pay"}[self.prunes]
+        first = f"{begin}: the samples of {self.name} have a mean G of {self.gain:.2f}, so "
+        if self.prunes is False:
+            second = "Take the short run: all data, fewer epochs."
+        else:
+            second = (
+                f"That holds if the full run is ahead of the short run by {LEAST_LOST} points or "
+                "more; otherwise take the short run."
+            )
+        return f"{first}{predicted}. {second}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values. `cost` is the share of a short run's cost, `interval` that of 95 %."""
+        middle, low, high = self.saving
+        return {
+            "run": self.name,
+            "gain": self.gain,
+            "prune": self.prunes,
+            "policy": self.policy.to_dict(),
+            "keep_ratio": self.keep_ratio,
+            "cost": 1 / middle,
+            "interval": [1 / high, 1 / low],
+            "studies": STUDIES.studies,
+        }
+
+
+After = PruningReport | str | os.PathLike[str]
+
+
+def _finished(after: After) -> tuple[PruningReport, str]:
+    """The report of a finished run and its name.
+
+    Args:
+        after: A report, its file, the folder of the run, or that of a checkpoint.
+    """
+    if isinstance(after, PruningReport):
+        return after, "the given run"
+    path = Path(after)
+    found = [path / name for name in (REPORT_FILE, STATE_FILE)] if path.is_dir() else [path]
+    file = next((file for file in found if file.is_file()), None)
+    if file is None:
+        raise FileNotFoundError(
+            f"{path} is not a finished run: expected a {REPORT_FILE}, its folder, or the folder of "
+            "a checkpoint."
+        )
+    if file.name != STATE_FILE:
+        return PruningReport.load(file), printable(path)
+    _, metadata = load_tensors(file)
+    return PruningReport.from_dict(metadata.get("report", {})), printable(path)
+
+
+def _check_same(report: PruningReport, trainer: Trainer, name: str) -> None:
+    """Raise ValueError if a finished run had another task, or data with other labels."""
+    there, here = report.provenance, provenance_of(trainer, "")
+
+    def known(values: Mapping[str, Any], part: str) -> Any:
+        return values.get("dataset", {}).get(part) if part in ("id", "labels") else values.get(part)
+
+    for part, what in (("task", "task"), ("id", "dataset"), ("labels", "labels")):
+        theirs, ours = known(there, part), known(here, part)
+        if None not in (theirs, ours) and theirs != ours:
+            raise ValueError(
+                f"The {what} of {name} is {printable(theirs)}, of this run {ours}: expected a run "
+                "of the same task on the same training set, in its order."
+            )
+
+
 # ---- advice --------------------------------------------------------------------------------------
+
+_UNKNOWN = (
+    "Whether pruning can pay is not known yet: it depends on the effective share of your data, "
+    "which fresh weights cannot show. Train a short run with pruning=FullData(), save its report, "
+    "and ask again with it (after=report; hf-dynprune advise --after runs/short)."
+)
 
 
 @dataclass(frozen=True)
@@ -276,17 +429,21 @@ class Advice:
         measured: The seconds measured in the dry run.
         full: The run on all data.
         predictions: The other runs.
-        findings: Topic -> finding in words. `"answer"` comes first, `"short run"` last.
+        potential: What a finished run lets expect; None if none was given.
+        findings: Topic -> finding in words. `"potential"` comes first, then the `"answer"` about
+            seconds; `"short run"` is last.
     """
 
     settings: Settings
     measured: Measured
     full: Prediction
     predictions: list[Prediction]
+    potential: Potential | None = None
     findings: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
         found = {
+            "potential": _UNKNOWN if self.potential is None else str(self.potential),
             "answer": _answer(self),
             "estimates": _estimates(self),
             "first looks": _first_looks(self),
@@ -321,6 +478,7 @@ class Advice:
         """Findings, settings, measured seconds and predictions as JSON values."""
         return {
             "findings": self.findings,
+            "potential": None if self.potential is None else self.potential.to_dict(),
             "settings": self.settings.to_dict(),
             "measured": {**asdict(self.measured), "step": self.measured.step},
             "predictions": [self._row(row) for row in (self.full, *self.predictions)],
@@ -365,7 +523,8 @@ class Advice:
             for part in ("waiting", "forward", "backward", "optimizer")
         )
         step = f"A step takes {_duration(m.step)} ({parts}; {m.steps} steps timed)."
-        return "\n".join([*_table(rows), "", step, *self.findings.values()])
+        first, *others = self.findings.values()
+        return "\n".join([first, "", *_table(rows), "", step, *others])
 
 
 def _table(rows: list[list[str]]) -> list[str]:
@@ -407,12 +566,12 @@ def _answer(advice: Advice) -> str:
     max_steps, best = advice.settings.shape.max_steps, advice.best
     if max_steps is not None:
         return (
-            f"Answer: pruning saves no time here. max_steps={max_steps} is a budget that every run "
-            "spends: a pruned run trains more epochs, of fewer samples, in the same time. To save "
-            "time, set num_train_epochs instead."
+            f"In seconds: pruning saves nothing here. max_steps={max_steps} is a budget that every "
+            "run spends: a pruned run trains more epochs, of fewer samples, in the same time. To "
+            "save time, set num_train_epochs instead."
         )
     if best is None or advice.saved(best) < 0.1:
-        return "Answer: no. No policy in the table that can act saves 10 % of the full run."
+        return "In seconds: no policy in the table that can act saves 10 % of the full run."
     quickest: dict[str, Prediction] = {}  # the last row of a keep_ratio, which is its quickest
     for row in sorted(advice.acting, key=lambda row: row.total, reverse=True):
         if advice.saved(row) > 0:
@@ -424,8 +583,8 @@ def _answer(advice: Advice) -> str:
         for how, row in quickest.items()
     )
     return (
-        f"Answer: yes, it can pay. The full run takes {_duration(advice.full.total)}; {savings}. "
-        "Only a run shows what pruning does to the result."
+        f"In seconds: the full run takes {_duration(advice.full.total)}; {savings}. Only a run "
+        "shows what pruning does to the result."
     )
 
 
@@ -451,8 +610,9 @@ def _first_looks(advice: Advice) -> str:
     return (
         f"Cannot act: {', '.join(idle)}. Samples that were never observed come first, and "
         f"{advice.full.epochs} epochs are too few to observe all samples and then choose by their "
-        "scores: the choice is as random as RandomPruning's. Set scoring='all' or first=1 (start "
-        "with a full-data epoch), or use more epochs or a larger keep_ratio."
+        "scores: the choice is as random as RandomPruning's. Use more epochs or a larger "
+        "keep_ratio, or set first=1 (start with a full-data epoch). Forward passes that score all "
+        "samples (scoring='all') let scores decide, too; in our study they cost 14 to 28 points."
     )
 
 
@@ -508,9 +668,17 @@ def _eaten(advice: Advice, phase: str) -> str:
 
 
 def advise(
-    trainer: Trainer, *, policies: Sequence[PruningPolicy] | None = None, batches: int = 20
+    trainer: Trainer,
+    *,
+    policies: Sequence[PruningPolicy] | None = None,
+    batches: int = 20,
+    after: After | None = None,
 ) -> Advice:
     """Predict whether pruning pays for a run, and how much, before the run is paid for.
+
+    The seconds come from a dry run. Whether pruning can be as good as a short run of the same cost
+    depends on the effective share of the data, see [`hf_dynprune.potential`], which only a trained
+    model shows: give a finished short run, `after`.
 
     A copy of the trainer, with a copy of its model and optimizer, trains some batches with the
     Trainer's own `train()`. Then its loaders, its evaluation, a scoring pass and a choice of each
@@ -523,23 +691,34 @@ def advise(
         trainer: A Trainer that was not trained yet, or an instance of a subclass, with or without
             pruning. Without pruning, steps are assumed to take as long as with it; we measured this
             for several models.
-        policies: The policies to predict. *Optional*, defaults to the trainer's policy, random
-            choices, UCB with each `scoring` at several keep ratios, and InfoBatch.
+        policies: The policies to predict. *Optional*, defaults to the trainer's policy,
+            LossProportional, RandomPruning and UCB at several keep ratios, UCB with forward passes
+            that score, and InfoBatch.
         batches: The least number of batches to train, at least 4. On one rank the training lasts at
             least 5 s. A quarter as many batches are evaluated.
+        after: A finished run on the same data, best a short run with `FullData()`: its report, the
+            file or folder of it, or the folder of a checkpoint. *Optional*; without it `potential`
+            is None.
 
     Returns:
         The [`Advice`]: print it.
 
     Raises:
         TypeError: If it is not a Trainer.
-        ValueError: If its training data have no length, or if a policy does not fit the run.
+        ValueError: If its training data have no length, if a policy does not fit the run, or if the
+            finished run had other data or another task, or has no effective share.
+        FileNotFoundError: If `after` is not a finished run.
 
     Cost: the batches, and the memory of a second model. If there are several ranks, all of them
     must call it; each measures for itself.
     """
     _check(trainer, batches)
     settings = Settings.of(trainer)
+    potential = None
+    if after is not None:
+        report, name = _finished(after)
+        potential = Potential.of(report, settings.shape, name)
+        _check_same(report, trainer, name)
     if policies is None:
         own, policies = getattr(trainer, "pruning", None), _usual(settings.shape)
         if own is not None and not isinstance(own, FullData):
@@ -559,7 +738,7 @@ def advise(
         predict(policy, settings, measured, choosing=_time_choosing(policy, settings.shape))
         for policy in (FullData(), *policies)
     )
-    return Advice(settings, measured, full, others)
+    return Advice(settings, measured, full, others, potential)
 
 
 def _check(trainer: Any, batches: int) -> None:
@@ -581,8 +760,9 @@ def _check(trainer: Any, batches: int) -> None:
 def _usual(shape: RunShape) -> list[PruningPolicy]:
     least = shape.global_batch if shape.drop_last else 1
     ratios = [ratio for ratio in (0.1, 0.3, 0.5, 0.7) if keep_count(ratio, shape.samples) >= least]
-    scored = [UCB(ratio, scoring=scoring) for scoring in _SCORING for ratio in ratios]
-    return [*map(RandomPruning, ratios), *scored, InfoBatch()]
+    scored = [UCB(0.3, scoring=scoring) for scoring in _SCORING if 0.3 in ratios]
+    drawn = [rule(ratio) for rule in (LossProportional, RandomPruning, UCB) for ratio in ratios]
+    return [*drawn, *scored, InfoBatch()]
 
 
 def _now(device: torch.device) -> float:

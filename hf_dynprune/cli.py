@@ -78,6 +78,10 @@ class AdviseArguments(ClassificationArguments):
     eval_split: str | None = _option(
         "Split to evaluate on, if --eval_strategy is set; default: validation, else test."
     )
+    after: str | None = _option(
+        "A finished run on the same data, best a short one: its report.json, its folder, or that "
+        "of a checkpoint. The advice then says whether to prune, by which rule, at which ratio."
+    )
     batches: int = _option("Batches to train at least, for at least 5 s; 4 or more.", 20)
     json: bool = _option("Print JSON: findings, measurements and predictions.", False)
 
@@ -140,6 +144,8 @@ def advise(argv: Sequence[str]) -> None:
         "Takes all arguments of the Trainer: give those of the run. Nothing is written.",
         "hf-dynprune advise --model microsoft/resnet-18 --dataset uoft-cs/cifar10 \\\n"
         "    --num_train_epochs 20\n"
+        "hf-dynprune advise --model microsoft/resnet-18 --dataset uoft-cs/cifar10 \\\n"
+        "    --num_train_epochs 20 --after runs/short\n"
         "hf-dynprune advise --model distilbert-base-uncased --dataset path/to/texts \\\n"
         "    --eval_strategy epoch --json",
         AdviseArguments,
@@ -169,7 +175,7 @@ def advise(argv: Sequence[str]) -> None:
             eval_dataset=evaluation,
             data_collator=collator,
         )
-        advice = advise_on(trainer, batches=options.batches)
+        advice = advise_on(trainer, batches=options.batches, after=options.after)
     if distributed.world()[0] == 0:
         if options.json:
             _print_json(advice.to_dict())

@@ -149,7 +149,8 @@ def facts_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> di
         `policy`, `num_samples`, `num_epochs`, `seeds`, `passes`, `cost_ratio`, `optimizer_steps`,
         `nonfinite`, `seconds` (by phase), `spent_seconds` (without evaluation), `results` (metric
         -> `mean`, `std`, `values` in the order of the seeds; `std` is None for one run),
-        `selection`, `preparation`, `environment`. `full` and `short` hold the same for those runs,
+        `selection`, `effective_share` (after the last epoch) and `gain` if they were measured,
+        `preparation`, `environment`. `full` and `short` hold the same for those runs,
         if given. Every `cost_ratio` is passes / (N * `num_epochs` of the card's run).
 
     Raises:
@@ -218,9 +219,20 @@ def _means(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         "spent_seconds": mean(run.spent_seconds for run in runs),
         "results": {name: _spread([values[name] for values in results]) for name in shared},
         "selection": selection,
+        **_potential(runs),
         "preparation": hide_folders(first.preparation),
         "environment": first.environment,
     }
+
+
+def _potential(runs: Sequence[PruningReport]) -> dict[str, float]:
+    """The last effective share and G, means over the seeds; empty if a run has none."""
+    shares = [(run.effective_share, run.gain) for run in runs]
+    known = [(share, gain) for share, gain in shares if share is not None and gain is not None]
+    if len(known) < len(runs):
+        return {}
+    share, gain = (statistics.fmean(values) for values in zip(*known, strict=True))
+    return {"effective_share": share, "gain": gain}
 
 
 def _spread(values: list[float]) -> dict[str, Any]:

@@ -199,6 +199,50 @@ def plot_scores(report: PruningReport) -> "Figure":
     return figure
 
 
+def plot_potential(reports: Reports) -> "Figure":
+    """Draw the effective share at the end of each epoch: what part of the data still matters.
+
+    The legend shows G, the mean over the epochs of 1 / effective share. Epochs without a share are
+    left out.
+
+    Args:
+        reports: name -> report. Several reports of a name are runs that differ only in their seed:
+            the line is their mean, the band reaches from the lowest to the highest.
+
+    Raises:
+        ValueError: If a run has no effective share, or if the reports of a name differ in more than
+            the seed.
+    """
+    curves = {name: _shares(name, seeds) for name, seeds in _by_name(reports).items()}
+    figure = _new_figure((6.5, max(4, 0.8 + 0.2 * len(curves))))
+    ax = _plain(figure.subplots())
+    _draw_curves(ax, curves, 100)
+    ax.set_ylim(0, 105)
+    ax.set_xlabel("epochs")
+    ax.set_ylabel("effective share of the data (%)")
+    gains = {name: float((1 / curve.y).mean()) for name, curve in curves.items()}
+    lines, names = ax.get_legend_handles_labels()
+    labels = [f"{_entry(name)}: {gains[name]:.2f}" for name in names]
+    ax.legend(lines, labels, title="mean G", frameon=False, fontsize=9)
+    return figure
+
+
+def _shares(name: str, seeds: Sequence[PruningReport]) -> _Curve:
+    """Effective shares over the epochs in which every seed has one."""
+    found = [
+        {rec.epoch + 1: rec.effective_share for rec in report.epochs if rec.effective_share}
+        for report in seeds
+    ]
+    epochs = sorted(set.intersection(*map(set, found)))
+    if not epochs:
+        raise ValueError(
+            f"The report of {name!r} has no effective share: expected a run of this version, in "
+            "which the loss of one sample is known."
+        )
+    shares = [[values[epoch] for epoch in epochs] for values in found]
+    return _Curve(np.array(epochs), np.array(shares))
+
+
 # ---- samples -------------------------------------------------------------------------------------
 
 

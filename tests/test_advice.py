@@ -33,14 +33,24 @@ from hf_dynprune import (
     EpsilonGreedy,
     FullData,
     InfoBatch,
+    LossProportional,
     OrderDP,
     RandomPruning,
     SeTa,
     StaticPruning,
     advise,
 )
-from hf_dynprune.advice import Advice, Measured, Settings, _typical_step, predict
-from hf_dynprune.report import PHASES
+from hf_dynprune.advice import (
+    Advice,
+    Measured,
+    Potential,
+    Settings,
+    _finished,
+    _typical_step,
+    predict,
+)
+from hf_dynprune.potential import Saving
+from hf_dynprune.report import PHASES, EpochRecord, PruningReport
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.scores import Scores
 
@@ -211,10 +221,10 @@ def test_the_answer_and_the_short_run():
     found = advice(RandomPruning(0.3), RandomPruning(0.5), measured=changed())
     for number in ("40.0 s", "keep_ratio=0.5 takes 20.0 s (50 % less)", "12.0 s (70 % less)"):
         assert number in found.findings["answer"]
-    assert list(found.findings) == ["answer", "short run"]
+    assert list(found.findings) == ["potential", "answer", "short run"]
     assert found.short_epochs(found.predictions[0]) == pytest.approx(1.2)
     assert found.saved(found.predictions[0]) == pytest.approx(0.7)
-    assert advice(UCB(1.0, scoring="all")).findings["answer"].startswith("Answer: no")
+    assert advice(UCB(1.0, scoring="all")).findings["answer"].count("10 %") == 1
     budget = advice(RandomPruning(0.3), num_epochs=None, max_steps=40)
     assert budget.predictions[0].steps == budget.full.steps
     assert "max_steps=40" in budget.findings["answer"]
@@ -256,7 +266,8 @@ def test_policies_that_cannot_act():
 
 def test_it_prints_and_is_json():
     found = advice(UCB(0.3), InfoBatch(), eval_strategy="epoch")
-    lines = str(found).splitlines()
+    first, _, *lines = str(found).splitlines()
+    assert first == found.findings["potential"]
     assert re.split(r" {2,}", lines[0])[:-1] == ["policy", "cost", *PHASES, "total", "saved"]
     assert lines[1].startswith("FullData()")
     assert lines[3].startswith("~ InfoBatch(prune_ratio=0.5)")
@@ -272,6 +283,77 @@ def test_it_prints_and_is_json():
     )
     assert rows[1]["estimate"] is None
     assert rows[2]["estimate"]["kept"] == pytest.approx([0.6, 0.9])
+
+
+# ---- after a finished run ------------------------------------------------------------------------
+
+
+def finished(*shares, samples=100, passes=100, **given):
+    records = [
+        EpochRecord(i, True, samples, passes, passes, effective_share=share)
+        for i, share in enumerate(shares)
+    ]
+    return PruningReport(FullData().to_dict(), samples, 0, 0, epochs=records, **given)
+
+
+@pytest.mark.parametrize(
+    ("shares", "num_epochs", "ratio", "prunes"),
+    [
+        ([0.9, 0.78], 5, 0.4, None),  # 2 of 5 epochs
+        ([0.999], 4, 0.25, False),
+        ([0.8], 1, 0.8, True),  # as long as the full run: 1 / G
+        ([0.1], 1, 0.1, True),
+        ([0.01], 1, 0.05, True),
+        ([0.8], None, 0.8, True),  # max_steps
+    ],
+)
+def test_potential_of_a_finished_run(shares, num_epochs, ratio, prunes):
+    steps = {} if num_epochs else {"max_steps": 10}
+    shape = RunShape(100, 10, num_epochs=num_epochs, **steps)
+    found = Potential.of(finished(*shares), shape, "runs/short")
+    assert found.gain == pytest.approx(np.mean([1 / share for share in shares]))
+    assert found.keep_ratio == pytest.approx(ratio)
+    assert found.prunes is prunes
+    shown = str(found)
+    assert f"{100 / found.saving.factor:.0f} %" in shown
+    assert str(LossProportional(ratio)) in shown
+    assert "runs/short" in shown
+    assert json.loads(json.dumps(found.to_dict()))["prune"] is prunes
+
+
+def test_a_saving_that_is_certain_says_prune():
+    found = Potential("a run", 1.2, 0.3, Saving(1.5, 1.2, 1.8))
+    assert found.prunes is True
+    assert str(found).startswith("Prune")
+
+
+def test_finished_runs_are_found_by_report_file_folder_and_checkpoint(tmp_path):
+    run = trainer(tmp_path, data=images(40), pruning=FullData(), save_strategy="epoch")
+    run.train()
+    report = run.pruning_report
+    report.save(tmp_path / "report.json")
+    for place in (report, tmp_path, str(tmp_path / "report.json"), tmp_path / "checkpoint-15"):
+        assert _finished(place)[0].gain == report.gain
+
+
+def test_a_run_of_other_data_is_refused(tmp_path):
+    run = trainer(tmp_path, data=images(40), pruning=FullData(), num_train_epochs=1)
+    run.train()
+    report = run.pruning_report
+    other = trainer(tmp_path, cls=Trainer, data=images(40, seed=1))
+    with pytest.raises(ValueError, match="labels of the given run"):
+        advise(other, after=report)
+    with pytest.raises(ValueError, match=r"40 samples.* 41"):
+        advise(trainer(tmp_path, cls=Trainer, data=images(41)), after=report)
+    text = trainer(tmp_path, cls=Trainer, model=bert(), data=texts(n=40))
+    with pytest.raises(ValueError, match=r"task.*image-classification.*text-classification"):
+        advise(text, after=report)
+    for record in report.epochs:
+        record.effective_share = None
+    with pytest.raises(ValueError, match="the given run has no effective share"):
+        advise(trainer(tmp_path, cls=Trainer, data=images(40)), after=report)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        advise(run, after=tmp_path / "nowhere")
 
 
 # ---- the dry run ---------------------------------------------------------------------------------
@@ -495,8 +577,8 @@ def test_every_part_is_measured_with_workers(tmp_path):
 def test_the_policies_that_it_predicts(tmp_path):
     run = trainer(tmp_path, cls=Trainer, data=images(40))
     labels = [str(prediction.policy) for prediction in advise(run, batches=4).predictions]
-    assert len(labels) == 17
-    assert labels[0] == "RandomPruning(keep_ratio=0.1)"
+    assert len(labels) == 15
+    assert labels[0] == "LossProportional(keep_ratio=0.1)"
     own = trainer(tmp_path, data=images(40), pruning=OrderDP(0.3))
     assert advise(own, batches=4).predictions[0].policy == OrderDP(0.3)
     # 4 samples do not fill a batch of 8.

@@ -10,6 +10,8 @@ import test_cli
 from test_cli import hf_dynprune
 
 from hf_dynprune.cli import main
+from hf_dynprune.policies import FullData
+from hf_dynprune.report import EpochRecord, PruningReport
 
 images, texts = test_cli.images, test_cli.texts  # the fixtures
 RUN = ["--num_train_epochs", 2, "--per_device_train_batch_size", 8, "--use_cpu", True]
@@ -22,9 +24,9 @@ def test_advice_on_images(images, tmp_path):
     done = hf_dynprune("advise", *where, *RUN, "--from_scratch", True)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("policy ")
-    assert lines[1].startswith("FullData() ")
-    assert any(line.startswith("Answer: ") for line in lines)
+    assert "--after" in lines[0]  # fresh weights cannot tell whether pruning pays
+    assert lines[2].startswith("policy ")
+    assert lines[3].startswith("FullData() ")
     assert "UCB(keep_ratio=0.1)" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
@@ -37,6 +39,7 @@ def test_advice_on_texts_as_json(texts, tmp_path, capsys):
     advice = json.loads(capsys.readouterr().out)
     assert advice["settings"]["num_samples"] == 24
     assert advice["measured"]["evaluation"] > 0
+    assert advice["potential"] is None
     full, *others = advice["predictions"]
     assert full["steps"] == 6
     assert full["seconds"]["evaluation"] == pytest.approx(2 * advice["measured"]["evaluation"])
@@ -44,9 +47,35 @@ def test_advice_on_texts_as_json(texts, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_advice_after_a_short_run(images, tmp_path, capsys):
+    model, data = images
+    short = PruningReport(
+        FullData().to_dict(),
+        24,
+        0,
+        0,
+        num_epochs=1.0,
+        epochs=[EpochRecord(0, True, 24, 24, 24, effective_share=0.8)],
+    )
+    short.save(tmp_path / "short" / "report.json")
+    where = ["--model", model, "--dataset", data, "--output_dir", tmp_path / "new"]
+    after = ["--after", tmp_path / "short", "--from_scratch", True]
+    assert main(["advise", *map(str, [*where, *RUN, *after]), "--json"]) == 0
+    potential = json.loads(capsys.readouterr().out)["potential"]
+    assert potential["gain"] == pytest.approx(1.25)
+    assert potential["keep_ratio"] == 0.5  # one epoch of two
+    assert potential["interval"][0] < potential["cost"] < potential["interval"][1]
+    replaced = PruningReport.load(tmp_path / "short" / "report.json")
+    replaced.num_samples = 25
+    replaced.save(tmp_path / "short" / "report.json")
+    assert main(["advise", *map(str, [*where, *RUN, *after])]) == 2
+    assert "25 samples" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (["--after", "/no/such/run"], "/no/such/run"),
         (["--dataset", "/no/such/place"], "/no/such/place"),
         (["--batches", 1], "batches=1"),
         (["--eval_strategy", "epoch"], "--eval_split"),
@@ -79,5 +108,5 @@ def test_a_recipe_advises(images, tmp_path):
     command = list(map(str, command))
     done = subprocess.run(command, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "Answer: " in done.stdout
+    assert "FullData()" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

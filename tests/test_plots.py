@@ -14,6 +14,7 @@ from hf_dynprune import UCB, FullData, PruningReport, RandomPruning
 from hf_dynprune.escape import printable
 from hf_dynprune.plots import (
     plot_classes,
+    plot_potential,
     plot_runs,
     plot_samples,
     plot_scores,
@@ -25,6 +26,32 @@ from hf_dynprune.report import EpochRecord, chance_of, selection_of
 pytest.importorskip("matplotlib")
 
 N = 100
+
+
+def with_shares(run, *shares):
+    for record, share in zip(run.epochs, shares, strict=True):
+        record.effective_share = share
+    return run
+
+
+def test_potential_of_runs_and_their_seeds():
+    full = with_shares(a_run(FullData(), N, [0.5, 0.8, 0.9]), None, 0.8, 0.4)
+    seeds = [
+        with_shares(a_run(UCB(keep_ratio=0.6), 60, [0.4, 0.5], seed=seed), 0.5, last)
+        for seed, last in ((0, 0.2), (1, 0.4))
+    ]
+    (ax,) = drawn(plot_potential({"full run": full, "UCB": seeds})).axes
+    lines = list(lines_of(ax).values())
+    assert lines[0].get_xdata().tolist() == [2, 3]
+    assert lines[0].get_ydata() == pytest.approx([80, 40])
+    assert lines[1].get_ydata() == pytest.approx([50, 30])
+    shown = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert shown == ["full run: 1.88", "UCB: 2.88"]  # (1.25 + 2.5) / 2; (2 + 5 + 2 + 2.5) / 4
+
+
+def test_potential_needs_a_share():
+    with pytest.raises(ValueError, match="'old run'"):
+        plot_potential({"old run": a_run(FullData(), N, [0.5])})
 
 
 def a_run(policy, kept, accuracies, metric="eval_accuracy", seed=0):
