@@ -68,7 +68,7 @@ def plot_runs(
 
     Each run is a line, or a point if it was evaluated only once. The legend shows the last values.
     The cost includes charged scores of [`StaticPruning`]. The vertical axis spans the second halves
-    of the runs.
+    of the runs. A hollow triangle at its end marks each value that lies beyond.
 
     Args:
         reports: name -> report. Several reports of a name are runs that differ only in their seed:
@@ -94,15 +94,18 @@ def plot_runs(
     percent = in_percent(metric, np.concatenate([curve.y.ravel() for curve in first.values()]))
     figure = _new_figure((3 + 3.7 * len(panels), max(4, 0.8 + 0.2 * len(runs))))
     axes = figure.subplots(1, len(panels), squeeze=False, sharey=True)[0]
+    beyond: dict[str, Any] = {}
     for ax, panel in zip(axes, panels, strict=True):
         lines = _draw_curves(_plain(ax), curves[panel], 100 if percent else 1)
         ax.set_xlabel(_AXES[panel])
+    for ax, panel in zip(axes, panels, strict=True):  # the panels share one vertical axis
+        beyond |= _mark_beyond(ax, curves[panel], lines, 100 if percent else 1)
     axes[0].set_ylabel(_label(metric.replace("_", " ")) + (" (%)" if percent else ""))
     names = sorted(runs, key=lambda name: -first[name].mean[-1])  # from top to bottom, as the lines
     several = any(len(seeds) > 1 for seeds in runs.values())
     figure.legend(
-        [lines[name] for name in names],
-        [f"{_entry(name)}: {_last_value(first[name], percent)}" for name in names],
+        [*(lines[name] for name in names), *beyond.values()],
+        [*(f"{_entry(name)}: {_last_value(first[name], percent)}" for name in names), *beyond],
         title="last value" + ("\nmean of the seeds (lowest to highest)" if several else ""),
         loc="outside right upper",
         alignment="left",
@@ -253,7 +256,14 @@ def plot_classes(
 
         share of class c = mean over its samples of times_kept / choices
 
-    If there are more than 40 classes, only the twelve highest and the twelve lowest are named.
+    A grey band shows where 95 % of the shares would lie by chance, if each of the C choices drew
+    its samples uniformly. With p the share of all samples and n_c the samples of the class, the
+    band is
+
+        p ± 1.96 sqrt(p (1 - p) (N - n_c) / ((N - 1) n_c C))
+
+    The axis begins at 0. If there are more than 40 classes, only the twelve highest and the twelve
+    lowest are named.
 
     Args:
         times_kept: (N,) number of choices that kept the sample, such as
@@ -281,11 +291,15 @@ def plot_classes(
     shares = 100 * np.bincount(labels, weights=times)[present] / (sizes[present] * choices)
     order = np.argsort(shares, kind="stable")
     shown = [_short(str(c) if names is None else names[c], 24) for c in present[order]]
-    return _draw_classes(shares[order], shown, 100 * times.mean() / choices, choices)
+    overall = times.mean() / choices
+    others = (len(times) - sizes[present]) / max(1, len(times) - 1)
+    variance = overall * (1 - overall) * others / (sizes[present] * choices)
+    band = 1.96 * 100 * np.sqrt(variance)
+    return _draw_classes(shares[order], band[order], shown, 100 * overall, choices)
 
 
 def _draw_classes(
-    shares: np.ndarray, names: Sequence[str], overall: float, choices: int
+    shares: np.ndarray, band: np.ndarray, names: Sequence[str], overall: float, choices: int
 ) -> "Figure":
     few, rows = len(shares) <= _MAX_NAMED, np.arange(len(shares))
     width, size = (1.5, 5.0) if few else (0.6, 2.5)
@@ -296,9 +310,13 @@ def _draw_classes(
         ax.hlines(rows[chosen], overall, shares[chosen], color=color, linewidth=width)
         ax.plot(shares[chosen], rows[chosen], marker, color=color, markersize=size)
     ax.axvline(overall, color=_GREY, linestyle="--", label=f"all samples: {overall:.1f} %")
+    chance: dict[str, Any] = {"color": _GREY, "alpha": 0.25, "linewidth": 0, "zorder": 0.5}
+    ax.barh(rows, 2 * band, 1, overall - band, label="95 % by chance", **chance)
+    ax.set_xlim(0, min(100, 1.08 * max(shares.max(), (overall + band).max())) or 1)
+    ax.set_ylim(-0.7, len(shares) - 0.3)
     plural = "s" if choices > 1 else ""
     ax.set_xlabel(f"kept share of the class (%), mean of {choices} choice{plural}")
-    ax.legend(frameon=False, loc="upper left")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
     if few:
         ax.set_yticks(rows, names)
     else:
@@ -511,6 +529,30 @@ def _draw_curves(ax: "Axes", curves: Mapping[str, _Curve], scale: float) -> dict
     margin = 0.15 * (high - low) or 0.05 * abs(high) or 1.0
     ax.set_ylim(low - margin if low < 0 else max(0, low - margin), high + margin)
     return lines
+
+
+def _mark_beyond(
+    ax: "Axes", curves: Mapping[str, _Curve], lines: Mapping[str, Any], scale: float
+) -> dict[str, Any]:
+    """Mark the values beyond the vertical axis at its ends. Returns marks for the legend."""
+    from matplotlib.lines import Line2D
+
+    low, high = ax.get_ylim()
+    found = {}
+    for label, marker, end in (("below the axis", "v", low), ("above the axis", "^", high)):
+        for name, curve in curves.items():
+            values = scale * curve.mean
+            x = curve.x[values < low] if end == low else curve.x[values > high]
+            if len(x):
+                style = {"facecolors": "white", "edgecolors": lines[name].get_color()}
+                ax.scatter(x, np.full(len(x), end), 40, marker=marker, clip_on=False, **style)
+                own: dict[str, Any] = {
+                    "markerfacecolor": "white",
+                    "markeredgecolor": _GREY,
+                    "linestyle": "none",
+                }
+                found[label] = Line2D([], [], marker=marker, markersize=6.5, **own)
+    return found
 
 
 def _last_value(curve: _Curve, percent: bool) -> str:

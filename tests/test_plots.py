@@ -151,7 +151,35 @@ def test_preparation_counts_where_it_is_charged(runs, charged):
 
 
 def test_the_legend_has_the_last_values_in_their_order(runs):
-    assert entries(plot_runs(runs)) == ["full run: 95.00 %", "UCB: 91.20 %", "short run: 91.00 %"]
+    found = entries(plot_runs(runs))
+    assert found[:3] == ["full run: 95.00 %", "UCB: 91.20 %", "short run: 91.00 %"]
+
+
+def test_values_beyond_the_axis_have_a_mark_at_its_end(runs):
+    to_rgba = pytest.importorskip("matplotlib.colors").to_rgba
+    figure = drawn(plot_runs(runs))
+    for ax in figure.axes:
+        low, high = ax.get_ylim()
+        hidden = set()
+        for line in lines_of(ax).values():
+            for x, y in zip(*line.get_data(), strict=True):
+                if not low <= y <= high:
+                    hidden.add((round(x, 9), low, to_rgba(line.get_color())))
+        assert len(hidden) == 5  # 50, 80, 60, 40 and 85 %
+        marks = {
+            (round(x, 9), y, tuple(mark.get_edgecolors()[0]))
+            for mark in ax.collections
+            for x, y in mark.get_offsets().tolist()
+        }
+        assert marks == hidden
+        assert not any(mark.get_clip_on() for mark in ax.collections)
+    assert len(entries(figure)) == 4
+    falling = a_run(FullData(), N, [2.0, 0.5, 0.4, 0.3], "eval_loss")
+    (ax,) = drawn(plot_runs({"run": falling}, "eval_loss", against="passes")).axes
+    top = ax.get_ylim()[1]
+    assert [mark.get_offsets().tolist() for mark in ax.collections] == [[[1, top], [2, top]]]
+    within = plot_runs({"run": a_run(FullData(), N, [0.8, 0.8])})
+    assert len(entries(within)) == 1
 
 
 def test_twenty_runs_are_told_apart():
@@ -174,10 +202,10 @@ def test_seeds_are_a_mean_and_a_band():
     for ax, x in zip(figure.axes, ([0.5, 1.0], [2.5, 4.5]), strict=True):
         np.testing.assert_allclose(ax.lines[0].get_xdata(), x)
         np.testing.assert_allclose(ax.lines[0].get_ydata(), [30, 70])
-        (band,) = ax.collections
+        (band,) = (made for made in ax.collections if "Poly" in type(made).__name__)
         corners = {(round(a, 6), round(b, 6)) for a, b in band.get_paths()[0].vertices.tolist()}
         assert corners == {(x[0], 20.0), (x[0], 40.0), (x[1], 50.0), (x[1], 90.0)}
-    assert entries(figure) == ["UCB: 70.00 % (50.00 to 90.00)"]
+    assert entries(figure)[0] == "UCB: 70.00 % (50.00 to 90.00)"
     alone = plot_runs({"UCB": seeds[0]})
     titles = [made.legends[0].get_title().get_text() for made in (figure, alone)]
     assert titles[0] != titles[1]  # with seeds it says what the three numbers are
@@ -202,7 +230,7 @@ def test_only_seeds_share_a_name(runs):
 def test_other_metrics_are_drawn_as_they_are(values):
     figure = plot_runs({"run": a_run(FullData(), N, values, "eval_loss")}, "eval_loss")
     assert figure.axes[0].get_ylabel() == "eval loss"
-    assert entries(figure) == [f"run: {values[-1]:.4g}"]
+    assert entries(figure)[0] == f"run: {values[-1]:.4g}"
     bottom, top = figure.axes[0].get_ylim()
     assert bottom <= values[-1] < top
 
@@ -342,6 +370,28 @@ def test_classes_in_order_of_their_kept_share():
     np.testing.assert_allclose(shown, [(0, 100 * 2 / 12), (1, 75), (2, 75)])
     assert ax.lines[2].get_label() == "all samples: 45.8 %"  # 11 / (6 * 4)
     assert ax.lines[2].get_xdata()[0] == pytest.approx(100 * 11 / 24)
+
+
+def test_classes_beside_what_chance_would_give():
+    times = np.array([4, 2, 1, 1, 0, 3])
+    (ax,) = drawn(plot_classes(times, 4, np.array([0, 0, 1, 1, 1, 2]))).axes
+    assert ax.get_xlim()[0] == 0
+    p = 11 / 24
+    half = [1.96 * (p * (1 - p) * (6 - n) / (5 * n * 4)) ** 0.5 for n in (3, 2, 1)]
+    bars = sorted(ax.patches, key=lambda bar: bar.get_y())  # classes 1, 0, 2
+    assert [bar.get_x() for bar in bars] == pytest.approx([100 * (p - h) for h in half])
+    assert [bar.get_width() for bar in bars] == pytest.approx([200 * h for h in half])
+
+
+def test_the_band_of_chance_holds_for_random_choices():
+    generator, labels = np.random.default_rng(0), np.arange(2000) % 40
+    times = np.zeros(2000, dtype=int)
+    for _ in range(5):
+        times[generator.choice(2000, 600, replace=False)] += 1
+    (ax,) = plot_classes(times, 5, labels).axes
+    half = ax.patches[0].get_width() / 2
+    beyond = [abs(np.mean(times[labels == c]) / 5 - 0.3) * 100 > half for c in range(40)]
+    assert 0 < sum(beyond) <= 5  # 2 are expected
 
 
 @pytest.mark.parametrize("classes", [100, 1000])
