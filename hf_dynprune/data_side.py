@@ -224,9 +224,8 @@ class PrunedDataMixin(CardMixin):
             logger.warning(
                 "%s chooses by scores, and %d epochs are too few for them: never observed samples "
                 "come first, so nearly all samples are trained once before any is trained twice. "
-                "The choice is then as random as RandomPruning's. To let scores decide, score "
-                "before each choice (scoring='all'), begin with full-data epochs (first=1), keep "
-                "more, or train longer.",
+                "The choice is then as random as RandomPruning's. To let scores decide, train "
+                "longer, keep more, or begin with full-data epochs (first=1).",
                 pruning,
                 self.pruner.num_epochs,
             )
@@ -277,7 +276,10 @@ class PrunedDataMixin(CardMixin):
 
     def _indexed(self, collator: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The collator, whose batches know their samples."""
-        return IndexedCollator(collator)
+        # Without signals, weights and padding no row is told from another.
+        pruner = cast(DynamicPruner, self.pruner)
+        plain = not pruner.signals and not pruner.policy.weighs and pruner.shape.ranks == 1
+        return IndexedCollator(collator, any_order=plain)
 
     def _fingerprint(self) -> str:
         """The identity of the training set, which is looked at once."""
@@ -720,7 +722,8 @@ def _check_settings(trainer: PrunedDataMixin) -> None:
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
-            "data, and pruning does too: set it to 'random', or use pruning=None."
+            "data, and pruning does too: set it to 'random', or use pruning=None. A loss that pairs "
+            "neighbours of a fixed order, as trl's KTOTrainer does, cannot be pruned."
         )
     # In a class above this one or behind it.
     owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))

@@ -244,8 +244,9 @@ class IndexedRows:
     For trainers whose batches are lists of rows, as those of trl's reinforcement learning.
     """
 
-    def __init__(self, collator: Callable[[Any], Any]) -> None:
+    def __init__(self, collator: Callable[[Any], Any], *, any_order: bool = False) -> None:
         self.collator, self.marks = collator, True
+        self._any_order = any_order
 
     def __call__(self, indexed: _Indexed) -> list[dict[str, Any]]:
         rows = self.collator(indexed.data)
@@ -260,6 +261,10 @@ class IndexedCollator:
     A collator that hands unknown entries of a sample on may reorder its samples: their indices go
     through it. Any other must keep the order, see `hf_dynprune/collating.py`.
 
+    Args:
+        collator: Samples -> batch.
+        any_order: Whether nobody asks which sample a row is, so that the order does not matter.
+
     Raises:
         TypeError: At the first batch, if the collator does not return a dict, or if its batch has
             an entry of that name already.
@@ -270,8 +275,9 @@ class IndexedCollator:
             workers of the loader start.
     """
 
-    def __init__(self, collator: Callable[[Any], Any]) -> None:
+    def __init__(self, collator: Callable[[Any], Any], *, any_order: bool = False) -> None:
         self.collator, self.marks = collator, True
+        self._any_order = any_order
         self._takes_tags = collator
         columns = getattr(collator, "signature_columns", None)
         if isinstance(columns, list):  # transformers' RemoveColumnsCollator would remove the tag
@@ -298,7 +304,8 @@ class IndexedCollator:
             indices = [indexed.indices[position] for position in positions]
             batch[SAMPLE_INDEX] = torch.tensor(indices, dtype=torch.int64)
             return batch
-        self._check_order(indexed.data)
+        if not self._any_order:
+            self._check_order(indexed.data)
         batch = self.collator(indexed.data)
         self._check_batch(batch)
         batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)

@@ -65,12 +65,14 @@ def score_samples(
 
     Cost: M forward passes.
     """
-    batches = _batches(dataset, index, batch_size, collator, seed, loader)
+    fills_one = mode == "train" and has_batch_norm(model)
+    batches = _batches(dataset, index, batch_size, collator, seed, loader, fills_one=fills_one)
     parts: list[dict[str, Tensor]] = []
+    scored = []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     with scoring_state(model, mode, seed), torch.no_grad():
         for batch in _bar(batches, description, progress):
-            batch.pop(SAMPLE_INDEX)
+            scored.append(batch.pop(SAMPLE_INDEX))
             # Moved once: `forward` and the losses below find it there.
             batch = _on(device, batch)
             inputs = dict(batch)
@@ -81,7 +83,24 @@ def score_samples(
             parts.append(observe_signals(signals, outputs, inputs, losses))
     if not parts:
         return {name: torch.empty(0) for name in signals}
-    return {name: torch.cat([part[name] for part in parts]).float().cpu() for name in signals}
+    values = {name: torch.cat([part[name] for part in parts]).float().cpu() for name in signals}
+    return _in_order(values, torch.cat(scored), index)
+
+
+def _in_order(values: dict[str, Tensor], scored: Tensor, index: Tensor) -> dict[str, Tensor]:
+    """The values in the order of `index`, without padding: a collator may reorder its samples."""
+    real = torch.nonzero(scored >= 0).squeeze(1)
+    kept = scored[real]
+    if torch.equal(kept, index.to(kept.dtype)):
+        return {name: value[real] for name, value in values.items()}
+    if not torch.equal(kept.sort().values, index.to(kept.dtype).sort().values):
+        raise ValueError(
+            f"{len(index)} samples were scored, and the batches held {len(kept)} of them: expected "
+            "a collator that leaves no sample out."
+        )
+    # The place of each sample among those that were scored.
+    order = real[kept.argsort(stable=True)][index.argsort(stable=True).argsort()]
+    return {name: value[order] for name, value in values.items()}
 
 
 def _batches(
@@ -91,12 +110,18 @@ def _batches(
     collator: Callable[[Any], Any],
     seed: int,
     options: dict[str, Any],
+    *,
+    fills_one: bool = False,
 ) -> DataLoader:
-    """The samples of `index`, in their order. Each batch carries its sample indices."""
+    """The samples of `index`, in their order. Each batch carries its sample indices.
+
+    With `fills_one`, a last batch of one sample gets a copy of it, with the index -1.
+    """
     # The sampler yields blocks. As one list the indices of a large dataset take five times the
     # bytes.
     sampler = PruningSampler(0)
-    sampler.set_epoch_order(index)
+    alone = fills_one and batch_size > 1 and len(index) % batch_size == 1
+    sampler.set_epoch_order(torch.cat([index, ~index[-1:]]) if alone else index)
     return DataLoader(
         IndexedDataset(dataset),
         batch_size=batch_size,
@@ -227,12 +252,12 @@ def gradient_norms(
         )
     batches = _batches(dataset, index, batch_size, collator, seed, loader)
     norms_of = _LastLayer(model, rule) if last_layer else _WholeGradient(model, rule)
-    parts = [torch.empty(0)]
+    parts, scored = [torch.empty(0)], [torch.empty(0, dtype=torch.int64)]
     with scoring_state(model, "eval", seed):
         for batch in _bar(batches, description, progress):
-            size = len(batch.pop(SAMPLE_INDEX))
-            parts.append(norms_of(prepare(batch), size).float().cpu())
-    return torch.cat(parts)
+            scored.append(batch.pop(SAMPLE_INDEX))
+            parts.append(norms_of(prepare(batch), len(scored[-1])).float().cpu())
+    return _in_order({"norm": torch.cat(parts)}, torch.cat(scored), index)["norm"]
 
 
 class _WholeGradient:
