@@ -23,6 +23,7 @@ CASES = {
         {"keep_ratio": 0.4, "bonus": "std", "c": 2.0, "decay": 0.3, "epsilon": 0.25},
     ),
     "loss-proportional": ("loss-proportional", {"keep_ratio": 0.4}),
+    "effective share": ("effective-share", {"least": 0.2, "most": 0.9}),
     "orderdp": ("orderdp", {"keep_ratio": 0.4}),
     "infobatch": ("infobatch", {"prune_ratio": 0.4}),
     "infobatch, exact": ("infobatch", {"keep_ratio": 0.4}),
@@ -41,6 +42,7 @@ KEEP_ALL = {
     "kakurenbo": {"max_hidden": 0.0},
     "ies": {"threshold": 0.0},
     "greso": {"floor": 1.0},
+    "effective share": {"least": 1.0, "most": 1.0},
 }
 # These draw from all samples alike, or from a part of them that was drawn before, so a sample that
 # was never observed does not always come first.

@@ -32,6 +32,7 @@ from hf_dynprune.policies import (
     IES,
     KAKURENBO,
     POLICIES,
+    EffectiveShare,
     EpochPlan,
     InfoBatch,
     PruningPolicy,
@@ -263,6 +264,8 @@ DATA_DEPENDENT = [
     KAKURENBO(),
     IES(),
     GRESO(),
+    EffectiveShare(),
+    EffectiveShare(least=0.2, most=0.4),
 ]
 
 

@@ -30,11 +30,11 @@ CORE = {
     "schedule": {"checks"},
     "table": {"files"},
     "scores": {"files", "json_fields"},
-    "policies": {"checks", "schedule", "scores", "selection", "table"},
+    "potential": {"checks"},
+    "policies": {"checks", "potential", "schedule", "scores", "selection", "table"},
     "collating": set(),
     "sampler": {"collating", "selection"},
     "distributed": {"policies", "table"},
-    "potential": {"checks"},
     "report": {"files", "json_fields", "policies"},
     "observations": {"distributed", "selection", "table"},
     "pruner": {

@@ -16,6 +16,7 @@ PUBLIC = [
     "DynamicPruner",
     "DynamicPruningMixin",
     "DynamicPruningTrainer",
+    "EffectiveShare",
     "EpochPlan",
     "EpsilonGreedy",
     "FullData",

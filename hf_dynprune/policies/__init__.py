@@ -6,8 +6,9 @@ else (when to choose, full-data epochs, samples never seen, guards, several rank
 done once, for all policies, by [`DynamicPruner`].
 
 `base` has the contract and `guards` what the pruner applies around it. `random` has the baselines,
-`by_loss` the rules of the central paper and the draws by loss, `reweighted` InfoBatch, `windows`
-SeTa, `hidden` KAKURENBO and IES, `static` the choice made once, `prompts` the rules for rewards.
+`by_loss` the rules of the central paper and the draws by loss, `effective` the draw whose size
+follows the data, `reweighted` InfoBatch, `windows` SeTa, `hidden` KAKURENBO and IES, `static` the
+choice made once, `prompts` the rules for rewards.
 
 To add a rule, write one class with its `name`, list it below, and add one line to the conformance
 table of the tests and one row to the docs.
@@ -20,6 +21,7 @@ from ..checks import did_you_mean
 from ..selection import top_k
 from .base import Choice, EpochPlan, KeepsShare, PruningPolicy, ScoredPolicy
 from .by_loss import UCB, EpsilonGreedy, LossProportional, OrderDP
+from .effective import EffectiveShare
 from .hidden import IES, KAKURENBO
 from .prompts import GRESO, ThompsonPrompts
 from .random import FullData, RandomPruning
@@ -34,6 +36,7 @@ __all__ = [
     "POLICIES",
     "UCB",
     "Choice",
+    "EffectiveShare",
     "EpochPlan",
     "EpsilonGreedy",
     "FullData",
@@ -60,6 +63,7 @@ POLICIES: dict[str, type[PruningPolicy]] = {
         EpsilonGreedy,
         UCB,
         LossProportional,
+        EffectiveShare,
         InfoBatch,
         SeTa,
         OrderDP,

@@ -19,6 +19,19 @@ def usable(score: Tensor) -> Tensor:
     return score > -math.inf
 
 
+def proportional_keys(score: Tensor, generator: torch.Generator, alpha: float = 1.0) -> Tensor:
+    """(N,) float64 random keys: the K highest are a draw in proportion to score^alpha.
+
+    Samples of score 0 or less have probability 0. They come after all that can be drawn, and
+    samples that must not be drawn, of score -inf, come last. Those of score +inf come first.
+    """
+    double = torch.finfo(torch.float64)
+    uniform = torch.rand(len(score), dtype=torch.float64, generator=generator)
+    gumbel = -(-uniform.clamp_(min=double.tiny).log()).log()
+    key = alpha * score.double().log() + gumbel
+    return key.where(score > 0, double.min).where(usable(score), -math.inf)
+
+
 def _greedy_and_random(choice: Choice, epsilon: float) -> EpochPlan:
     """Keep the K - R highest scores, and R = round(epsilon * K) drawn uniformly from the rest."""
     r = round(epsilon * choice.size)
@@ -197,12 +210,7 @@ class LossProportional(_ByMean, KeepsShare):
         check_decay(self.decay)
 
     def plan(self, choice: Choice) -> EpochPlan:
-        score, double = choice.score, torch.finfo(torch.float64)
-        uniform = torch.rand(len(score), dtype=torch.float64, generator=choice.generator)
-        gumbel = -(-uniform.clamp_(min=double.tiny).log()).log()
-        key = self.alpha * score.double().log() + gumbel
-        # Losses of 0 come after all that can be drawn, samples without a finite loss come last.
-        key = key.where(score > 0, double.min).where(usable(score), -math.inf)
+        key = proportional_keys(choice.score, choice.generator, self.alpha)
         return EpochPlan(top_k(key, choice.size, choice.generator))
 
 
