@@ -330,7 +330,8 @@ def test_methods_against_what_they_cost():
     figure = drawn(plot_costs(runs, "eval_accuracy", full=[0.9, 1.0]))
     (ax,) = figure.axes
     assert ax.get_ylabel() == "eval accuracy (%)"
-    assert entries(figure) == ["full run", "UCB", "short run"]  # the best first
+    band = ["full run, mean", "full run, lowest to highest"]
+    assert entries(figure) == [*band, "UCB", "short run"]  # the best first
     ucb, short, full = ax.lines
     assert short.get_color() == "black"  # the one to beat
     assert short.get_xdata().tolist() == pytest.approx([0.3, 0.5], abs=0.01)
@@ -364,7 +365,10 @@ def test_methods_at_one_cost():
     short, full = ax.lines[3:]
     assert short.get_xdata() == pytest.approx([50, 50])
     assert full.get_xdata() == pytest.approx([95, 95])
-    assert entries(figure) == ["full run"]
+    assert entries(figure) == ["short run, mean", "full run, mean"]  # one seed has no band
+    titled = plot_methods(values, "eval_accuracy", full=[0.9, 1.0], title="CIFAR-10")
+    assert entries(titled)[2:] == ["full run, lowest to highest"]
+    assert titled.axes[0].get_title("left") == "CIFAR-10"
     loss = plot_methods({"UCB": [2.0], "random": [1.0]}, "eval_loss", lower_is_better=True)
     assert names_of(loss) == ["UCB", "random"]
 
@@ -389,7 +393,7 @@ def test_the_cost_at_which_values_are_reached():
     figure = drawn(plot_targets(costs, "eval_accuracy"))
     (ax,) = figure.axes
     assert names_of(figure) == ["random", "short run", "UCB"]  # the cheapest on top
-    assert entries(figure) == ["80.0 %", "90.0 %"]
+    assert entries(figure) == ["80.0 %", "90.0 %", "short run", "least cost tried"]
     points = [line for line in ax.lines if line.get_linestyle() == "None" and len(line.get_xdata())]
     shown = {(*line.get_xdata(), *line.get_ydata(), line.get_marker() == "<") for line in points}
     assert shown == {(0.3, 2, True), (0.4, 1, False), (0.7, 1, False), (0.6, 0, False)}

@@ -30,6 +30,7 @@ MARKERS = "os^DvP"
 GREY = "#555555"
 COST = "cost: passes, of those of the full run"
 LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
+TITLE: dict[str, Any] = {"fontsize": 11, "loc": "left"}
 
 
 def draw(
@@ -39,7 +40,7 @@ def draw(
 
     picture_0.3.png and selection_0.3.png show one cost, picture.png and targets.png all costs.
     """
-    metric, rows = summary["metric"], summary["rows"]
+    metric, rows, study = summary["metric"], summary["rows"], folder.resolve().name
     values = {(row["name"], row["wanted"]): list(row["values"].values()) for row in rows}
     full = values.pop((FULL, 1.0), [])
     options = {"full": full, "lower_is_better": summary["lower_is_better"]}
@@ -50,7 +51,8 @@ def draw(
     for cost in {cost: None for _, cost in values}:
         at = [row for row in rows if row["wanted"] == cost]
         methods = {_name(row): values[row["name"], cost] for row in at}
-        plot_methods(methods, metric, **options).savefig(folder / f"picture_{cost:g}.png", dpi=150)
+        at_cost = {"title": f"{study}: methods at cost {cost:g}", **options}
+        plot_methods(methods, metric, **at_cost).savefig(folder / f"picture_{cost:g}.png", dpi=150)
         rules = {row["name"]: reports[row["name"], cost] for row in at}
         chosen = {name: runs for name, runs in rules.items() if all(map(_chooses, runs))}
         if chosen:
@@ -59,13 +61,15 @@ def draw(
     # A method with one cost stands in the picture of that cost.
     lines = {name: each for name, each in points.items() if len(each) > 1} or points
     if lines:
+        options["title"] = f"{study}: value against cost"
         plot_costs(lines, metric, **options).savefig(folder / "picture.png", dpi=150)
     targets = {
         target["value"]: {name: target["costs"][name] for name in lines if name in target["costs"]}
         for target in summary["targets"]
     }
     if any(cost for costs in targets.values() for cost in costs.values()):
-        plot_targets(targets, metric).savefig(folder / "targets.png", dpi=150)
+        title = f"{study}: the cost of a value"
+        plot_targets(targets, metric, title=title).savefig(folder / "targets.png", dpi=150)
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -83,6 +87,7 @@ def plot_costs(
     *,
     full: Sequence[float] = (),
     lower_is_better: bool = False,
+    title: str = "",
 ) -> Figure:
     """Draw what methods reached at what they cost.
 
@@ -95,6 +100,7 @@ def plot_costs(
         metric: The name of the values. An accuracy is drawn in per cent.
         full: The values of the full run: a line, and a band from the lowest to the highest.
         lower_is_better: Whether a low value of the metric is good.
+        title: Above the drawing.
 
     Raises:
         ValueError: If a method has no value or one that is not finite.
@@ -108,7 +114,8 @@ def plot_costs(
     names = sorted(methods, key=best.__getitem__, reverse=not lower_is_better)
     figure = Figure((8, max(4, 0.8 + 0.2 * len(names))), layout="constrained")
     ax = _plain(figure.subplots())
-    step = 0.006 * max(cost for points in methods.values() for cost, _ in points)
+    most = max(cost for points in methods.values() for cost, _ in points)
+    step = 0.006 * most
     lines = {}
     for place, (name, color, marker) in enumerate(_styles(names)):
         costs, each = zip(*sorted(methods[name]), strict=True)
@@ -117,8 +124,9 @@ def plot_costs(
         ax.vlines(x, lows, highs, color=color, linewidth=1.5)
         (lines[name],) = ax.plot(x, means, color=color, marker=marker, markersize=6, linewidth=1.2)
     if full:
-        lines = {FULL: _draw_full(ax.axhline, ax.axhspan, scale * np.array(full)), **lines}
-    ax.set_xlim(left=0)
+        lines = {**_draw_full(ax.axhline, ax.axhspan, scale * np.array(full)), **lines}
+    ax.set_xlim(0, 1.03 * most + step * len(names) / 2)
+    ax.set_title(title, **TITLE)
     ax.set_xlabel(COST)
     ax.set_ylabel(heading)
     figure.legend(lines.values(), lines.keys(), loc="outside right upper", **LEGEND)
@@ -131,6 +139,7 @@ def plot_methods(
     *,
     full: Sequence[float] = (),
     lower_is_better: bool = False,
+    title: str = "",
 ) -> Figure:
     """Draw what methods reached at one cost.
 
@@ -160,11 +169,16 @@ def plot_methods(
         dots = {"markersize": 5, "alpha": 0.45, "markeredgewidth": 0}
         ax.plot(own, np.full(len(own), row), "o", color=color, **dots)
         ax.vlines(means[name], row - 0.3, row + 0.3, color=color, linewidth=2.5)
+    marks: dict[str, Any] = {}
     if SHORT in means:
-        ax.axvline(short, color="black", linewidth=1, linestyle="--", zorder=0)
+        style: dict[str, Any] = {"color": "black", "linewidth": 1, "linestyle": "--", "zorder": 0}
+        marks[f"{SHORT}, mean"] = ax.axvline(short, **style)
     if full:
-        line = _draw_full(ax.axvline, ax.axvspan, scale * np.array(full))
-        figure.legend([line], [FULL], loc="outside upper right", **LEGEND)
+        marks |= _draw_full(ax.axvline, ax.axvspan, scale * np.array(full))
+    if marks:
+        place = {"loc": "outside upper right", "ncols": len(marks)}
+        figure.legend(marks.values(), marks.keys(), **place, **LEGEND)
+    ax.set_title(title, **TITLE)
     ax.set_xlabel(f"{heading}: each seed, and the mean")
     return figure
 
@@ -175,7 +189,9 @@ def _tell_at_border(ax: Axes, row: int, value: float, color: str, right: bool) -
     ax.text(x, row, words, va="center", fontsize=9, color=color, **place)
 
 
-def plot_targets(targets: Mapping[float, Mapping[str, Sequence | None]], metric: str) -> Figure:
+def plot_targets(
+    targets: Mapping[float, Mapping[str, Sequence | None]], metric: str, *, title: str = ""
+) -> Figure:
     """Draw what methods cost that reach a value.
 
     Each method has a row, the cheapest one on top, with a point for each value. Lines mark the
@@ -185,6 +201,7 @@ def plot_targets(targets: Mapping[float, Mapping[str, Sequence | None]], metric:
         targets: For each value to reach, and each method: the cost in full runs at which it
             reaches the value and whether that is its least tried. None if it does not reach it.
         metric: The name of the values. An accuracy is drawn in per cent.
+        title: Above the drawing.
 
     Raises:
         ValueError: If no method reaches any of the values, or a number is not finite.
@@ -212,6 +229,13 @@ def plot_targets(targets: Mapping[float, Mapping[str, Sequence | None]], metric:
                     ax.axvline(each[0], color=color, linewidth=1, linestyle="--", zorder=0)
     ax.set_xlim(0, 1.02)
     ax.set_xlabel(COST)
+    if any(costs.get(SHORT) for costs in targets.values()):
+        points.append(Line2D([], [], color=GREY, linewidth=1, linestyle="--"))
+        words.append(SHORT)
+    if any(each and each[1] for row in found.values() for each in row):
+        points.append(Line2D([], [], marker="<", color=GREY, markersize=7, linestyle="none"))
+        words.append("least cost tried")
+    ax.set_title(title, **TITLE)
     place = {"title": metric.replace("_", " "), "loc": "outside right upper", "alignment": "left"}
     figure.legend(points, words, **place, **LEGEND)
     return figure
@@ -251,9 +275,17 @@ def _styles(names: Sequence[str]) -> Iterator[tuple[str, str, str]]:
             others += 1
 
 
-def _draw_full(line: Callable[..., Line2D], band: Callable[..., Any], values: np.ndarray) -> Line2D:
-    band(values.min(), values.max(), color=GREY, alpha=0.15, linewidth=0)
-    return line(values.mean(), color=GREY, linewidth=1.2, linestyle=":")
+def _draw_full(
+    line: Callable[..., Line2D], band: Callable[..., Any], values: np.ndarray
+) -> dict[str, Any]:
+    """Draw the full run across the picture. Returns what stands for it in the legend."""
+    marks: dict[str, Any] = {
+        f"{FULL}, mean": line(values.mean(), color=GREY, linewidth=1.2, linestyle=":")
+    }
+    if len(values) > 1:
+        spread = band(values.min(), values.max(), color=GREY, alpha=0.15, linewidth=0)
+        marks[f"{FULL}, lowest to highest"] = spread
+    return marks
 
 
 def _plain(ax: Axes) -> Axes:
