@@ -722,8 +722,8 @@ def _check_settings(trainer: PrunedDataMixin) -> None:
     if args.train_sampling_strategy != "random":
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
-            "data, and pruning does too: set it to 'random', or use pruning=None. A loss that pairs "
-            "neighbours of a fixed order, as trl's KTOTrainer does, cannot be pruned."
+            "data, and pruning does too: set it to 'random', or use pruning=None. A loss that "
+            "pairs neighbours of a fixed order, as trl's KTOTrainer does, cannot be pruned."
         )
     # In a class above this one or behind it.
     owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
