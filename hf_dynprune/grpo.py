@@ -20,7 +20,6 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import Trainer
 
 from .data_side import PrunedDataMixin, run_shape
 from .potential import Magnitude
@@ -468,14 +467,6 @@ class PromptPruningMixin(PrunedDataMixin):
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's count: a batch of trl is a list of rows, not a dict."""
         return super(UpstreamMends, self).floating_point_ops(inputs)
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """trl's log."""
-        if "pruning/kept_samples" in logs:
-            # At an epoch's start. trl's log would add the metrics of the steps before and forget
-            # them, so that they were missing in their own log.
-            return Trainer.log(self, logs, *args, **kwargs)
-        super().log(logs, *args, **kwargs)
 
     def create_model_card(  # type: ignore[override]  # trl's has other arguments
         self,

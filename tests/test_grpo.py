@@ -299,10 +299,7 @@ def test_metrics_of_a_log_are_not_torn_apart_by_an_epoch(tmp_path):
     ours = pruned(tmp_path, FullData(), logging_steps=4)
     ours.train()
     assert logged(ours, "reward") == logged(stock, "reward")
-    assert [n for n in ours.state.log_history[0] if not n.startswith("pruning/")] == [
-        "epoch",
-        "step",
-    ]
+    assert len(logged(ours, "pruning/kept_samples")) == 2
 
 
 # ---- right prompts -------------------------------------------------------------------------------
@@ -750,7 +747,7 @@ def test_an_order_of_ones_own_is_refused(tmp_path):
 
     for cls in (Ordered, Loaded):
         run = pruned(tmp_path, None)
-        with pytest.raises(ValueError, match="SequentialSampler"):
+        with pytest.raises(ValueError, match=r"Ordered|SequentialSampler"):
             cls(
                 llama(),
                 never,
