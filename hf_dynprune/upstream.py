@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer
+from transformers.utils import logging
 
 from .policies import PruningPolicy
+
+logger = logging.get_logger(f"transformers.{__name__}")
 
 # The private names that this file leans on. Reason for each:
 SEAMS = {
@@ -62,6 +65,15 @@ class UpstreamMends(TrainerBase):
             return super()._issue_warnings_after_load(load_result)
         folder = cast(str, self._loading_from or self.state.best_model_checkpoint)
         if not isinstance(self.model, PreTrainedModel):
+            missing = set(load_result.missing_keys)
+            if not load_result.unexpected_keys and missing <= untrained(cast(Any, self.model)):
+                # The stock method would fail at a model that is not of transformers.
+                logger.warning(
+                    "%s lacks the frozen weights %s: they stay as they are.",
+                    folder,
+                    sorted(missing),
+                )
+                return None
             raise _misfit(folder, load_result.missing_keys, load_result.unexpected_keys)
         restore_weights(self.model, folder)
 
@@ -81,10 +93,20 @@ class UpstreamMends(TrainerBase):
         return self._operations * main.numel()
 
 
+def untrained(model: torch.nn.Module) -> set[str]:
+    """The names of frozen parameters, and of the buffers of modules without other parameters."""
+    names = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    for name, module in model.named_modules():
+        if not any(weight.requires_grad for weight in module.parameters()):
+            names |= {f"{name}.{buffer}" for buffer, _ in module.named_buffers()}
+    return names
+
+
 def restore_weights(model: PreTrainedModel, folder: str) -> None:
     """Load the weights of a checkpoint into the model, under either kind of name.
 
-    Weights that the checkpoint leaves out on purpose (`_keys_to_ignore_on_save`) stay as they are.
+    Weights that the checkpoint leaves out stay as they are, if they are frozen or left out on
+    purpose (`_keys_to_ignore_on_save`).
 
     Raises:
         RuntimeError: If the checkpoint lacks other weights of the model.
@@ -94,7 +116,7 @@ def restore_weights(model: PreTrainedModel, folder: str) -> None:
     loads: Any = type(model).from_pretrained
     restored, found = loads(folder, config=model.config, output_loading_info=True)
     lacking = set(found["missing_keys"])
-    if not lacking <= set(model._keys_to_ignore_on_save or ()):
+    if not lacking <= untrained(model) | set(model._keys_to_ignore_on_save or ()):
         raise _misfit(folder, sorted(lacking), sorted(found["unexpected_keys"]))
     weights = {name: w for name, w in restored.state_dict().items() if name not in lacking}
     model.load_state_dict(weights, strict=False)
