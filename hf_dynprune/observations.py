@@ -1,6 +1,8 @@
 """What was observed since the last flush: buffered on the device, then exchanged between ranks.
 
     add ──▶ buffer (device, no sync) ──drain──▶ host ──exchange──▶ of all ranks, in one order
+
+One rank only appends during an epoch. All ranks exchange when the pruner flushes.
 """
 
 from collections.abc import Mapping

@@ -777,9 +777,7 @@ def _checked_index(index: Any) -> Tensor:
     return index.to(torch.int64)
 
 
-def _memory_of(
-    policy: PruningPolicy, more: Memory | None, magnitude: Magnitude | None
-) -> Memory:
+def _memory_of(policy: PruningPolicy, more: Memory | None, magnitude: Magnitude | None) -> Memory:
     """The policy's memory, the label if there is a floor for each class, and what is given.
 
     And the last value of the magnitude's signal, unless it is remembered already or a column of
