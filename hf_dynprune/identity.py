@@ -441,11 +441,17 @@ def _random_states(generators: list[Any]) -> list[bytes]:
         pickle.dumps(random.getstate()),
         pickle.dumps(np.random.get_state()),
         torch.get_rng_state().numpy().tobytes(),
-        *(pickle.dumps(generator) for generator in generators),
+        *map(_state_of, generators),
     ]
     if torch.cuda.is_initialized():
         states += [state.numpy().tobytes() for state in torch.cuda.get_rng_state_all()]
     return states
+
+
+def _state_of(generator: Any) -> bytes:
+    if isinstance(generator, torch.Generator):  # its pickles differ by an address
+        return generator.get_state().cpu().numpy().tobytes()
+    return pickle.dumps(generator)
 
 
 @contextmanager

@@ -446,6 +446,19 @@ class ImageCache(torch.utils.data.Dataset):
         self.__dict__.update(state)
         self._epoch.share_memory_()  # a copied or unpickled tensor is in private memory
 
+    @property
+    def pruning_fingerprint(self) -> str:
+        """Identify images and labels; see [`hf_dynprune.identity.dataset_fingerprint`].
+
+        Augmentation, its seed and the epoch are not part of it.
+        """
+        from .identity import Digest
+
+        digest = Digest()
+        digest.array("images", self.images)
+        digest.array("labels", self.labels)
+        return digest.fingerprint(len(self))
+
     def __len__(self) -> int:
         return len(self.images)
 

@@ -48,6 +48,21 @@ ROWS = {
         "resuming with another policy, field, number of samples, dataset or global batch",
         "refused before anything is trained; the error names both values",
     ),
+    "identity": Row(
+        "datasets with other rows, labels, files or order; and the same data in another folder, "
+        "format, process or with random augmentation",
+        "other content has another identity, the same content the same one; reading changes "
+        "neither the dataset nor a random state",
+    ),
+    "restoring": Row(
+        "resuming from folders with unreadable files, folders in place of files, texts edited by "
+        "hand and names that are no folders, and of models of which a part is not saved",
+        "the run continues exactly, or an error says why it cannot; no weight is lost",
+    ),
+    "interrupted": Row(
+        "runs ended by Ctrl-C, by an error, or epoch by epoch before their last batch",
+        "the report counts what was trained; a resumed run is the uninterrupted one",
+    ),
     "dying rank": Row(
         "one of two processes killed, or raising an error, in the middle of an epoch",
         "the whole run ends with an error within 60 s, and no process is left",
