@@ -27,6 +27,7 @@ import speed
 import studies
 from reliability import ROOT, put_into
 
+from hf_dynprune.potential import predicted_saving
 from hf_dynprune.report import PruningReport
 from recipes.studies.summarise import Metric, markdown
 
@@ -89,6 +90,39 @@ def _advice(what):
     return f"{100 * max(abs(run['unrest']) for run in runs):.0f}"
 
 
+def _potential(what):
+    """What the studies say of the effective share; see recipes/studies/potential.py."""
+    stored = json.loads((RESULTS / "potential.json").read_text())
+    if what == "correlation":
+        return f"{stored['correlation']:.2f}"
+    if what == "studies":
+        return str(stored["fit"]["studies"])
+    if what == "left out gain":
+        (point,) = (point for point in stored["points"] if not point["fitted"])
+        return f"{point['gain']:.2f}"
+    saving = predicted_saving(float(what.removeprefix("cost at G ")))
+    middle, most, least = (f"{100 / factor:.0f}" for factor in saving)
+    return f"{middle} % ({least} to {most} %)"
+
+
+def potential():
+    """G and the measured saving of each study."""
+    stored = json.loads((RESULTS / "potential.json").read_text())
+    rows = [
+        [
+            point["study"] if point["fitted"] else f"({point['study']})",
+            f"{point['cost']:g}",
+            f"{point['gain']:.2f}",
+            f"{point['saving']:.2f}",
+            f"{100 / point['saving']:.0f} %",
+            str(point["seeds"]),
+        ]
+        for point in stored["points"]
+    ]
+    heads = ["study", "cost", "mean G", "saving factor", "cost of a short run", "seeds"]
+    return markdown(heads, rows)
+
+
 def _rows(rule, ahead):
     """In how many rows of accuracy a rule was compared, or was ahead of the short run."""
     found = [
@@ -106,6 +140,8 @@ def value(words):
     match [part.strip() for part in " ".join(words.split()).split(";")]:
         case ["advice", what]:
             return _advice(what)
+        case ["potential", what]:
+            return _potential(what)
         case [rule, "rows" | "rows ahead" as what]:
             return _rows(rule, what == "rows ahead")
         case [study, "tuning", method, which]:
@@ -147,6 +183,7 @@ TABLES = {
     "settings": studies.settings,
     "noise": studies.noise,
     "tiny_imagenet": tiny_imagenet,
+    "potential": potential,
     "speed": speed.render,
     "reliability": lambda: reliability.render(reliability.read()),
 }

@@ -33,6 +33,7 @@ from tiny import arguments, images, vit
 import hf_dynprune
 from hf_dynprune.cli import main
 from hf_dynprune.policies import POLICIES, PruningPolicy
+from hf_dynprune.potential import Magnitude
 from hf_dynprune.report import PruningReport
 from recipes.studies.summarise import chosen_rates, summarise
 
@@ -190,6 +191,7 @@ CONTEXTS = {
     "docs/trainer.md": with_options,
     "docs/loss.md": losses,
     "docs/loop.md": a_loop,
+    "docs/pays.md": a_loop,
     "docs/text.md": language,
     "docs/rl.md": reinforced,
     "docs/report.md": trained,
@@ -360,7 +362,7 @@ def test_a_command_is_one_that_the_program_takes(words):
 def leave_a_run(folder, policy, epochs=3, samples=12):
     """Run a loop without a model. Leave the files that a recipe leaves."""
     shape = hf_dynprune.RunShape(samples, 4, num_epochs=epochs)
-    pruner = hf_dynprune.DynamicPruner(policy, shape)
+    pruner = hf_dynprune.DynamicPruner(policy, shape, magnitude=Magnitude("loss"))
     for epoch in range(epochs):
         pruner.begin_epoch(epoch)
         for index in torch.tensor(list(pruner.sampler)).split(4):

@@ -5,6 +5,7 @@
     draw.py         the pictures of a study
     run.py          carries out what is left of a study
     command.py      the command line
+    potential.py    what the effective share says of the finished studies; a program of its own
 
 Each file imports only files above it, but for draw.py, which summarise.py calls.
 """
