@@ -189,7 +189,7 @@ def _token_rule(name: str, shift: int, virtual: int = 0) -> LossRule:
     The first `virtual` positions are a prompt without labels, in front of those of the batch.
     """
 
-    def targets(inputs: Mapping[str, Any]) -> Tensor:
+    def targets(inputs: Mapping[str, Any], virtual: int) -> Tensor:
         # The labels are shifted and not the logits, because a part of the logits would be a copy.
         labels = F.pad(_labels(inputs), (virtual, 0), value=IGNORED)
         return F.pad(labels[:, shift:], (0, shift), value=IGNORED)
@@ -197,12 +197,13 @@ def _token_rule(name: str, shift: int, virtual: int = 0) -> LossRule:
     def losses(
         outputs: Any, inputs: Mapping[str, Any], smoothing: float, config: Any
     ) -> SampleLosses:
-        labels = targets(inputs)
+        labels = targets(inputs, virtual)
         logits = logits_of(outputs)[:, : labels.shape[1]]
         train, plain = _cross_entropy(logits, labels, smoothing)
         return SampleLosses(train.sum(1), plain.sum(1), labels.ne(IGNORED).sum(1).float())
 
-    return LossRule(name, losses, lambda inputs: targets(inputs).ne(IGNORED).sum(1))
+    # Behind a prompt the first label is predicted, too. The Trainer does not count it there either.
+    return LossRule(name, losses, lambda inputs: targets(inputs, 0).ne(IGNORED).sum(1))
 
 
 def _question_answering(
