@@ -25,10 +25,12 @@ from tiny import (
     trainer,
     vit,
 )
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from hf_dynprune import UCB, DynamicPruningTrainer, EpsilonGreedy, RandomPruning
 from hf_dynprune.files import STATE_FILE
+from hf_dynprune.losses import SIGNALS
+from hf_dynprune.report import PruningReport
 
 CHANGING = UCB(keep_ratio=0.4, first=1, last=0.25)  # epochs of 26, 10, 10, 26 samples
 GRID = {
@@ -86,7 +88,9 @@ def test_resuming_from_any_checkpoint_with_workers(persistent, accumulation, tmp
         reliability("resume workers")
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if set(policy_of(case).signals) <= set(SIGNALS)]
+)
 def test_every_policy_resumes_in_mid_epoch_and_between_epochs(case, tmp_path, reliability):
     policy, data = policy_of(case), images(26)
     make = lambda folder: trainer(folder, model=vit(dropout=0.1), data=data, pruning=policy, **GRID)  # noqa: E731
@@ -135,7 +139,11 @@ def checkpoints(finished, tmp_path):
 
 
 def contents(folder):
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path: path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.is_symlink()
+    }
 
 
 def truncate(path):
@@ -165,6 +173,17 @@ def foreign(path):
     )
 
 
+def unreadable(path):
+    """Reading it is an EIO, as from a broken disk."""
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+
+
+def directory(path):
+    path.unlink()
+    path.mkdir()
+
+
 FILES = (
     "model.safetensors",
     "optimizer.pt",
@@ -174,9 +193,15 @@ FILES = (
     STATE_FILE,
 )
 FAULTS = [
-    (file, fault) for file in FILES for fault in (truncate, flip, zero, empty, foreign, Path.unlink)
+    (file, fault)
+    for file in FILES
+    for fault in (truncate, flip, zero, empty, foreign, Path.unlink, unreadable, directory)
+    if (file, fault) != ("config.json", flip)  # it may still be a text, see below
 ]
-FAULTS += [("trainer_state.json", fault) for fault in (truncate, zero, empty, foreign, Path.unlink)]
+FAULTS += [
+    ("trainer_state.json", fault)
+    for fault in (truncate, zero, empty, foreign, Path.unlink, unreadable, directory)
+]
 
 
 @pytest.mark.parametrize(
@@ -193,6 +218,8 @@ def test_a_broken_checkpoint_is_refused_by_name_and_passed_over_otherwise(
         )
     assert contents(checkpoints) == before  # nothing was overwritten
     part = run_with_checkpoints(checkpoints)
+    if fault in (unreadable, directory):  # they would be in the way of the next checkpoint
+        part.args.save_strategy = "no"
     part.train(resume_from_checkpoint=True)
     assert str(checkpoints / "checkpoint-9") in caplog.text
     assert part.pruning_report.resumed[-1]["step"] == 8
@@ -211,6 +238,56 @@ def test_the_newest_complete_checkpoint_is_taken_past_broken_ones(finished, chec
     for step in (9, 8, 6):
         assert f"checkpoint-{step}: " in caplog.text
     assert_same_run(part, finished[0])
+
+
+def edit_value(path):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "note": "served as v1"}))
+
+
+def indent(path):
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=8) + "\n")
+
+
+def add_a_note(path):
+    path.with_name("README.md").write_text("# my best run")
+
+
+@pytest.mark.parametrize("edit", [edit_value, indent, add_a_note])
+def test_a_text_may_be_edited(edit, finished, checkpoints, reliability):
+    edit(checkpoints / "checkpoint-8" / "config.json")
+    shutil.rmtree(checkpoints / "checkpoint-9")
+    part = run_with_checkpoints(checkpoints)
+    part.train(resume_from_checkpoint=True)
+    assert part.pruning_report.resumed[-1]["step"] == 8
+    assert_same_run(part, finished[0])
+    reliability("restoring")
+
+
+@pytest.mark.parametrize("requested", [5, 1, 2.5, b"checkpoint-9", ["checkpoint-9"]])
+def test_what_is_no_folder_is_refused(requested, tmp_path, reliability):
+    with pytest.raises(TypeError, match=re.escape(f"resume_from_checkpoint={requested!r}")):
+        run_with_checkpoints(tmp_path).train(resume_from_checkpoint=requested)
+    reliability("restoring")
+
+
+def test_the_folder_of_the_run_is_no_checkpoint(checkpoints, reliability):
+    for requested in (checkpoints, checkpoints / "checkpoint-9" / "config.json"):
+        with pytest.raises(ValueError, match=str(requested)) as caught:
+            run_with_checkpoints(checkpoints).train(resume_from_checkpoint=requested)
+        assert ("checkpoint-9" in str(caught.value)) or requested != checkpoints
+    reliability("restoring", 2)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("fault", [truncate, empty, unreadable])
+def test_a_stock_checkpoint_that_cannot_be_read_is_passed_over(file, fault, tmp_path, reliability):
+    stock_run(tmp_path, save_total_limit=2)  # of 20 steps
+    fault(tmp_path / "checkpoint-20" / file)
+    run = trainer(tmp_path, pruning=UCB(0.6), optim="sgd", num_train_epochs=4)
+    run.train(resume_from_checkpoint=True, stock_checkpoint=True)
+    assert run.pruning_report.resumed[-1]["step"] == 19
+    reliability("restoring")
 
 
 def test_states_of_different_steps_do_not_make_a_checkpoint(checkpoints):
@@ -592,3 +669,146 @@ def test_a_loader_made_by_the_user_does_not_disturb_the_run(tmp_path):
     run = trainer(tmp_path, pruning=RandomPruning(0.5), extra={"callbacks": [Nosy()]})
     run.train()
     assert run.pruning_report.totals["forward_passes"] == 60
+
+
+# ---- runs that do not end in the ordinary way ----------------------------------------------------
+
+
+class Stops(TrainerCallback):
+    """Raises, or ends the epoch, at an event."""
+
+    def __init__(self, event, when, act):
+        self.event, self.when, self.act = event, when, act
+
+    def __getattribute__(self, name):
+        if name.startswith("on_") and name == self.event:
+            return self.happens
+        return super().__getattribute__(name)
+
+    def happens(self, args, state, control, **kwargs):
+        if self.when(state):
+            self.act(control)
+        return control
+
+
+def ctrl_c(control):
+    raise KeyboardInterrupt
+
+
+def gives_up(control):
+    raise optuna.TrialPruned
+
+
+def fails(control):
+    raise OSError("the disk is full")
+
+
+ENDS = [
+    ("on_step_end", 7, ctrl_c),
+    ("on_step_end", 5, ctrl_c),
+    ("on_evaluate", 4, gives_up),
+    ("on_save", 6, fails),
+    ("on_log", 8, fails),
+    ("on_epoch_begin", 10, ctrl_c),
+]
+
+
+@pytest.mark.parametrize(("event", "step", "act"), ENDS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_run_that_is_broken_off_counts_what_it_trained(
+    event, step, act, accumulation, tmp_path, reliability
+):
+    """40 of 80 samples an epoch, in batches of 8 or 4: five steps."""
+
+    def made(folder, *callbacks):
+        return trainer(
+            folder,
+            data=images(80),
+            pruning=UCB(0.5),
+            num_train_epochs=3,
+            per_device_train_batch_size=8 // accumulation,
+            gradient_accumulation_steps=accumulation,
+            eval_strategy="steps",
+            eval_steps=2,
+            save_strategy="steps",
+            save_steps=3,
+            extra={"callbacks": list(callbacks), "eval_dataset": images(8)},
+        )
+
+    stops = Stops(event, lambda state: state.global_step == step, act)
+    broken = made(tmp_path, stops)
+    with pytest.raises((KeyboardInterrupt, OSError, optuna.TrialPruned)):
+        broken.train()
+    report = PruningReport.from_dict(broken.pruning_report.to_dict())
+    assert broken.state.global_step == report.totals["optimizer_steps"] == step
+    assert report.totals["forward_passes"] == 8 * step
+    assert report.num_epochs == pytest.approx(step / 5)
+    assert report.cost_ratio == pytest.approx(0.5)
+    before = report.totals["seconds"]
+    assert before["training"] > 0
+    assert (broken.pruner.table.observed.sum() > 0) == (step > 0)
+    broken.remove_callback(stops)
+    broken.evaluate()  # a look at the model takes no time of the training
+    assert broken.pruning_report.totals["seconds"]["training"] == before["training"]
+
+    again, whole = made(tmp_path), made(tmp_path / "whole")
+    if step == 5:
+        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    else:
+        again.train(resume_from_checkpoint=True)
+    whole.train()
+    assert_same_run(again, whole)
+    reliability("interrupted")
+
+
+def test_a_run_that_is_broken_off_while_it_scores(tmp_path, reliability):
+    class Interrupted(DynamicPruningTrainer):
+        def _score(self, epoch, index):
+            if epoch == 1:
+                raise KeyboardInterrupt
+            return super()._score(epoch, index)
+
+    run = trainer(tmp_path, cls=Interrupted, pruning=UCB(0.5, scoring="all"))
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    report = run.pruning_report
+    assert [record.optimizer_steps for record in report.epochs] == [3, 0]
+    assert report.num_epochs == 1
+    assert report.totals["forward_passes"] == 20
+    assert report.totals["scoring_passes"] == 40
+    reliability("interrupted")
+
+
+@pytest.mark.parametrize("save", ["epoch", "steps"])
+def test_epochs_that_are_stopped_count_in_part_and_are_not_continued(save, tmp_path, reliability):
+    """Three of five batches of each epoch are trained."""
+
+    def third(control):
+        control.should_epoch_stop = True
+
+    def made(folder):
+        stop = Stops("on_step_end", lambda state: state.global_step % 3 == 0, third)
+        settings = {"save_strategy": save, "save_steps": 1, "extra": {"callbacks": [stop]}}
+        return trainer(folder, data=images(80), pruning=UCB(0.5), **settings)
+
+    whole = made(tmp_path)
+    whole.train()
+    report = whole.pruning_report
+    assert [record.optimizer_steps for record in report.epochs] == [3, 3, 3]
+    assert report.num_epochs == pytest.approx(1.8)
+    assert report.cost_ratio == pytest.approx(0.5)
+    steps = (3, 6) if save == "epoch" else (2, 3, 5, 6, 8)
+    for step in steps:
+        part = made(tmp_path / "part")
+        part.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(part, whole)
+        reliability("interrupted")
+
+
+def test_an_epoch_that_is_begun_again_counts_all_of_its_steps(checkpoints, tmp_path):
+    run = run_with_checkpoints(tmp_path / "b", ignore_data_skip=True)
+    run.train(resume_from_checkpoint=str(checkpoints / "checkpoint-2"))
+    report = run.pruning_report
+    assert report.totals["optimizer_steps"] == run.state.global_step == 11
+    assert report.totals["forward_passes"] == 8 * 11
+    assert report.num_epochs == 3
