@@ -13,6 +13,7 @@ from tiny import (
     Shares,
     every_checkpoint,
     images,
+    known_losses,
     llama,
     recorded,
     same_weights,
@@ -533,6 +534,200 @@ def test_padding_needs_the_loss_of_each_sample(changes, needed):
     shape = RunShape(**{"samples": 40, "batch_size": 8, "num_epochs": 3, "ranks": 2, **changes})
     pruner = SimpleNamespace(policy=RandomPruning(0.5), shape=shape, scored_signals=())
     assert bool(why_losses(pruner)) is needed
+
+
+# ---- several passes of a batch -------------------------------------------------------------------
+
+
+class Twice:
+    """R-Drop and the like."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        copies = [dict(inputs), self.again(inputs)]
+        passes = [
+            super(Twice, self).compute_loss(model, copy, True, num_items_in_batch)
+            for copy in copies
+        ]
+        loss = (passes[0][0] + passes[1][0]) / 2
+        return (loss, passes[0][1]) if return_outputs else loss
+
+    def again(self, inputs):
+        return dict(inputs)
+
+
+class TwiceCopied(Twice):
+    def again(self, inputs):
+        return {name: value.clone() for name, value in inputs.items()}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("passes", [Twice, TwiceCopied])
+def test_a_batch_that_goes_through_the_model_twice_counts_once(passes, accumulation, tmp_path):
+    stock_class = type("Stock", (passes, Trainer), {})
+    our_class = type("Ours", (passes, DynamicPruningTrainer), {})
+    settings = {"gradient_accumulation_steps": accumulation, "learning_rate": 1e-3}
+    stock = trainer(tmp_path, cls=stock_class, **settings)
+    ours = trainer(tmp_path, cls=our_class, pruning=FullData(), **settings)
+    for run in (stock, ours):
+        run.train()
+    for one, other in zip(stock.model.parameters(), ours.model.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    assert ours.pruning_report.cost_ratio == 1.0
+    scored = trainer(tmp_path, cls=our_class, pruning=UCB(0.5), **settings)
+    scored.train()
+    assert scored.pruner.table.observed.all()
+
+
+def test_what_is_observed_is_the_first_pass(tmp_path):
+    class Perturbed(Twice):
+        def again(self, inputs):
+            return {**inputs, "pixel_values": inputs["pixel_values"] + 10.0}
+
+    cls = type("Ours", (Perturbed, DynamicPruningTrainer), {})
+    runs = [
+        trainer(tmp_path, cls=kind, pruning=UCB(1.0), learning_rate=0.0, num_train_epochs=1)
+        for kind in (cls, DynamicPruningTrainer)
+    ]
+    for run in runs:
+        run.train()
+    torch.testing.assert_close(runs[0].pruner.table["mean"], runs[1].pruner.table["mean"])
+
+
+def test_a_batch_in_one_pass_of_two_copies_is_refused(tmp_path):
+    class Doubled(DynamicPruningTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            twice = {name: torch.cat([value, value]) for name, value in inputs.items()}
+            return super().compute_loss(model, twice, *args, **kwargs)
+
+    run = trainer(tmp_path, cls=Doubled, pruning=UCB(0.5))
+    with pytest.raises(ValueError, match=r"16 samples, expected 8"):
+        run.train()
+
+
+def test_a_step_counts_the_samples_of_its_batches_not_their_place(tmp_path):
+    """With dataloader_in_order=False the short batch may come first."""
+    run = trainer(tmp_path, model=KnownLoss(), data=values(20), pruning=FullData(),
+                  extra={"per_sample_loss_fn": known_losses})  # fmt: skip
+    batches = [{"sample_index": torch.arange(n)} for n in (4, 8)]
+    batches[1]["sample_index"][5:] = -1
+    _, terms = run.get_batch_samples(iter(batches), 2, torch.device("cpu"))
+    assert int(terms) == 4 + 5
+
+
+# ---- BatchNorm -----------------------------------------------------------------------------------
+
+
+class Normed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        layers = (torch.nn.Linear(192, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 4))
+        self.body = torch.nn.Sequential(torch.nn.Flatten(), *layers)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.body(pixel_values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("fn", ["single_label", None])
+def test_a_last_batch_of_one_is_filled_for_batch_norm(fn, tmp_path):
+    """A copy of the sample with weight 0; also if the loss is left to the Trainer."""
+    sizes = []
+
+    class Measured(DynamicPruningTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            sizes.append(len(inputs["pixel_values"]))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    policy = RandomPruning(0.425) if fn is None else Shares(shares=(0.425,))  # 17 of 40
+    extra = {} if fn is None else {"per_sample_loss_fn": fn}
+    run = trainer(tmp_path, cls=Measured, model=Normed(), pruning=policy, extra=extra)
+    run.train()
+    assert sizes == [8, 8, 2] * 3
+    assert run.state.global_step == 9
+    if fn is not None:
+        assert int(run.pruner.table.observed.sum()) <= 40
+
+
+def test_the_copy_of_a_last_sample_trains_nothing(tmp_path):
+    """The loss of the last step is that of its one sample, not of two."""
+    losses = []
+
+    class Noting(DynamicPruningTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            index = inputs["sample_index"]
+            loss = super().compute_loss(model, inputs, *args, **kwargs)
+            losses.append((index.tolist(), loss.item()))
+            return loss
+
+    extra = {"per_sample_loss_fn": "single_label"}
+    settings = {"learning_rate": 0.0, "num_train_epochs": 1, "extra": extra}
+    policy = Shares(shares=(0.425,))
+    run = trainer(tmp_path, cls=Noting, model=Normed(), pruning=policy, **settings)
+    run.train()
+    index, loss = losses[-1]
+    assert index[1] == -1
+    table = run.pruner.table
+    assert loss == pytest.approx(float(table["mean"][index[0]]), rel=1e-5)
+
+
+def test_without_batch_norm_and_on_all_data_batches_stay_as_they_are(tmp_path):
+    run = trainer(tmp_path, data=images(17), pruning=RandomPruning(0.99))
+    assert not run.pruner.sampler.fills_one
+    full = trainer(tmp_path, model=Normed(), data=images(17), pruning=FullData())
+    assert full.pruner.sampler.fills_one
+    assert len(full.pruner.sampler) == 17
+
+
+# ---- losses that only a batch has ----------------------------------------------------------------
+
+
+class Preferring(Trainer):
+    """As trl's: its batch has two rows for each sample, its outputs hold metrics alone."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs.pop("labels")
+        rows = torch.cat([inputs["pixel_values"], inputs["pixel_values"].flip(3)])
+        logits = model(pixel_values=rows).logits
+        loss = -F.logsigmoid(logits[: len(rows) // 2, 0] - logits[len(rows) // 2 :, 1]).mean()
+        metrics = {"chosen": logits[:, 0].detach().mean()}
+        return (loss, metrics) if return_outputs else loss
+
+
+class PrunedPreferring(DynamicPruningMixin, Preferring):
+    pass
+
+
+@pytest.mark.parametrize("scoring", ["trained", "all"])
+def test_batch_mean_needs_no_loss_in_the_outputs(scoring, tmp_path):
+    extra = {"per_sample_loss_fn": "batch_mean"}
+    stock = trainer(tmp_path, cls=Preferring)
+    ours = trainer(tmp_path, cls=PrunedPreferring, pruning=FullData(), extra=extra)
+    for run in (stock, ours):
+        run.train()
+    assert same_weights(stock.model, ours.model)
+    scored = trainer(tmp_path, cls=PrunedPreferring, pruning=UCB(0.5, scoring=scoring), extra=extra)
+    scored.train()
+    assert scored.pruner.table.observed.all()
+
+
+def test_outputs_that_are_metrics_are_named_on_the_first_batch(tmp_path):
+    def function(outputs, inputs):
+        return outputs["chosen"].expand(len(inputs["pixel_values"]))
+
+    extra = {"per_sample_loss_fn": function}
+    run = trainer(tmp_path, cls=PrunedPreferring, pruning=UCB(0.5), extra=extra)
+    with pytest.raises(ValueError, match=r"Preferring\.compute_loss.*batch_mean"):
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_refusals_name_the_fallback_and_the_other_argument(tmp_path):
+    focal = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: 0}
+    with pytest.raises(ValueError, match=r"compute_loss_func.*per_sample_loss_fn=.*batch_mean"):
+        trainer(tmp_path, pruning=UCB(0.5), extra=focal)
+    with pytest.raises(ValueError, match=r"KnownLoss.*batch_mean"):
+        trainer(tmp_path, model=KnownLoss(), data=values(), pruning=UCB(0.5))
 
 
 # ---- rules and signals of a user -----------------------------------------------------------------

@@ -123,6 +123,25 @@ def test_padding_by_hand():
     assert fit_to_batches(order, 4, ranks=2, drop_last=True).tolist() == []
 
 
+@pytest.mark.parametrize(
+    ("kept", "settings", "expected"),
+    [
+        (5, {}, [0, 1, 2, 3, 4, ~4]),
+        (1, {}, [0, ~0]),
+        (6, {}, [0, 1, 2, 3, 4, 5]),
+        (9, {}, list(range(9))),  # all data: as in the stock run
+        (5, {"drop_last": True}, [0, 1, 2, 3]),
+        (5, {"ranks": 2}, [0, 1, 2, 3, 4, ~0, ~1, ~2]),
+    ],
+)
+def test_a_last_batch_of_one_is_filled_on_request(kept, settings, expected):
+    sampler = PruningSampler(9, 4, **settings)
+    sampler.fills_one = True
+    sampler.set_epoch_order(torch.arange(kept))
+    assert list(sampler) == expected
+    assert len(sampler) == len(expected)
+
+
 def test_samples_in_by_hand():
     sampler = PruningSampler(10, 4, ranks=2)  # 4, 4, 2 and two of padding
     assert [sampler.samples_in(b, 1) for b in range(4)] == [4, 4, 2, 0]
