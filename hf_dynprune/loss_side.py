@@ -367,7 +367,7 @@ class SampleLossMixin(PrunedDataMixin):
             outputs["loss"] = mean + (0.0 if extra is None else extra.detach())
         if compares:
             self._check(own, losses, places, outputs, batch, adds=auxiliary is not None)
-        if rule.name == "custom" and auxiliary is None:
+        if rule.name == "custom" and rule.matches_model and auxiliary is None:
             losses = losses._replace(train=losses.train * _multiple(own_loss, losses))
         return losses, extra, outputs
 
@@ -547,11 +547,15 @@ def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def _multiple(own_loss: torch.Tensor, losses: SampleLosses) -> torch.Tensor:
-    """c, the Trainer's loss of a batch over the mean of our losses; 1 but for rounding is 1."""
+    """c, the Trainer's loss of a batch over the mean of our losses; 1 but for rounding is 1.
+
+    Also 1 if one of the two is not finite: a NaN loss spoils no gradient that it would not reach.
+    """
     own, mean = own_loss.detach().float().mean(), losses.train.detach().mean()
     own = own.to(mean.device)
     same = torch.isclose(own, mean, rtol=1e-4, atol=1e-6) | (mean == 0)
-    return torch.where(same, torch.ones_like(mean), own / mean)
+    multiple = own / mean
+    return torch.where(same | ~multiple.isfinite(), torch.ones_like(mean), multiple)
 
 
 def _check_shape(what: str, values: torch.Tensor, size: int) -> None:
