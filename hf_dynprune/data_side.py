@@ -58,6 +58,7 @@ SEAMS = {
     "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
     "Trainer.is_fsdp_enabled": "a warning says that FSDP was not verified",
     "Trainer.hub_model_id": "the repository that an upload went to",
+    "Trainer._trial": "the trial of a search, which the names of its folders come from",
     "LambdaLR._last_lr": "the logged learning rate of the first step of an epoch whose plan scales "
     "it",
     "ProgressCallback.training_bar": "the bar's total is the true number of steps",
