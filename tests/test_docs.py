@@ -35,7 +35,7 @@ from hf_dynprune.cli import main
 from hf_dynprune.policies import POLICIES, PruningPolicy
 from hf_dynprune.potential import Magnitude
 from hf_dynprune.report import PruningReport
-from recipes.studies.summarise import chosen_rates, summarise
+from recipes.studies.summarise import chosen_settings, summarise
 
 ROOT = Path(__file__).parents[1]
 PAGES = {page.relative_to(ROOT).as_posix(): page.read_text() for page in fragments.PAGES}
@@ -527,12 +527,12 @@ DETAILS = (studies.SETTINGS, studies.NOISE, "cifar100_16px", "cifar10_resnet20_1
 
 @pytest.mark.parametrize("name", DETAILS)
 def test_a_study_of_details_is_at_equal_cost_and_at_learning_rates_that_were_tuned(name):
-    rates = chosen_rates(studies.STUDIES / "cifar10_resnet8")
+    rates = chosen_settings(studies.STUDIES / "cifar10_resnet8")
     for run, _ in studies.runs(name):
         options = dict(word[2:].split("=", 1) for word in run["command"] if "=" in word)
         if "learning_rate" not in run["name"]:
             rate = rates.get((run["name"].partition(" (")[0], run["cost"]), rates["random", 0.3])
-            assert float(options["learning_rate"]) == rate
+            assert float(options["learning_rate"]) == rate.rate
         # Settings are compared on held-out data.
         assert ("--validation_share" in run["command"]) == (name == studies.SETTINGS)
     for row in studies.summary(name)["rows"]:

@@ -156,7 +156,10 @@ if "score" in options:
     sys.exit()
 best = {"full": 1.0, "random": 2.0, "ucb": 4.0, "static": 8.0}[options["pruning"]]
 report = json.loads(pathlib.Path("template.json").read_text())
+batch = float(options.get("per_device_train_batch_size", 8))
+best *= batch / 8  # the best rate grows with the batch, and each rule has a best batch
 accuracy = 0.9 - 0.1 * abs(math.log2(float(options["learning_rate"]) / best))
+accuracy -= 0.05 * abs(math.log2(batch / {"full": 8, "random": 4}.get(options["pruning"], 16)))
 report["epochs"][-1]["metrics"]["eval_accuracy"] = accuracy
 pathlib.Path(options["output_dir"], "report.json").write_text(json.dumps(report))
 """
@@ -220,6 +223,25 @@ def test_learning_rates_are_tuned_until_bracketed(study):
     status, message = study("tuned", ["random", "ucb"])
     assert status == 2
     assert "'--learning_rate=1.0'" in message
+
+
+def test_batch_sizes_are_tuned_with_the_rates(study):
+    sizes = ["--batch_sizes", "4", "8", "16"]
+    status, out = study("batches", ["random", "ucb"], "--learning_rates", "1", "2", *sizes)
+    assert status == 0
+    for name, cost, batch, rate in (
+        ("full run", 1.0, 8, 1.0),
+        ("short run", 0.5, 8, 1.0),
+        ("random", 0.5, 4, 1.0),  # 2.0 at 8
+        ("ucb", 0.5, 16, 8.0),
+    ):
+        options = options_of("batches", name, cost, 1)
+        assert int(options["per_device_train_batch_size"]) == batch
+        assert rate_of("batches", name, cost) == rate
+    assert "ucb, cost 0.5, batch 16" in Path("batches/tuning.md").read_text()
+    assert "ucb, cost 0.5: the best batch size is 16, the lowest or highest" in out
+    assert study("taken", ["random", "ucb"], "--rates_of", "batches")[0] == 0
+    assert options_of("taken", "random", 0.5, 1)["per_device_train_batch_size"] == "4"
 
 
 def test_learning_rates_are_taken_over(study):

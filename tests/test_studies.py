@@ -1,6 +1,7 @@
 """The comparison tool: equal cost is equal, and the summary says what the reports say."""
 
 import io
+import math
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,22 @@ from recipes.studies.plan import (
     Plan,
     Rule,
     Run,
+    Setting,
     at_cost,
     cost_of,
     full_run,
     scores_run,
     static_runs,
 )
-from recipes.studies.summarise import next_rate, paired, reached, tables, targets, tuned_rates
+from recipes.studies.summarise import (
+    best_settings,
+    next_rate,
+    paired,
+    reached,
+    tables,
+    targets,
+    tuned_rates,
+)
 
 # ---- equal cost ----------------------------------------------------------------------------------
 
@@ -174,6 +184,44 @@ def test_all_runs_of_a_plan():
     }
 
 
+def test_batch_sizes_are_tuned_for_the_short_run_as_for_every_rule():
+    tuned = {"learning_rates": [0.1, 0.2], "batch_sizes": [8, 4], "tuning_seeds": [7]}
+    plan = Plan(["random", "ucb"], costs=[0.5], seeds=[0], **tuned)
+    settings = [Setting(0.1, 8), Setting(0.2, 8), Setting(0.1, 4), Setting(0.2, 4)]
+    assert plan.settings == settings
+    tried = {run for run in plan.without_options() if run.rate is not None}
+    assert tried == {
+        Run(name, cost, 7, rate, batch=batch)
+        for name, cost in (("full run", 1.0), ("short run", 0.5), ("random", 0.5), ("ucb", 0.5))
+        for rate, batch in settings
+    }
+    assert len({run.folder for run in plan.without_options()}) == len(tried) + 4
+    assert Run("ucb", 0.5, 7, 0.1, batch=8).folder == "ucb_0.5_tuning_0.1_batch_8_seed7"
+    assert Run("ucb", 0.5, 7, 0.1).record() == {"name": "ucb", "cost": 0.5, "seed": 7, "rate": 0.1}
+    best = {("ucb", 0.5): Setting(0.2, 4)}
+    run = plan.at_best_setting(Run("ucb", 0.5, 0, options={"pruning": "ucb"}), best)
+    options = {"learning_rate": 0.2, "per_device_train_batch_size": 4, "pruning": "ucb"}
+    assert run.options == options
+
+
+@pytest.mark.parametrize("lower", [False, True])
+def test_the_best_batch_size_is_that_of_the_best_rate(lower):
+    sign = -1 if lower else 1
+    means = {(64, 0.1): 5, (64, 0.2): 9, (128, 0.1): 8, (128, 0.2): 7, (256, 0.1): math.nan}
+    values = {
+        Run("ucb", 0.3, seed, rate, batch=batch): sign * (mean + seed)
+        for (batch, rate), mean in means.items()
+        for seed in (0, 1)
+    }
+    rows = tuned_rates(values, lower=lower)
+    assert [row["batch_size"] for row in rows] == [256, 128, 64]
+    assert [row["chosen"] for row in rows] == [0.1, 0.1, 0.2]
+    assert best_settings(rows, lower) == {("ucb", 0.3): Setting(0.2, 64)}
+    alone = tuned_rates({Run("ucb", 0.3, 0, 0.1): 1.0}, lower=lower)
+    assert "batch_size" not in alone[0]
+    assert best_settings(alone, lower) == {("ucb", 0.3): Setting(0.1)}
+
+
 @pytest.mark.parametrize(
     ("fields", "value"),
     [
@@ -183,6 +231,10 @@ def test_all_runs_of_a_plan():
         ({"learning_rates": [0.1]}, r"\[0\.1\]"),
         ({"learning_rates": [0.1, -1]}, r"-1"),
         ({"learning_rates": [0.1, 1], "rates_of": Path("tuned")}, "tuned"),
+        ({"learning_rates": [0.1, 1], "batch_sizes": [64]}, r"\[64\]"),
+        ({"learning_rates": [0.1, 1], "batch_sizes": [64, 64]}, r"\[64, 64\]"),
+        ({"learning_rates": [0.1, 1], "batch_sizes": [64, 0]}, r"\[64, 0\]"),
+        ({"batch_sizes": [64, 128]}, r"\[64, 128\]"),
     ],
 )
 def test_what_is_not_a_plan(fields, value):

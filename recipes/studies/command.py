@@ -10,7 +10,7 @@ from hf_dynprune.scoring_runs import METHODS
 
 from .plan import FULL, SHORT, Plan
 from .run import Sitting, Study
-from .summarise import STUDY_FILE, chosen_rates, summarise, tables
+from .summarise import STUDY_FILE, best_settings, chosen_settings, summarise, tables
 
 
 def main(description: str) -> None:
@@ -33,10 +33,19 @@ def main(description: str) -> None:
     print(*tables(summary).values(), sep="\n\n")
     for row in summary["tuning"]:
         if row["edge"]:
+            at = f", batch {row['batch_size']}" if "batch_size" in row else ""
             print(
-                f"{row['name']}, cost {row['cost']:g}: the best learning rate, "
+                f"{row['name']}, cost {row['cost']:g}{at}: the best learning rate, "
                 f"{row['chosen']:g}, is the lowest or highest of those tried. Try more."
             )
+    sizes = sorted({row["batch_size"] for row in summary["tuning"] if "batch_size" in row})
+    for (name, cost), setting in best_settings(
+        summary["tuning"], summary["lower_is_better"]
+    ).items():
+        if setting.batch is not None:
+            ends = setting.batch in (sizes[0], sizes[-1])
+            beyond = ", the lowest or highest of those tried: try more" if ends else ""
+            print(f"{name}, cost {cost:g}: the best batch size is {setting.batch}{beyond}.")
     print(f"Written to {study.folder}: summary.json, tables, pictures, and a folder for each run.")
 
 
@@ -51,7 +60,7 @@ def check(plan: Plan, recipe: Sequence[str]) -> None:
         return
     names = filter(None, (SHORT, plan.first_rule))
     needed = [(FULL, 1.0), *((name, cost) for name in names for cost in plan.costs)]
-    known = chosen_rates(plan.rates_of)
+    known = chosen_settings(plan.rates_of)
     missing = [f"{name} at cost {cost:g}" for name, cost in needed if (name, cost) not in known]
     if missing:
         raise ValueError(
@@ -77,6 +86,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("costs", "planned costs in (0, 1), in full runs", type=float, nargs="+")
     add("seeds", "seeds of the runs that are compared", type=int, nargs="+")
     add("learning_rates", "rates to choose from; default: the recipe's rate, no tuning", **floats)
+    add("batch_sizes", "batch sizes to choose from, each with its best rate", type=int, nargs="*")
     add("rates_of", "folder of a study whose learning rates are used, instead of tuning", type=Path)
     add("tune", "tune each rule, or only the first one for all rules", choices=("each", "first"))
     add("tuning_seeds", "seeds of the tuning runs", type=int, nargs="+")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from scipy import optimize
@@ -20,6 +20,19 @@ FULL, SHORT, RANDOM = "full run", "short run", "random"
 Key = tuple[str, float]  # name of a method, planned cost of its runs
 
 
+class Setting(NamedTuple):
+    """What tuning tries: a learning rate, and a batch size or None for the recipe's."""
+
+    rate: float
+    batch: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As options of the recipe."""
+        size = {} if self.batch is None else {"per_device_train_batch_size": self.batch}
+        return {"learning_rate": self.rate, **size}
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of the recipe.
@@ -29,6 +42,7 @@ class Run:
         cost: The planned cost, in full runs.
         seed: The seed of the run.
         rate: The learning rate that a tuning run tries. None for the runs that are compared.
+        batch: The batch size that a tuning run tries. None for the recipe's.
         options: The options of the recipe in which the run differs from the others of its study.
             They follow from the other attributes, so they are not compared.
     """
@@ -38,16 +52,23 @@ class Run:
     seed: int
     rate: float | None = None
     options: dict[str, Any] = field(default_factory=dict, compare=False)
+    batch: int | None = None
 
     @property
     def key(self) -> Key:
         return self.name, self.cost
+
+    def record(self) -> dict[str, Any]:
+        """What run.json says of it beside its command. Without a batch size, if it has none."""
+        known = {"name": self.name, "cost": self.cost, "seed": self.seed, "rate": self.rate}
+        return known if self.batch is None else {**known, "batch": self.batch}
 
     @property
     def folder(self) -> str:
         """The name of the run's folder, such as ucb_c_2.0_0.3_seed1."""
         words = self.name if self.name == FULL else f"{self.name} {self.cost:g}"
         words += "" if self.rate is None else f" tuning {self.rate:g}"
+        words += "" if self.batch is None else f" batch {self.batch}"
         return "_".join([*re.findall(r"(?:[^\W_]|\.)+", words), f"seed{self.seed}"])
 
 
@@ -211,6 +232,7 @@ class Plan:
     costs: Sequence[float] = (0.3,)
     seeds: Sequence[int] = (0, 1, 2)
     learning_rates: Sequence[float] = ()
+    batch_sizes: Sequence[int] = ()
     rates_of: Path | None = None
     tune: Literal["each", "first"] = "each"
     tuning_seeds: Sequence[int] = (0,)
@@ -221,6 +243,8 @@ class Plan:
             raise ValueError(
                 f"--learning_rates {self.learning_rates}: expected at least two, above 0, or none."
             )
+        if self.batch_sizes:
+            self._check_batch_sizes()
         if self.rates_of is not None and self.learning_rates:
             raise ValueError(
                 f"--rates_of {self.rates_of} takes learning rates, --learning_rates tries them: "
@@ -238,6 +262,24 @@ class Plan:
                     f"--scores {text} is unknown: expected one of {', '.join(METHODS)}, which "
                     "options of the recipe may follow."
                 )
+
+    def _check_batch_sizes(self) -> None:
+        sizes = list(self.batch_sizes)
+        if len(set(sizes)) < max(2, len(sizes)) or min(sizes) < 1:
+            raise ValueError(
+                f"--batch_sizes {sizes}: expected at least two different ones, of at least 1."
+            )
+        if not self.learning_rates:
+            raise ValueError(
+                f"--batch_sizes {sizes} without --learning_rates: the best rate depends on the "
+                "batch size, so give the rates to try, too."
+            )
+
+    @property
+    def settings(self) -> list[Setting]:
+        """What tuning tries first: each learning rate at each batch size."""
+        batches: Sequence[int | None] = self.batch_sizes or (None,)
+        return [Setting(rate, batch) for batch in batches for rate in self.learning_rates]
 
     def methods(self, cost: float) -> list[Method]:
         """The short run and the rules."""
@@ -259,17 +301,17 @@ class Plan:
         for cost, seed in product(self.costs, self.seeds):
             names = [*map(str, self.methods(cost)), *chain(*map(static_names, self.scores))]
             yield from (Run(name, cost, seed) for name in names)
-        for rate, seed in product(self.learning_rates, self.tuning_seeds):
-            yield replace(full_run(seed), rate=rate)
+        for (rate, batch), seed in product(self.settings, self.tuning_seeds):
+            yield replace(full_run(seed), rate=rate, batch=batch)
             for cost in self.costs:
                 names = map(str, self.tuned_methods(cost))
-                yield from (Run(name, cost, seed, rate) for name in names)
+                yield from (Run(name, cost, seed, rate, batch=batch) for name in names)
 
-    def at_best_rate(self, run: Run, rates: Mapping[Key, float]) -> Run:
-        """The run at the learning rate that was tuned for its method.
+    def at_best_setting(self, run: Run, tuned: Mapping[Key, Setting]) -> Run:
+        """The run at the learning rate, and batch size, that were tuned for its method.
 
-        If there is none: at the rate of the same policy without fields, or of the first rule.
+        If there are none: at those of the same policy without fields, or of the first rule.
         """
         names = (run.name, run.name.partition(" (")[0], self.first_rule)
-        known = [rates[name, run.cost] for name in names if (name, run.cost) in rates]
-        return replace(run, options={"learning_rate": known[0], **run.options}) if known else run
+        known = [tuned[name, run.cost] for name in names if (name, run.cost) in tuned]
+        return replace(run, options={**known[0].options, **run.options}) if known else run

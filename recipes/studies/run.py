@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,10 @@ from tqdm import tqdm
 from hf_dynprune import PruningReport, RunShape
 from hf_dynprune.files import REPORT_FILE, SCORES_FILE, save_json
 
-from .plan import FULL, Key, Plan, Run, full_run, scores_run, static_names, static_runs
-from .summarise import RUN_FILE, STUDY_FILE, chosen_rates, next_rate, summarise
+from .plan import FULL, Key, Plan, Run, Setting, full_run, scores_run, static_names, static_runs
+from .summarise import RUN_FILE, STUDY_FILE, best_settings, chosen_settings, next_rate, summarise
 
-MOST_RATES = 4  # that tuning adds to the given ones
+MOST_RATES = 4  # that tuning adds to the given ones, at each batch size
 LOG_FILE = "log.txt"
 
 
@@ -117,8 +117,7 @@ class Study:
         folder = self.folder / run.folder
         options = [f"--{name}={value}" for name, value in {**run.options, "seed": run.seed}.items()]
         command, noted = [*self.recipe, *options], folder / RUN_FILE
-        record = {**asdict(run), "command": self.portable(command)}
-        del record["options"]
+        record = {**run.record(), "command": self.portable(command)}
         if noted.exists():
             before = json.loads(noted.read_text())
             if before != record:
@@ -215,57 +214,61 @@ class Sitting:
         report = self.study.report(runs[0])
         return RunShape(report.num_samples, num_epochs=report.num_epochs)
 
-    def _tune(self) -> dict[Key, float]:
-        """Find the best learning rates: try more until a worse one stands on either side."""
+    def _tune(self) -> dict[Key, Setting]:
+        """Find the best learning rates: try more until a worse one stands on either side.
+
+        Of several batch sizes each is tuned so, and the best one is taken.
+        """
         plan = self.plan
         if plan.rates_of is not None:
-            return chosen_rates(plan.rates_of)
+            return chosen_settings(plan.rates_of)
         if not plan.learning_rates:
             return {}
 
-        def at(rate: float, run: Run) -> Run:
-            options = {"validation_share": plan.validation_share, "learning_rate": rate}
-            return replace(run, rate=rate, options={**run.options, **options})
+        def at(setting: Setting, run: Run) -> Run:
+            options = {"validation_share": plan.validation_share, **setting.options}
+            return replace(run, **setting._asdict(), options={**run.options, **options})
 
         runs = [full_run(seed) for seed in plan.tuning_seeds]
-        full = self._first([at(rate, run) for run in runs for rate in plan.learning_rates])
+        full = self._first([at(setting, run) for run in runs for setting in plan.settings])
         for seed, cost in product(plan.tuning_seeds, plan.costs):
             runs += [method.run(cost, seed, full) for method in plan.tuned_methods(cost)]
-        rates = {run.key: list(plan.learning_rates) for run in runs}
-        chosen: dict[Key, float] = {}
+        keys = {run.key for run in runs}
+        left = dict.fromkeys(keys, plan.settings)
+        found: dict[Key, Setting] = {}
         for _ in range(1 + MOST_RATES):
             for run in runs:
-                for rate in rates.get(run.key, ()):
-                    self.start(at(rate, run))
+                for setting in left.get(run.key, ()):
+                    self.start(at(setting, run))
             self.wait()
-            rows = summarise(self.study.folder)["tuning"]
-            tuned = {(row["name"], row["cost"]): row for row in rows}
-            chosen = {run.key: tuned[run.key]["chosen"] for run in runs}
-            edges = {
-                key: [rate for rate, _ in tuned[key]["means"]]
-                for key in chosen
-                if tuned[key]["edge"]
-            }
-            rates = {key: [next_rate(tried, chosen[key])] for key, tried in edges.items()}
-            if not rates:
+            summary = summarise(self.study.folder)
+            rows = [row for row in summary["tuning"] if (row["name"], row["cost"]) in keys]
+            found = best_settings(rows, summary["lower_is_better"])
+            left = {}
+            for row in rows:
+                if row["edge"]:
+                    rate = next_rate([rate for rate, _ in row["means"]], row["chosen"])
+                    beyond = Setting(rate, row.get("batch_size"))
+                    left.setdefault((row["name"], row["cost"]), []).append(beyond)
+            if not left:
                 break
-        return chosen
+        return found
 
-    def _compare(self, rates: Mapping[Key, float]) -> None:
-        """Make the runs that are compared, at the learning rates that were tuned, if any."""
+    def _compare(self, tuned: Mapping[Key, Setting]) -> None:
+        """Make the runs that are compared, at the settings that were tuned, if any."""
         plan = self.plan
-        options = {"learning_rate": rates[FULL, 1.0]} if rates else {}
+        options = tuned[FULL, 1.0].options if tuned else {}
         scores = {
             (text, seed): self.start(scores_run(text, seed, **options), SCORES_FILE)
             for text, seed in self._missing_scores()
         }
-        full = self._first([plan.at_best_rate(full_run(seed), rates) for seed in plan.seeds])
+        full = self._first([plan.at_best_setting(full_run(seed), tuned) for seed in plan.seeds])
         for seed, cost in product(plan.seeds, plan.costs):
             for method in plan.methods(cost):
-                self.start(plan.at_best_rate(method.run(cost, seed, full), rates))
+                self.start(plan.at_best_setting(method.run(cost, seed, full), tuned))
         for (text, seed), future in scores.items():
             self.wait([future])
             for cost in plan.costs:
                 for run in static_runs(text, cost, seed, full, future.result() / SCORES_FILE):
-                    self.start(plan.at_best_rate(run, rates))
+                    self.start(plan.at_best_setting(run, tuned))
         self.wait()

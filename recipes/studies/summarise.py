@@ -14,7 +14,7 @@ from hf_dynprune.files import REPORT_FILE, save_json
 from hf_dynprune.report import in_percent
 
 from .draw import draw
-from .plan import FULL, RANDOM, SHORT, Key, Run
+from .plan import FULL, RANDOM, SHORT, Key, Run, Setting
 
 STUDY_FILE, RUN_FILE, SUMMARY_FILE = "study.json", "run.json", "summary.json"
 RANKED = 0.02  # a run is ranked if its cost is off by at most this share of the planned cost
@@ -135,7 +135,7 @@ def run_seconds(report: PruningReport) -> float:
 
 
 def tuned_rates(values: Mapping[Run, float], lower: bool) -> list[dict[str, Any]]:
-    """The learning rates that were tried for each method and cost.
+    """The learning rates that were tried for each method and cost, and at each batch size.
 
     Args:
         values: The metric of the tuning runs.
@@ -143,14 +143,16 @@ def tuned_rates(values: Mapping[Run, float], lower: bool) -> list[dict[str, Any]
 
     Returns:
         Rows with `means`, pairs (learning rate, mean over the seeds); `chosen`, the best rate;
-        `edge`, whether that is the lowest or highest tried and no other one is as good; `seeds`.
+        `edge`, whether that is the lowest or highest tried and no other one is as good; `seeds`;
+        `batch_size`, if it was tried.
     """
-    tried: dict[tuple[float, str], dict[float, list[float]]] = {}
+    tried: dict[tuple[float, str, int], dict[float, list[float]]] = {}
     for run, value in values.items():
         assert run.rate is not None
-        tried.setdefault((run.cost, run.name), {}).setdefault(run.rate, []).append(value)
+        key = run.cost, run.name, run.batch or 0
+        tried.setdefault(key, {}).setdefault(run.rate, []).append(value)
     rows = []
-    for (cost, name), by_rate in sorted(tried.items(), reverse=True):
+    for (cost, name, batch), by_rate in sorted(tried.items(), reverse=True):
         means = {rate: statistics.mean(by_rate[rate]) for rate in sorted(by_rate)}
         finite = {rate: mean for rate, mean in means.items() if math.isfinite(mean)} or means
         chosen = (min if lower else max)(finite, key=finite.__getitem__)
@@ -163,8 +165,26 @@ def tuned_rates(values: Mapping[Run, float], lower: bool) -> list[dict[str, Any]
             "edge": alone and chosen in (min(means), max(means)),
             "seeds": min(map(len, by_rate.values())),
         }
-        rows.append(row)
+        rows.append({**row, "batch_size": batch} if batch else row)
     return rows
+
+
+def best_settings(rows: Rows, lower: bool) -> dict[Key, Setting]:
+    """The best learning rate of each method and cost, at the batch size that was best with it.
+
+    Args:
+        rows: Of `tuned_rates`.
+        lower: Whether a low value is good.
+    """
+    best: dict[Key, tuple[float, Setting]] = {}
+    for row in rows:
+        mean = dict(map(tuple, row["means"]))[row["chosen"]]
+        loss = mean if lower else -mean
+        loss = loss if math.isfinite(loss) else math.inf
+        key, setting = (row["name"], row["cost"]), Setting(row["chosen"], row.get("batch_size"))
+        if key not in best or loss < best[key][0]:
+            best[key] = loss, setting
+    return {key: setting for key, (_, setting) in best.items()}
 
 
 def next_rate(rates: Collection[float], best: float) -> float:
@@ -176,8 +196,8 @@ def next_rate(rates: Collection[float], best: float) -> float:
     return float(f"{end * end / neighbour:.6g}")
 
 
-def chosen_rates(folder: Path) -> dict[Key, float]:
-    """The best learning rates that a study tuned.
+def chosen_settings(folder: Path) -> dict[Key, Setting]:
+    """The best learning rates, and batch sizes, that a study tuned.
 
     Raises:
         ValueError: If the folder has no summary.
@@ -185,8 +205,8 @@ def chosen_rates(folder: Path) -> dict[Key, float]:
     file = folder / SUMMARY_FILE
     if not file.is_file():
         raise ValueError(f"{file} does not exist: expected a study that tuned learning rates.")
-    tuning = json.loads(file.read_text())["tuning"]
-    return {(row["name"], row["cost"]): row["chosen"] for row in tuning}
+    summary = json.loads(file.read_text())
+    return best_settings(summary["tuning"], summary["lower_is_better"])
 
 
 # ---- targets -------------------------------------------------------------------------------------
@@ -320,15 +340,18 @@ def _table_of_targets(found: Rows, metric: Metric) -> str:
 
 
 def _table_of_rates(tuning: Rows, metric: Metric) -> str:
-    """A row for each method and cost, a column for each learning rate, the best one in bold."""
+    """A row for each method, cost and batch size, a column for each learning rate.
+
+    The best rate of a row is bold.
+    """
     rates = sorted({rate for row in tuning for rate, _ in row["means"]})
     cells = []
     for row in tuning:
         shown = {rate: metric.show(mean) for rate, mean in row["means"]}
         shown[row["chosen"]] = f"**{shown[row['chosen']]}**"
-        cells.append(
-            [f"{row['name']}, cost {row['cost']:g}", *(shown.get(rate, "") for rate in rates)]
-        )
+        words = f"{row['name']}, cost {row['cost']:g}"
+        words += f", batch {row['batch_size']}" if "batch_size" in row else ""
+        cells.append([words, *(shown.get(rate, "") for rate in rates)])
     heading = f"{metric.heading} on data held out, at learning rate"
     return markdown([heading, *(f"{rate:g}" for rate in rates)], cells)
 
