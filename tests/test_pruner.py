@@ -8,8 +8,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from cases import outcome
 from choosing import INF, NAN
+from threads import on_ranks
 
+from hf_dynprune import distributed
 from hf_dynprune import pruner as module
 from hf_dynprune import report as report_module
 from hf_dynprune.files import STATE_FILE, load_tensors
@@ -711,10 +714,10 @@ def test_policy_must_be_one(policy):
         DynamicPruner(policy, RunShape(10, num_epochs=1))
 
 
-@pytest.mark.parametrize("shape", [10, None, {"samples": 10}])
+@pytest.mark.parametrize("shape", ["10", None, {"samples": 10}])
 def test_shape_must_be_one(shape):
-    with pytest.raises(TypeError, match=re.escape(f"shape={shape!r}")):
-        DynamicPruner(UCB(), shape)
+    with pytest.raises(TypeError, match=re.escape(f"samples={shape!r}")):
+        DynamicPruner(UCB(), shape, num_epochs=1)
 
 
 def test_ranks_are_those_of_the_process_group():
@@ -979,3 +982,109 @@ def test_columns_of_a_users_memory_are_saved(tmp_path):
     target.load(tmp_path)
     assert target.table["seen"].tolist() == [1, 2, 3, 3, 2, 1] + [0] * 14
     assert target.table["seen"].dtype == torch.int16
+
+
+# ---- loops that end early ------------------------------------------------------------------------
+
+
+def observe_all(pruner, batches=None):
+    """Observe some batches of the epoch that was begun, or all of them."""
+    order = torch.tensor(list(pruner.sampler))
+    for batch in order.split(pruner.shape.batch_size)[:batches]:
+        pruner.observe(batch, {"loss": batch + 1.0})
+
+
+def test_the_report_is_right_after_each_batch():
+    """A loop may be broken off anywhere, without a call that says so."""
+    pruner = DynamicPruner(UCB(0.5), RunShape(40, 4, num_epochs=3, accumulation=2))
+    pruner.begin_epoch(0)
+    observe_all(pruner)
+    pruner.begin_epoch(1)
+    observe_all(pruner, 3)
+    report = pruner.report
+    assert report.totals["optimizer_steps"] == 3 + 2
+    assert report.num_epochs == pytest.approx(1 + 2 / 3)
+    assert report.totals["forward_passes"] == 20 + 12
+
+
+def test_epochs_that_end_early_count_in_part_and_are_not_continued():
+    def begun():
+        return DynamicPruner(UCB(0.5), RunShape(40, 4, num_epochs=3))
+
+    pruner = begun()
+    for epoch in range(2):
+        pruner.begin_epoch(epoch)
+        observe_all(pruner, 2)
+    pruner.end_epoch()
+    assert pruner.report.num_epochs == pytest.approx(0.8)
+    assert pruner.report.cost_ratio == pytest.approx(0.5)
+    again = begun()
+    assert again.load_state_dict(pruner.state_dict()) == (2, 0)
+    assert again.load_state_dict(again.state_dict()) == (2, 0)
+    for one in (pruner, again):
+        one.begin_epoch(2)
+        observe_all(one)
+        one.end_epoch()
+    assert outcome(again) == outcome(pruner)
+    assert again.report.num_epochs == pytest.approx(1.8)
+
+
+def test_the_last_epoch_of_a_run_is_continued_by_a_longer_one():
+    def of(steps):
+        return DynamicPruner(UCB(0.5), RunShape(40, 4, max_steps=steps))
+
+    short, long = of(7), of(12)  # of 5 steps an epoch
+    for pruner in (short, long):
+        pruner.begin_epoch(0)
+        observe_all(pruner)
+        pruner.begin_epoch(1)
+        observe_all(pruner, 2)
+    short.end_epoch()
+    again = of(12)
+    assert again.load_state_dict(short.state_dict()) == (1, 2)
+
+
+def test_an_interrupted_epoch_is_recorded_and_continued():
+    pruner = DynamicPruner(UCB(0.5), RunShape(40, 4, num_epochs=3))
+    pruner.begin_epoch(0)
+    observe_all(pruner, 2)
+    pruner.interrupt(step=1)
+    assert pruner.report.totals["optimizer_steps"] == 1
+    assert pruner.table.observed.sum() == 8
+    assert pruner.report.epochs[0].seconds["training"] > 0
+    again = DynamicPruner(UCB(0.5), RunShape(40, 4, num_epochs=3))
+    assert again.load_state_dict(pruner.state_dict()) == (0, 2)
+    pruner.interrupt()  # no epoch is running
+
+
+def test_an_error_of_the_device_does_not_hide_the_first_one(monkeypatch):
+    pruner = DynamicPruner(UCB(0.5), RunShape(40, 4, num_epochs=3))
+    pruner.begin_epoch(0)
+    observe_all(pruner, 2)
+
+    def failing():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(pruner, "flush", failing)
+    pruner.interrupt(step=2)
+    assert pruner.report.totals["optimizer_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("differing", "name"),
+    [
+        (lambda rank: {"num_epochs": 2 + rank}, "number of epochs"),
+        (lambda rank: {"max_steps": 5 + rank}, "max_steps"),
+        (lambda rank: {"num_epochs": 2, "batch_size": 2 + rank}, "global batch"),
+    ],
+)
+def test_ranks_of_different_runs_fail_before_they_train(differing, name):
+    """They would wait for each other where the shorter one ends."""
+
+    def begin():
+        rank = distributed.world()[0]
+        shape = RunShape(40, **{"batch_size": 2, **differing(rank)})
+        DynamicPruner(RandomPruning(0.5), shape).begin_epoch(0)
+
+    with pytest.raises(ValueError, match=rf"'{name}': rank 0 has .*rank 1 has "):
+        on_ranks(2, begin)

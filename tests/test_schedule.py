@@ -397,3 +397,31 @@ def test_a_clock_past_its_last_epoch_has_no_more_steps():
     clock.begin_epoch(2, 20, 10)
     assert clock.total_steps() == 20
     assert clock.virtual(20) == 20
+
+
+# ---- shares of a run -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.3, 1.0])
+@pytest.mark.parametrize("lengths", [(10, 5, 3, 8), (1, 1, 1, 1), (7, 7, 7, 7)])
+def test_each_share_of_a_run_has_one_step(share, lengths):
+    clock = Clock.of(RandomPruning(0.5), RunShape(80, 8, num_epochs=len(lengths)))
+    start, found = 0, []
+    for epoch, length in enumerate(lengths):
+        clock.begin_epoch(epoch, start, length)
+        step = start
+        while (step := clock.next_step(step, share)) <= start + length:
+            done, before = clock.virtual(step) / clock.total, clock.virtual(step - 1) / clock.total
+            assert math.floor(done / share + 1e-6) > math.floor(before / share + 1e-6)
+            found.append(step)
+        assert step == start + length + 1
+        start += length
+    if sum(lengths) > 10:
+        assert len(found) == math.floor(1 / share + 1e-9)
+
+
+def test_a_clock_knows_whether_its_steps_are_known():
+    known, unknown = RandomPruning(0.5), InfoBatch()
+    assert Clock.of(known, RunShape(80, 8, num_epochs=4)).is_exact
+    assert not Clock.of(unknown, RunShape(80, 8, num_epochs=4)).is_exact
+    assert Clock.of(unknown, RunShape(80, 8, max_steps=40)).is_exact

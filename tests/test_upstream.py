@@ -6,13 +6,14 @@ bug: delete the mend in hf_dynprune/upstream.py.
 
 import copy
 
+import peft
 import pytest
 import torch
 from test_tasks import train
-from tiny import images, same_weights, trainer, vit
+from tiny import images, llama, same_weights, texts, trainer, vit
 from transformers import Trainer, ViTForImageClassification
 
-from hf_dynprune import UCB, DynamicPruningMixin, FullData
+from hf_dynprune import UCB, DynamicPruningMixin, DynamicPruningTrainer, FullData
 from hf_dynprune.upstream import restore_weights
 
 KINDS = [
@@ -194,3 +195,80 @@ def test_operations_of_a_trainers_own_count_stay_its_own(tmp_path):
     run = trainer(tmp_path, cls=Pruned, pruning=UCB(0.5), num_train_epochs=2)
     run.train()
     assert run.state.total_flos == 7 * run.state.global_step
+
+
+# ---- weights that a checkpoint leaves out --------------------------------------------------------
+
+
+class Halves(torch.nn.Module):
+    """A frozen body with running statistics, which is not saved, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body = torch.nn.Sequential(torch.nn.Linear(192, 8), torch.nn.BatchNorm1d(8))
+        self.body.requires_grad_(False)
+        self.head = torch.nn.Linear(8, 4)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.body.eval()
+        return self
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.head(self.body(pixel_values.flatten(1)))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+def frozen_vit():
+    model = vit(seed=7)
+    model.vit.requires_grad_(False)
+    return model
+
+
+class SavesTheHead(DynamicPruningTrainer):
+    def _save(self, output_dir=None, state_dict=None):
+        frozen = ("body.", "vit.")
+        kept = {k: v for k, v in self.model.state_dict().items() if not k.startswith(frozen)}
+        super()._save(output_dir, kept)
+
+
+@pytest.mark.parametrize("model", [Halves, frozen_vit])
+def test_frozen_weights_that_are_not_saved_stay(model, tmp_path, reliability):
+    def made(folder):
+        extra = {"per_sample_loss_fn": "single_label"}
+        settings = {"save_strategy": "epoch", "pruning": UCB(0.5), "extra": extra}
+        return trainer(folder, cls=SavesTheHead, model=model(), **settings)
+
+    whole, part = made(tmp_path), made(tmp_path / "part")
+    whole.train()
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert same_weights(part.model, whole.model)
+    reliability("restoring")
+
+
+def tied():
+    return llama(tie_word_embeddings=True)
+
+
+def adapted():
+    torch.manual_seed(1)
+    settings = {"r": 2, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(llama(), peft.LoraConfig(**settings))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+@pytest.mark.parametrize("best", [False, True])
+@pytest.mark.parametrize("model", [tied, adapted])
+def test_tied_weights_and_adapters_are_restored(model, best, tmp_path, reliability):
+    data = texts("causal LM", 20, padded=True)
+    settings = {"save_strategy": "epoch", "pruning": UCB(0.5), "data": data}
+    if best:
+        settings |= {"eval_strategy": "epoch", "load_best_model_at_end": True}
+        settings |= {"learning_rate": 0.2, "extra": {"eval_dataset": data.select(range(4))}}
+    whole = trainer(tmp_path, model=model(), **settings)
+    whole.train()
+    part = trainer(tmp_path / "part", model=model(), **settings)
+    part.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same_weights(part.model, whole.model)
+    reliability("restoring")
