@@ -1,6 +1,10 @@
 """What the effective share says of the studies: a line through G and the measured savings.
 
-    .venv/bin/python -m recipes.studies.potential      writes recipes/results/potential.json
+    python -m recipes.studies.potential                 writes recipes/results/potential.json
+    python -m recipes.studies.potential --predict NAME=runs/short ... --output predicted.json
+
+With --predict it writes what the line says of new settings, each by the report of a short run, so
+that the prediction can be committed before the study is made.
 
 G of a study is the mean over epochs and seeds of 1 / effective share of its loss-proportional runs.
 Their reports were written before the effective share was measured. They hold five quantiles of the
@@ -11,6 +15,7 @@ loss-proportional, over the cost of both. Results of runs on all data are interp
 the logarithm of the cost, between the two nearest costs.
 """
 
+import argparse
 import json
 import math
 import statistics
@@ -24,7 +29,7 @@ from scipy import stats
 
 from hf_dynprune import PruningReport
 from hf_dynprune.files import REPORT_FILE, save_json
-from hf_dynprune.potential import effective_share, fit_line
+from hf_dynprune.potential import STUDIES, effective_share, fit_line, predicted_saving
 
 RESULTS = Path(__file__).parents[1] / "results"
 FILE = RESULTS / "potential.json"
@@ -105,7 +110,42 @@ def potential(studies: Sequence[Path]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def predictions(runs: Mapping[str, Path]) -> dict[str, Any]:
+    """For each setting G of a run and the saving that the shipped line predicts.
+
+    Args:
+        runs: Setting -> report of a short run, or its folder.
+
+    Raises:
+        ValueError: If a report has no effective share.
+    """
+    found = {}
+    for name, path in runs.items():
+        report = PruningReport.load(path / REPORT_FILE if path.is_dir() else path)
+        if report.gain is None:
+            raise ValueError(f"{name}={path} has no effective share: train it with this version.")
+        factor, low, high = predicted_saving(report.gain)
+        saving = {"factor": factor, "interval": [low, high]}
+        found[name] = {"gain": report.gain, "passes": report.passes, "saving": saving}
+    return {"fit": STUDIES._asdict(), "settings": found}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--predict", nargs="+", metavar="NAME=RUN", help="settings to predict")
+    parser.add_argument("--output", type=Path, help="where the predictions go")
+    options = parser.parse_args(argv)
+    if (options.predict is None) != (options.output is None):
+        parser.error("--predict and --output: expected both or neither.")
+    if options.predict:
+        pairs = [text.partition("=") for text in options.predict]
+        if wrong := [name for name, equals, run in pairs if not (equals and name and run)]:
+            parser.error(f"--predict {wrong[0]}: expected NAME=RUN.")
+        try:
+            save_json(options.output, predictions({name: Path(run) for name, _, run in pairs}))
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
+        return
     folders = sorted((RESULTS / "studies").glob("*/"))
     found = potential([folder for folder in folders if folder.name not in LEFT_OUT])
     save_json(FILE, found)
