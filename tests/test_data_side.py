@@ -7,6 +7,7 @@ from itertools import chain
 from typing import ClassVar
 
 import datasets
+import optuna
 import pytest
 import torch
 from tiny import (
@@ -826,3 +827,236 @@ def test_several_evaluation_sets_are_each_noted_once(tmp_path):
     assert {"eval_near_loss", "eval_far_loss"} <= set(record.metrics)
     spent = record.metrics["eval_near_runtime"] + record.metrics["eval_far_runtime"]
     assert record.seconds["evaluation"] == pytest.approx(spent)
+
+
+# ---- what a subclass asks for --------------------------------------------------------------------
+
+
+def scheduling(factor):
+    """A trainer that asks for a schedule of `factor` times the steps of the run."""
+
+    class Scheduling(DynamicPruningTrainer):
+        def create_scheduler(self, num_training_steps, optimizer=None):
+            return super().create_scheduler(round(factor * num_training_steps), optimizer)
+
+    return Scheduling
+
+
+@pytest.mark.parametrize("factor", [0.5, 2, 4])
+@pytest.mark.parametrize(
+    "policy", [FullData(), RandomPruning(0.5), Shares(known=True), Shares(known=False)]
+)
+def test_a_subclass_may_ask_for_another_schedule(policy, factor, tmp_path):
+    run = trainer(tmp_path, cls=scheduling(factor), pruning=policy, num_train_epochs=4)
+    run.train()
+    last = run.pruning_report.epochs[-1].learning_rate
+    assert last == pytest.approx(1e-2 * max(0.0, 1 - 1 / factor), abs=1e-9)
+
+
+def test_another_schedule_is_continued_by_a_resumed_run(tmp_path):
+    def make(folder):
+        settings = {"save_strategy": "steps", "save_steps": 1, "num_train_epochs": 3}
+        return trainer(folder, cls=scheduling(2), pruning=Shares(known=False), **settings)
+
+    assert sum(1 for _ in every_checkpoint(make, tmp_path)) > 5
+
+
+class Sampling(DynamicPruningTrainer):
+    """Above the mixin, as well as behind it."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return WeightedRandomSampler([1.0] * 40, 40)
+
+
+def test_a_sampler_of_a_subclass_is_refused_at_construction(tmp_path):
+    with pytest.raises(ValueError, match=r"Sampling\._get_train_sampler"):
+        trainer(tmp_path, cls=Sampling, pruning=RandomPruning(0.5))
+
+
+def test_a_loop_of_its_own_is_found_out(tmp_path):
+    class Looping(DynamicPruningTrainer):
+        def _inner_training_loop(self, *args, **kwargs):
+            self.state.global_step = sum(1 for _ in self.get_train_dataloader())
+
+    with pytest.raises(RuntimeError, match=r"Looping trained 5 steps"):
+        trainer(tmp_path, cls=Looping, pruning=RandomPruning(0.5)).train()
+
+
+def test_an_order_that_cannot_be_the_stock_trainers_is_said(tmp_path, caplog):
+    settings = {"pruning": FullData(), "accelerator_config": {"use_seedable_sampler": False}}
+    trainer(tmp_path, **settings)
+    assert "use_seedable_sampler=False" in caplog.text
+
+
+# ---- a batch that the user looks at --------------------------------------------------------------
+
+
+class NoOtherArguments(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(192, 4)
+
+    def forward(self, pixel_values, labels=None):
+        logits = self.layer(pixel_values.flatten(1))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_of_the_users_own_loader_is_a_stock_batch(workers, tmp_path):
+    def made(**extra):
+        settings = {"model": NoOtherArguments(), "dataloader_num_workers": workers}
+        by_class = images()["labels"][:].argsort().tolist()
+        return trainer(tmp_path, data=images().select(by_class), **settings, **extra)
+
+    extra = {"per_sample_loss_fn": "single_label"}
+    stock, run = made(cls=Trainer), made(pruning=UCB(0.5), extra=extra)
+    expected, batch = (next(iter(one.get_train_dataloader())) for one in (stock, run))
+    assert batch.keys() == expected.keys()
+    assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    run.model(**batch)
+    batches = recorded(run)
+    run.train()
+    assert len(batches) == 9  # with the indices of their samples
+    assert run.pruner.table.observed.all()
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"logging_strategy": "epoch"},
+        {"logging_steps": 2, "logging_first_step": True},
+        {"include_num_input_tokens_seen": "all"},
+        {"eval_strategy": "epoch"},
+        {"logging_strategy": "no"},
+        {"logging_steps": 100},
+    ],
+)
+def test_the_log_has_the_entries_of_the_stock_trainer(settings, tmp_path):
+    logs = []
+    for extra in ({"cls": Trainer}, {"pruning": FullData()}):
+        extra = {**extra, "extra": {"eval_dataset": images(8)}}
+        run = trainer(tmp_path, **extra, **settings)
+        run.train()
+        history = run.state.log_history
+        logs.append(
+            [{name for name in entry if not name.startswith("pruning/")} for entry in history]
+        )
+    assert logs[0] == logs[1]
+
+
+def test_the_numbers_of_a_choice_are_logged_once_an_epoch_also_after_a_resume(tmp_path):
+    def noted(run):
+        history = run.state.log_history
+        return [entry["epoch"] for entry in history if "pruning/kept_share" in entry]
+
+    def make(folder):
+        settings = {"logging_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        return trainer(folder, data=images(80), pruning=UCB(0.5), **settings)
+
+    for run in every_checkpoint(make, tmp_path):
+        assert noted(run) == pytest.approx([0.4, 1.2, 2.4])  # steps 2, 6 and 12, of 5 an epoch
+
+
+# ---- shares of a run whose length depends on the data --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shares", "steps"),
+    [((1.0, 0.5, 0.3, 0.8), [5, 8, 10, 14]), ((0.2, 0.2, 0.2, 1.0), [1, 2, 3, 8])],
+)
+def test_a_share_of_unknown_length_is_one_of_the_epochs(shares, steps, tmp_path):
+    run = trainer(
+        tmp_path,
+        pruning=Shares(shares=shares, known=False),
+        num_train_epochs=4,
+        eval_strategy="steps",
+        eval_steps=0.25,
+        save_strategy="steps",
+        save_steps=0.5,
+        logging_steps=0.25,
+        extra={"eval_dataset": images(8)},
+    )
+    run.train()
+    history = run.state.log_history
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == steps
+    assert [entry["step"] for entry in history if "loss" in entry] == steps
+    saved = sorted(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*"))
+    assert saved == [steps[1], steps[3]]
+
+
+def test_a_share_is_the_same_one_after_a_resume(tmp_path):
+    def make(folder):
+        settings = {"eval_strategy": "steps", "eval_steps": 0.2, "num_train_epochs": 4}
+        settings |= {"save_strategy": "steps", "save_steps": 1}
+        extra = {"eval_dataset": images(8)}
+        return trainer(folder, pruning=Shares(known=False), extra=extra, **settings)
+
+    evaluated = set()
+    for run in every_checkpoint(make, tmp_path):
+        history = run.state.log_history
+        evaluated.add(tuple(entry["step"] for entry in history if "eval_loss" in entry))
+    assert len(evaluated) == 1
+
+
+# ---- searches ------------------------------------------------------------------------------------
+
+
+class Noting(DynamicPruningTrainer):
+    """Notes the policy and the kept samples of each run."""
+
+    def train(self, *args, **kwargs):
+        result = super().train(*args, **kwargs)
+        self.noted = [*getattr(self, "noted", []), (self.pruning, self.pruning_report)]
+        return result
+
+
+def searched(folder, space, policy, values):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    extra = {"model_init": lambda trial: vit(), "eval_dataset": images(8)}
+    run = trainer(folder, cls=Noting, pruning=policy, eval_strategy="epoch", extra=extra)
+    run.hyperparameter_search(
+        hp_space=space,
+        n_trials=2,
+        backend="optuna",
+        sampler=optuna.samplers.GridSampler(values, seed=0),
+    )
+    return run
+
+
+def test_a_search_goes_over_fields_of_the_policy(tmp_path):
+    values = {"keep_ratio": [0.2, 0.9]}
+
+    def space(trial):
+        ratio = trial.suggest_categorical("keep_ratio", values["keep_ratio"])
+        return {"keep_ratio": ratio, "period": 2, "learning_rate": 1e-3}
+
+    given = UCB(0.5)
+    run = searched(tmp_path, space, given, values)
+    for policy, report in run.noted:
+        assert policy.period == 2
+        assert report.policy["keep_ratio"] == policy.keep_ratio
+        assert [record.samples for record in report.epochs] == [40 * policy.keep_ratio] * 3
+    assert {policy.keep_ratio for policy, _ in run.noted} == {0.2, 0.9}
+    assert run.args.learning_rate == 1e-3
+    run.train()  # after the search the policy is the one that was given
+    assert run.noted[-1][0] is run.pruning is given
+    assert run.noted[-1][1].epochs[0].samples == 20
+
+
+@pytest.mark.parametrize(
+    ("policy", "values", "message"),
+    [
+        (FullData(), {"keep_ratio": [0.2, 0.9]}, r"keep_ratio=0\.[29]"),
+        (UCB(0.5), {"keep_ratio": [1.5, 2.5]}, r"keep_ratio=[12]\.5"),
+    ],
+)
+def test_a_search_over_what_the_policy_cannot_have_is_an_error(policy, values, message, tmp_path):
+    def space(trial):
+        return {name: trial.suggest_categorical(name, found) for name, found in values.items()}
+
+    with pytest.raises(ValueError, match=message):
+        searched(tmp_path, space, policy, values)
