@@ -319,13 +319,14 @@ def test_table_of_a_run(pushed):
         "sample_index",
         "mean",
         "variance",
+        "loss",  # of the effective share
         "times_kept",
         "last_observed",
     ]
     assert found["rows"]["user/table"]["sample_index"] == 1
     card = DatasetCard(files["user/table"]["README.md"].decode())
     assert card.data.tags == ["dynamic-data-pruning", "ucb"]
-    assert card.data["hf_dynprune"]["fingerprint"] == f"{N} samples"
+    assert card.data["hf_dynprune"]["fingerprint"].startswith(f"{N} samples")
     assert card.data["hf_dynprune"]["policy"] == UCB(keep_ratio=0.5).to_dict()
     selection = json.loads(files["user/table"]["report.json"])["selection"]
     for name in ("always", "sometimes", "never"):
@@ -724,8 +725,7 @@ def test_scores_of_another_dataset_are_refused(run, tmp_path, monkeypatch):
     about = {"fingerprint": run.pruner.fingerprint}
     save_parquet(path, run.pruner.table.state_dict(), about)
     assert len(load(path, monkeypatch, dataset=data)) == 30
-    assert len(load(path, monkeypatch, dataset=list(range(30)))) == 30  # a list tells only N
-    for other in (values(31), data.map(lambda row: {"value": row["value"] + 1})):
+    for other in (values(31), list(range(30)), data.map(lambda row: {"value": row["value"] + 1})):
         with pytest.raises(ValueError, match=f"user/table.*{run.pruner.fingerprint}"):
             load(path, monkeypatch, dataset=other)
 
