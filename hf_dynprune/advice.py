@@ -677,7 +677,7 @@ def advise(
     """Predict whether pruning pays for a run, and how much, before the run is paid for.
 
     The seconds come from a dry run. Whether pruning can be as good as a short run of the same cost
-    depends on the effective share of the data, see [`hf_dynprune.potential`], which only a trained
+    depends on the effective share of the data, see `hf_dynprune.potential`, which only a trained
     model shows: give a finished short run, `after`.
 
     A copy of the trainer, with a copy of its model and optimizer, trains some batches with the

@@ -105,7 +105,7 @@ class EpochRecord:
         seconds: wall-clock by phase. `training` is the epoch minus the other phases, so it includes
             logging and checkpoints.
         metrics: metrics of the last evaluation in the epoch.
-        rollouts: what an epoch of reinforcement learning generated, see [`ROLLOUTS`]; empty in
+        rollouts: what an epoch of reinforcement learning generated, see `ROLLOUTS`; empty in
             other runs. A sample is a prompt there: it goes forward and backward once with all its
             completions, however often they are trained on.
         effective_share: [`hf_dynprune.potential.effective_share`] at the end of the epoch, by the

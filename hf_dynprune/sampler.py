@@ -109,7 +109,7 @@ class PruningSampler(Sampler[int]):
         self.set_epoch_order(torch.arange(n, dtype=index_dtype(n)))
 
     def order_of(self, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
-        """The order of the kept samples in an epoch; see [`epoch_order`]."""
+        """The order of the kept samples in an epoch; see `epoch_order`."""
         return epoch_order(self.n, kept, seed, epoch)
 
     def set_epoch_order(self, order: Tensor) -> None:

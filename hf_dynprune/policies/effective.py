@@ -30,7 +30,7 @@ class EffectiveShare(ScoredPolicy):
     guard bars, and those without a finite observation, are not counted in N. With `drop_last` at
     least one batch is kept.
 
-    The share is Kish's effective sample size over M, see [`hf_dynprune.potential`]. The rule is
+    The share is Kish's effective sample size over M, see `hf_dynprune.potential`. The rule is
     ours; no study of it was made yet.
 
     Cost: the effective share, which depends on the data (training losses are free); one float per
