@@ -11,8 +11,10 @@ Both gradients belong to the same forward pass, so dropout and precision cancel 
 the logits, or at the other outputs if there are none by that name. What is compared if that is not
 possible:
 
-- If the own loss does not depend on an output, as with some compiled models, the gradients with
-  respect to the model's last trainable parameters.
+- If the own loss does not depend on an output, as with fused heads, the gradients with respect to
+  the model's last trainable parameters.
+- A loss over tokens, and a compiled model: on a quarter of the batch, by two extra passes of the
+  model without its wrappers, which change nothing (`SampleLossMixin._compare_apart`).
 - With FSDP and DeepSpeed, or if autograd refuses, the values alone.
 
 A batch is compared if it has a valid label and its number in the run is 1, 2, 4, 8, ...: what
