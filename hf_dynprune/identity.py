@@ -1,7 +1,7 @@
 """Which dataset a run trains on: a text that two processes agree on, and that content decides.
 
     datasets.Dataset ──numbers whole, other columns whole or 256 rows─▶ digest ─▶ "N samples, 1f2e"
-    other datasets   ──what they wrap; 8 items, if two reads agree───▶
+    other datasets   ──what they wrap; 8 items, if all reads agree───▶
 
 A checkpoint and a file of scores store it. A run on other data refuses them.
 """
@@ -31,7 +31,9 @@ OWN = "pruning_fingerprint"
 
 _WHOLE_BYTES = 1 << 25  # a column up to this size is read whole
 _ROWS, _FEW_ROWS = 256, 16  # rows that are looked at of larger columns, and if rows are large
-_ITEMS = 8  # items that are read of a dataset that is not a `datasets.Dataset`
+# Items that are read of a dataset that is not a `datasets.Dataset`, and how often. A generator that
+# is made for each read is seen by what it changes alone.
+_ITEMS, _READS = 8, 3
 _FILES, _HEAD_BYTES = 64, 1 << 16  # files that are opened, and bytes that are read of each
 _BLOCK_ROWS = 1 << 22
 _DEPTH = 4  # of datasets in datasets, and of values in values
@@ -52,7 +54,7 @@ def dataset_fingerprint(dataset: Any) -> str:
     8 evenly spaced items.
 
     Items are read from a copy, so that neither the dataset nor a random generator changes. They
-    count only if two reads agree and neither drew random numbers: random augmentation does not
+    count only if three reads agree and none drew random numbers: random augmentation does not
     change the identity. Of images and other large arrays of numbers the shape, mean and root mean
     square count, to three digits, so that machines that round differently agree.
 
@@ -65,8 +67,8 @@ def dataset_fingerprint(dataset: Any) -> str:
     Raises:
         TypeError: If `pruning_fingerprint` is not a text, or is empty.
 
-    Cost: about 1 s for a million rows of a `datasets.Dataset`, of any size. Otherwise 16 items are
-    read.
+    Cost: about 1 s for a million rows of a `datasets.Dataset`, of any size. Otherwise 8 items are
+    read three times.
     """
     own = getattr(dataset, OWN, None)
     if own is not None:
@@ -139,7 +141,7 @@ def _add_dataset(digest: Digest, dataset: Any, depth: int) -> bool:
         digest.add("wrapped", str(len(other)))
         known = _add_dataset(digest, other, depth - 1) or known
     known = _add_labels(digest, dataset) or known
-    if not inner and (items := _items_twice(dataset)) is not None:
+    if not inner and (items := _items_of(dataset)) is not None:
         digest.add("items", items)
         known = True
     return known
@@ -304,7 +306,7 @@ def _add_bytes(digest: Digest, name: str, array: pa.Array) -> None:
 # ---- items ---------------------------------------------------------------------------------------
 
 
-def _items_twice(dataset: Any) -> bytes | None:
+def _items_of(dataset: Any) -> bytes | None:
     """A hash of some items; None if they cannot be read, or differ from read to read."""
     try:
         dataset, generators = _copied(dataset)
@@ -312,11 +314,11 @@ def _items_twice(dataset: Any) -> bytes | None:
             dataset.set_epoch(0)  # an earlier run may have left another epoch
         with _random_states_kept():
             before = _random_states(generators)
-            reads = [_read(dataset) for _ in range(2)]
+            reads = [_read(dataset) for _ in range(_READS)]
             drew = _random_states(generators) != before
     except Exception:  # of a foreign class: any
         return None
-    return None if drew or reads[0] != reads[1] else reads[0]
+    return None if drew or len(set(reads)) > 1 else reads[0]
 
 
 def _read(dataset: Any) -> bytes:

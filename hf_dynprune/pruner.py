@@ -669,10 +669,16 @@ class DynamicPruner:
             if ours[key] != theirs.get(key)
         ]
         if differing:
+            sure = ""
+            if theirs.get("dataset fingerprint") != self.fingerprint:
+                sure = (
+                    " If you are sure that the data are the same, set the dataset's attribute "
+                    f"pruning_fingerprint={theirs.get('dataset fingerprint')!r}."
+                )
             raise ValueError(
                 f"The checkpoint belongs to another run ({'; '.join(differing)}). Resume with the "
                 "settings of the checkpoint, or start a new run from its weights alone "
-                "(`from_pretrained`)."
+                f"(`from_pretrained`).{sure}"
             )
 
     def restart_epoch(self, step: int) -> None:

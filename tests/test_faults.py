@@ -101,7 +101,8 @@ class Data:
         return len(self.samples)
 
     def __getitem__(self, index):
-        if fault == "the dataset raises" and world()[0] == 1 and run.state.global_step == 3:
+        step = run.state.global_step if "run" in globals() else 0  # items are read before the run
+        if fault == "the dataset raises" and world()[0] == 1 and step == 3:
             happens()
             raise OSError("the disk of rank 1 is gone")
         return self.samples[index]
@@ -121,7 +122,7 @@ run = trainer(
     data=Data(),
     pruning=Raises(keep_ratio=0.5, first=1),  # 10 steps, then 5 an epoch
     per_device_train_batch_size=4,
-    num_train_epochs=4,
+    num_train_epochs=4 + (fault == "ranks of other lengths") * int(os.environ["RANK"]),
     save_strategy="steps",
     save_steps=3,
     ddp_find_unused_parameters=False,
@@ -133,7 +134,7 @@ if world()[0] == 0 and fault == "the folder of a checkpoint is a file":
 if world()[0] == 0 and fault == "our file cannot be written":
     (folder / "checkpoint-3" / "pruning_state.safetensors").mkdir(parents=True)
 try:
-    run.train()
+    run.train(fault == "rank 1 alone resumes" and world()[0] == 1)
 except Exception:
     if not (folder / "happened").exists():
         happens()
@@ -156,6 +157,8 @@ FAULTS = {
     },
     "the folder of a checkpoint is a file": {0: "FileExistsError"},
     "our file cannot be written": {0: "IsADirectoryError"},
+    "ranks of other lengths": dict.fromkeys((0, 1), "rank 0 has 4, rank 1 has 5"),
+    "rank 1 alone resumes": dict.fromkeys((0, 1), "rank 0 has False, rank 1 has True"),
 }
 
 
