@@ -16,7 +16,8 @@ EVERY_10_EPOCHS = {"period": 10}
 class FullData(PruningPolicy):
     """Keeps everything: the full run, counted and reported as pruned runs are.
 
-    Trains the samples of the stock Trainer in its order. Cost 1.
+    Trains the samples of the stock Trainer in its order, except with
+    `accelerator_config={"use_seedable_sampler": False}`, whose order cannot be repeated. Cost 1.
     """
 
     name = "full"
