@@ -66,7 +66,8 @@ def test_quickstart(tmp_path):
     assert "python recipes/quickstart.py --output_dir" in card
     assert "| short run" in card
     # The card's code loads the model.
-    load = re.search(r"```python\n((?:#.*\n)?import hf_dynprune.vision.*?)```", card, flags=re.DOTALL)[1]
+    snippet = r"```python\n((?:#.*\n)?import hf_dynprune.vision.*?)```"
+    load = re.search(snippet, card, flags=re.DOTALL)[1]
     assert "AutoModelForImageClassification" in load
     use = "import torch; print(model(torch.zeros(1, 1, 8, 8)).logits.shape)"
     assert run("-c", load + use, cwd=tmp_path) == "torch.Size([1, 10])\n"
