@@ -27,7 +27,7 @@ from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
 from . import checkpoints, distributed
-from .identity import dataset_fingerprint
+from .identity import OWN, dataset_fingerprint
 from .policies import PruningPolicy
 from .potential import Magnitude
 from .provenance import provenance_of
@@ -283,9 +283,9 @@ class PrunedDataMixin(CardMixin):
         return IndexedCollator(collator, any_order=plain)
 
     def _fingerprint(self) -> str:
-        """The identity of the training set, which is looked at once."""
+        """The identity of the training set, which is looked at once unless it brings its own."""
         dataset, n = self.train_dataset, len(cast(Any, self.train_dataset))
-        known = self._identified
+        known = None if hasattr(dataset, OWN) else self._identified
         if known is None or known[0] is not dataset or known[1] != n:
             self._identified = known = dataset, n, dataset_fingerprint(dataset)
         return known[2]

@@ -444,3 +444,15 @@ def test_a_checkpoint_of_other_items_is_refused(tmp_path, reliability):
         made(rows(images())[::-1]).train(resume_from_checkpoint=True)
     made(rows(images())).train(resume_from_checkpoint=True)
     reliability("refused")
+
+
+def test_who_is_sure_may_say_that_the_data_are_the_same(tmp_path):
+    settings = {"save_strategy": "epoch", "pruning": UCB(0.5), "num_train_epochs": 1}
+    first = trainer(tmp_path, **settings)
+    first.train()
+    other = trainer(tmp_path, data=images(seed=1), **settings)
+    with pytest.raises(ValueError, match=f"pruning_fingerprint='{first.pruner.fingerprint}'"):
+        other.train(resume_from_checkpoint=True)
+    other.train_dataset.pruning_fingerprint = first.pruner.fingerprint
+    other.train(resume_from_checkpoint=True)
+    assert other.state.global_step == first.state.global_step
