@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import datetime
 import io
+import itertools
 import json
 import os
 import statistics
@@ -105,14 +106,17 @@ def ways(
     index = plan.indices[rank::ranks].clone()
     losses = torch.rand(len(index))
     batches = list(zip(index.split(batch_size), losses.split(batch_size), strict=True))
-    # Only one epoch begins. Its observations are exchanged again and again.
-    shape = RunShape(samples, batch_size, num_epochs=2)
+    shape = RunShape(samples, batch_size, num_epochs=10_000, ranks=ranks)
     pruner = DynamicPruner(UCB(keep_ratio=KEEP_RATIO), shape)
-    pruner.begin_epoch(0)
+    epochs = itertools.count()
 
     def observe() -> None:
-        for batch, loss in batches:
-            pruner.observe(batch, {"loss": loss})
+        """Observe this rank's batches of the next epoch."""
+        pruner.begin_epoch(next(epochs))
+        order = torch.tensor(list(pruner.sampler)).clamp(min=-1)  # less than 0: filled
+        order = order.view(-1, ranks, batch_size)
+        for batch in order[:, rank]:
+            pruner.observe(batch, {"loss": torch.rand(batch_size)})
 
     def exchange() -> None:
         everywhere, signals = gather_observations(index, {"loss": losses})
