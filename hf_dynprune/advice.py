@@ -34,6 +34,7 @@ from .checks import check_count
 from .data_side import run_shape
 from .escape import printable
 from .files import REPORT_FILE, STATE_FILE, load_tensors
+from .identity import OWN, dataset_fingerprint
 from .policies import UCB, FullData, InfoBatch, LossProportional, PruningPolicy, RandomPruning
 from .potential import LEAST_LOST, STUDIES, Saving, predicted_saving
 from .provenance import provenance_of
@@ -373,7 +374,7 @@ class Potential:
 After = PruningReport | str | os.PathLike[str]
 
 
-def _finished(after: After) -> tuple[PruningReport, str]:
+def finished_run(after: After) -> tuple[PruningReport, str]:
     """The report of a finished run and its name.
 
     Args:
@@ -396,19 +397,34 @@ def _finished(after: After) -> tuple[PruningReport, str]:
 
 
 def _check_same(report: PruningReport, trainer: Trainer, name: str) -> None:
-    """Raise ValueError if a finished run had another task, or data with other labels."""
-    there, here = report.provenance, provenance_of(trainer, "")
+    """Raise ValueError if a finished run had another task, or other data of the same length.
 
-    def known(values: Mapping[str, Any], part: str) -> Any:
-        return values.get("dataset", {}).get(part) if part in ("id", "labels") else values.get(part)
+    Fingerprints decide. Id and labels, compared before, only make the error clearer.
+    """
+    there = report.provenance
+    here = provenance_of(trainer, dataset_fingerprint(trainer.train_dataset))
 
-    for part, what in (("task", "task"), ("id", "dataset"), ("labels", "labels")):
-        theirs, ours = known(there, part), known(here, part)
+    def differ(what: str, theirs: Any, ours: Any, way_out: str) -> None:
         if None not in (theirs, ours) and theirs != ours:
             raise ValueError(
-                f"The {what} of {name} is {printable(theirs)}, of this run {ours}: expected a run "
-                "of the same task on the same training set, in its order."
+                f"The {what} of {name} is {printable(theirs)!r}, of this run {ours!r}: {way_out}"
             )
+
+    same = "expected a run of the same task on the same training set, in its order."
+    differ("task", there.get("task"), here.get("task"), same)
+    theirs, ours = there.get("dataset", {}), here.get("dataset", {})
+    if theirs.get("fingerprint") == ours["fingerprint"]:
+        return
+    for part, what in (("id", "dataset"), ("labels", "checksum of the labels")):
+        differ(what, theirs.get(part), ours.get(part), same)
+    own = printable(theirs.get("fingerprint", ""))
+    differ(
+        "fingerprint of the training set",
+        theirs.get("fingerprint"),
+        ours["fingerprint"],
+        "expected a run on the same columns and rows. If you are sure that the data are the same, "
+        f"set the dataset's attribute {OWN}={own!r}; on the command line add --same_data.",
+    )
 
 
 # ---- advice --------------------------------------------------------------------------------------
@@ -716,7 +732,7 @@ def advise(
     settings = Settings.of(trainer)
     potential = None
     if after is not None:
-        report, name = _finished(after)
+        report, name = finished_run(after)
         potential = Potential.of(report, settings.shape, name)
         _check_same(report, trainer, name)
     if policies is None:

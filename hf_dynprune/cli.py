@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 _EXIT_STATUS = "exit status: 0; 2 for a mistake in the arguments or files; 1 for any other failure"
 _REPORT_HELP = "report.json of a run, or its folder"
+_SHARES = ("eff.share", "G")  # columns of `report`, if a run has them
 _LABEL_HELP = "Column of the labels; default: the only ClassLabel column, else label or fine_label."
 
 
@@ -81,6 +82,10 @@ class AdviseArguments(ClassificationArguments):
     after: str | None = _option(
         "A finished run on the same data, best a short one: its report.json, its folder, or that "
         "of a checkpoint. The advice then says whether to prune, by which rule, at which ratio."
+    )
+    same_data: bool = _option(
+        "The data are those of --after, although columns or files differ: do not compare them.",
+        False,
     )
     batches: int = _option("Batches to train at least, for at least 5 s; 4 or more.", 20)
     json: bool = _option("Print JSON: findings, measurements and predictions.", False)
@@ -157,11 +162,18 @@ def advise(argv: Sequence[str]) -> None:
 
     from . import distributed
     from .advice import advise as advise_on
+    from .advice import finished_run
     from .data import classification
 
+    if options.same_data and options.after is None:
+        raise ValueError("--same_data is about the run of --after, and none is given.")
     _check_model(options.model)
     args.remove_unused_columns = False
     data, collator, model_init = classification(options)
+    if options.same_data:
+        report, _ = finished_run(options.after)
+        known: Any = data
+        known.pruning_fingerprint = report.provenance.get("dataset", {}).get("fingerprint")
     evaluation = None
     if args.eval_on_start or args.eval_strategy != "no":
         evaluation, _, _ = classification(replace(options, split=_evaluation_split(options)))
@@ -345,7 +357,8 @@ def _print_comparison(
     ]
     metric = metric or next(iter(usual), None)
     numbers = ["cost", "passes/N", "epochs", "steps", "seconds"]
-    rows = [["run", metric or "metric", *numbers, *KEPT, "policy"]]
+    measured = _SHARES if any(run.effective_share is not None for run in runs) else ()
+    rows = [["run", metric or "metric", *numbers, *KEPT, *measured, "policy"]]
     for name, run in zip(names, runs, strict=True):
         chose = run.selection.get("choices")
         rows.append(
@@ -358,6 +371,7 @@ def _print_comparison(
                 f"{run.totals['optimizer_steps']:,}",
                 f"{run.spent_seconds:,.1f}" if run.epochs else "-",
                 *(f"{100 * run.selection[kind]:.1f} %" if chose else "-" for kind in KEPT),
+                *(_shares(run) if measured else ()),
                 shown_policy(run.policy),
             ]
         )
@@ -366,6 +380,15 @@ def _print_comparison(
     for first, *middle, last in rows:
         right = [text.rjust(width) for text, width in zip(middle, widths[1:-1], strict=True)]
         print("  ".join([first.ljust(widths[0]), *right, last]))
+    if measured:
+        print("eff.share: effective share of the data, last measured; G: mean of 1 / eff.share")
+
+
+def _shares(run: "PruningReport") -> tuple[str, ...]:
+    """The cells under `_SHARES`."""
+    if run.effective_share is None or run.gain is None:  # older than the number, or without losses
+        return ("-", "-")
+    return (f"{run.effective_share:.3f}", f"{run.gain:.2f}")
 
 
 # ---- plot ----------------------------------------------------------------------------------------

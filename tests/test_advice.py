@@ -45,8 +45,9 @@ from hf_dynprune.advice import (
     Measured,
     Potential,
     Settings,
-    _finished,
+    _check_same,
     _typical_step,
+    finished_run,
     predict,
 )
 from hf_dynprune.potential import Saving
@@ -333,7 +334,7 @@ def test_finished_runs_are_found_by_report_file_folder_and_checkpoint(tmp_path):
     report = run.pruning_report
     report.save(tmp_path / "report.json")
     for place in (report, tmp_path, str(tmp_path / "report.json"), tmp_path / "checkpoint-15"):
-        assert _finished(place)[0].gain == report.gain
+        assert finished_run(place)[0].gain == report.gain
 
 
 def test_a_run_of_other_data_is_refused(tmp_path):
@@ -343,6 +344,13 @@ def test_a_run_of_other_data_is_refused(tmp_path):
     other = trainer(tmp_path, cls=Trainer, data=images(40, seed=1))
     with pytest.raises(ValueError, match="labels of the given run"):
         advise(other, after=report)
+    # The same labels, other images: refused, unless the dataset is said to be the same.
+    theirs = report.provenance["dataset"]["fingerprint"]
+    changed = images(40).map(lambda row: {"pixel_values": row["pixel_values"] + 1})
+    with pytest.raises(ValueError, match=f"pruning_fingerprint='{theirs}'"):
+        advise(trainer(tmp_path, cls=Trainer, data=changed), after=report)
+    changed.pruning_fingerprint = theirs
+    _check_same(report, trainer(tmp_path, cls=Trainer, data=changed), "the given run")
     with pytest.raises(ValueError, match=r"40 samples.* 41"):
         advise(trainer(tmp_path, cls=Trainer, data=images(41)), after=report)
     text = trainer(tmp_path, cls=Trainer, model=bert(), data=texts(n=40))

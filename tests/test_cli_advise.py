@@ -56,10 +56,14 @@ def test_advice_after_a_short_run(images, tmp_path, capsys):
         0,
         num_epochs=1.0,
         epochs=[EpochRecord(0, True, 24, 24, 24, effective_share=0.8)],
+        provenance={"dataset": {"fingerprint": "24 samples, of another kind"}},
     )
     short.save(tmp_path / "short" / "report.json")
     where = ["--model", model, "--dataset", data, "--output_dir", tmp_path / "new"]
     after = ["--after", tmp_path / "short", "--from_scratch", True]
+    assert main(["advise", *map(str, [*where, *RUN, *after])]) == 2
+    assert "--same_data" in capsys.readouterr().err
+    after.append("--same_data")
     assert main(["advise", *map(str, [*where, *RUN, *after]), "--json"]) == 0
     potential = json.loads(capsys.readouterr().out)["potential"]
     assert potential["gain"] == pytest.approx(1.25)
@@ -78,6 +82,7 @@ def test_advice_after_a_short_run(images, tmp_path, capsys):
         (["--after", "/no/such/run"], "/no/such/run"),
         (["--dataset", "/no/such/place"], "/no/such/place"),
         (["--batches", 1], "batches=1"),
+        (["--same_data"], "--after"),
         (["--eval_strategy", "epoch"], "--eval_split"),
     ],
 )

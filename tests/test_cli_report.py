@@ -136,6 +136,17 @@ def test_costs_against_a_full_run(runs, capsys):
     assert re.search(r"\b12 samples.*\b99\b", error)
 
 
+def test_effective_shares_have_columns_if_a_run_has_them(runs, capsys):
+    assert "eff.share" not in call(capsys, "report", *runs)
+    report = PruningReport.load(runs[0] / "report.json")
+    for record, share in zip(report.epochs, (1.0, 0.5, None), strict=True):
+        record.effective_share = share
+    report.save(runs[0] / "report.json")
+    header, *rows = [line.split() for line in call(capsys, "report", *runs).splitlines()]
+    assert header[-3:] == ["eff.share", "G", "policy"]
+    assert [row[-3:-1] for row in rows[:2]] == [["0.500", "1.50"], ["-", "-"]]
+
+
 def test_committed_reports_side_by_side(capsys):
     files = sorted((ROOT / "recipes" / "results" / "quickstart").glob("*/full.json"))
     out = call(capsys, "report", *files).splitlines()
