@@ -48,6 +48,14 @@ def check_flag(name: str, value: Any) -> None:
         raise TypeError(f"{name}={value!r} must be True or False.")
 
 
+def missing(module: str, package: str, extra: str, error: ImportError) -> ImportError:
+    """The error of a module whose optional package cannot be imported, with the way out."""
+    return ImportError(
+        f"{module} needs {package} ({error}): in the folder of hf_dynprune's repository, call "
+        f"pip install '.[{extra}]'."
+    )
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`"did you mean 'ucb'? "` for the names in `known` that are close to `name`, else `""`."""
     near = difflib.get_close_matches(str(name), list(known), n=2, cutoff=0.4)

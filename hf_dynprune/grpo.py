@@ -21,6 +21,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .checks import missing
 from .data_side import PrunedDataMixin, run_shape
 from .potential import Magnitude
 from .pruner import DynamicPruner
@@ -33,7 +34,7 @@ try:
     from trl import GRPOTrainer, RLOOTrainer
     from trl.trainer.utils import RepeatSampler
 except ImportError as error:
-    raise ImportError("hf_dynprune.grpo needs trl: pip install hf-dynprune[llm]") from error
+    raise missing("hf_dynprune.grpo", "trl", "llm", error) from error
 
 # The names of trl that this file leans on, private or not documented. Reason for each:
 SEAMS = {

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
+from .checks import missing
 from .escape import printable
 from .files import atomic
 from .report import PruningReport, by_seed, in_percent
@@ -458,9 +459,7 @@ def _new_figure(size: tuple[float, float]) -> "Figure":
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError(
-            "hf_dynprune.plots needs matplotlib: pip install hf-dynprune[recipes]"
-        ) from error
+        raise missing("hf_dynprune.plots", "matplotlib", "recipes", error) from error
     return Figure(figsize=size, layout="constrained")
 
 

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .checks import missing
+
 try:
     import timm
     from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
     from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 except ImportError as error:
-    raise ImportError("hf_dynprune.vision needs timm: pip install hf-dynprune[recipes]") from error
+    raise missing("hf_dynprune.vision", "timm", "recipes", error) from error
 
 if TYPE_CHECKING:
     import datasets

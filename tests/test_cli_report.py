@@ -417,7 +417,7 @@ def test_an_output_that_cannot_be(runs, capsys):
 
 def test_without_matplotlib_the_extra_is_named(runs, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "pip install hf-dynprune[recipes]" in call(capsys, "plot", "runs", runs[0], status=1)
+    assert "pip install '.[recipes]'" in call(capsys, "plot", "runs", runs[0], status=1)
 
 
 # ---- the exit status of all commands -------------------------------------------------------------

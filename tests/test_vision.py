@@ -221,7 +221,7 @@ def test_without_timm_the_import_says_what_to_install():
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     assert result.returncode == 1
-    assert "pip install hf-dynprune[recipes]" in result.stderr
+    assert "pip install '.[recipes]'" in result.stderr
 
 
 # ---- the cache: pixels ---------------------------------------------------------------------------
