@@ -44,7 +44,7 @@ from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from . import distributed
 from .data_side import PrunedDataMixin, tell_epoch
@@ -197,6 +197,14 @@ class SampleLossMixin(PrunedDataMixin):
                 f"known: {way_out}"
             )
         rule = derive_rule(cast(torch.nn.Module, self.model), given)
+        if rule.name in ("tokens", "shifted_tokens") and fused_by_liger(self.args):
+            raise ValueError(
+                "use_liger_kernel=True computes the loss of a batch as one number without logits "
+                "(fused_linear_cross_entropy), so the loss of one sample is not known: set "
+                'liger_kernel_config={"fused_linear_cross_entropy": False}, which keeps all other '
+                "kernels. Without logits, use hf_dynprune.sft: trl's fused head gives the loss of "
+                "each token."
+            )
         model = unwrapped(self.model)
         hooked = self.is_deepspeed_enabled or self.is_fsdp_enabled
         if given is None and hooked and not forward_of_transformers(model):
@@ -262,14 +270,14 @@ class SampleLossMixin(PrunedDataMixin):
         self._fetched += len(batches)
         self._of_step = tuple(batch[SAMPLE_INDEX] for batch in batches)
         self._passed = frozenset()
-        count = torch.zeros((), dtype=torch.int64, device=device)
+        count: Any = 0
         for batch, index in zip(batches, self._of_step, strict=True):
             # Of the batches as they come: with dataloader_in_order=False the last may come early.
             real = index >= 0
             if rule.terms is not None:
                 terms = rule.terms(batch)
                 _check_shape("The number of terms", terms, len(index))
-                real = terms * real.to(terms.device)
+                real = terms if pruner.unweighted else terms * real.to(terms.device)
             count = count + real.sum().to(device)
         return batches, distributed.sum_over_ranks(count)
 
@@ -307,6 +315,9 @@ class SampleLossMixin(PrunedDataMixin):
         batch = dict(inputs)  # label smoothing takes the labels out of `inputs`
         first = self._first_pass(index)
         losses, extra, outputs = self._forward(model, inputs, batch, len(index), rule, first)
+        if return_outputs and isinstance(outputs, MutableMapping) and not rule.from_own_loss:
+            # For a compute_loss above this one: the mean of the batch, as the model gives it.
+            outputs["loss"] = _mean(losses).detach() + (0.0 if extra is None else extra.detach())
         if first:
             pruner.observe(index, self.batch_signals(pruner.signals, outputs, batch, losses))
         # DDP averages the gradients of the ranks; D counts the samples of all ranks.
@@ -316,7 +327,8 @@ class SampleLossMixin(PrunedDataMixin):
             denominator = losses.terms.sum() * ranks
         if isinstance(denominator, torch.Tensor):
             denominator = denominator.clamp(min=1)
-        loss = (losses.train * pruner.weights(index)).sum() * ranks / denominator
+        weighted = losses.train if pruner.unweighted else losses.train * pruner.weights(index)
+        loss = weighted.sum() * ranks / denominator
         if extra is not None:
             loss = loss + extra / max(1, len(self._of_step))
         return (loss, outputs) if return_outputs else loss
@@ -355,16 +367,11 @@ class SampleLossMixin(PrunedDataMixin):
             if isinstance(outputs, MutableMapping):
                 outputs["loss"] = None
         losses = self._sample_losses(own_loss, outputs, batch, size, rule)
-        terms = losses.terms.sum().clamp(min=1)
         extra = None
         if auxiliary is not None:
             if not left_out and not rule.matches_model:
                 raise _inseparable(self.model)
-            extra = own_loss - (0.0 if left_out else losses.train.sum() / terms)
-        if isinstance(outputs, MutableMapping) and not rule.from_own_loss:
-            # For a compute_loss above this one: the mean of the batch, as the model gives it.
-            mean = losses.train.detach().sum() / terms
-            outputs["loss"] = mean + (0.0 if extra is None else extra.detach())
+            extra = own_loss - (0.0 if left_out else _mean(losses))
         if compares:
             self._check(own, losses, places, outputs, batch, adds=auxiliary is not None)
         if rule.name == "custom" and rule.matches_model and auxiliary is None:
@@ -444,13 +451,13 @@ class SampleLossMixin(PrunedDataMixin):
         Token losses only: with a large vocabulary they are the most expensive part of a step, and
         we compute them ourselves. And only if the compute_loss is the Trainer's.
         """
-        model = unwrapped(self.model)
+        small = (*CLASS_RULES, "question_answering")
+        if rule.terms is None or rule.name in small or rule.from_own_loss:
+            return None
         owner = owner_behind(type(self), SampleLossMixin, "compute_loss")
         stock = owner is Trainer and self.compute_loss_func is None
-        small = (*CLASS_RULES, "question_answering")
-        tokens = rule.terms is not None and rule.name not in small
-        skips = stock and tokens and not rule.from_own_loss
-        return model if skips and isinstance(model, PreTrainedModel) else None
+        model = unwrapped(self.model)
+        return model if stock and isinstance(model, PreTrainedModel) else None
 
     # ---- scoring passes ----
 
@@ -534,10 +541,21 @@ def why_losses(pruner: DynamicPruner) -> str:
     return ""
 
 
+def fused_by_liger(args: TrainingArguments) -> bool:
+    """Whether Liger, if it knows the model, computes its loss without logits (its default)."""
+    config = args.liger_kernel_config or {}
+    return args.use_liger_kernel and config.get("fused_linear_cross_entropy", True)
+
+
 def _auxiliary(outputs: Any) -> torch.Tensor | None:
     if isinstance(outputs, Mapping):
         return outputs.get("aux_loss")
     return getattr(outputs, "aux_loss", None)
+
+
+def _mean(losses: SampleLosses) -> torch.Tensor:
+    """The mean over the terms of a batch, which a model gives as its loss; 0 without terms."""
+    return losses.train.sum() / losses.terms.sum().clamp(min=1)
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -345,6 +345,11 @@ class DynamicPruner:
         """The factor on the learning rate that the plan in force asks for."""
         return 1.0 if self._in_force is None else self._in_force.lr_scale
 
+    @property
+    def unweighted(self) -> bool:
+        """Whether all weights of the running epoch are 1: the plan has none, nothing is padded."""
+        return self._weights is None and self.sampler.samples == len(self.sampler)
+
     def weights(self, index: Tensor) -> Tensor:
         """Factors on the losses of the samples `index` (B,) int64; 0 for padding.
 

@@ -9,6 +9,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -90,7 +91,7 @@ class Memories(Memory):
     def columns(self) -> tuple[Column, ...]:
         return tuple(column for part in self.parts for column in part.columns)
 
-    @property
+    @cached_property  # asked for at every optimizer step
     def signals(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(name for part in self.parts for name in part.signals))
 
