@@ -33,7 +33,7 @@ CHECK := $(CORE:%=tests/test_%.py) $(wildcard tests/test_policies*.py) tests/tes
 check: $(READY)  ## run style and the core's tests: two minutes, after each edit
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(PYTEST) $(CHECK) $(ARGS)
+	$(PYTEST) -m "not large" $(CHECK) $(ARGS)
 
 test: $(READY)  ## run all tests (ARGS="..." goes to pytest)
 	$(PYTEST) $(ARGS)

@@ -390,6 +390,7 @@ def test_ranks_out_of_step_are_found_out():
 # ---- beyond 2^24, where float32 cannot tell two numbers apart ------------------------------------
 
 
+@pytest.mark.large
 @every_case
 def test_indices_above_2_to_the_24_are_exact(case):
     n = 2**24 + 3
