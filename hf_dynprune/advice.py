@@ -596,7 +596,7 @@ def _answer(advice: Advice) -> str:
             quickest[how] = row
     savings = ", ".join(
         f"{how} takes {_duration(row.total)} ({_percent(advice.saved(row))} less)"
-        for how, row in quickest.items()
+        for how, row in sorted(quickest.items(), key=lambda item: item[1].total)
     )
     return (
         f"In seconds: the full run takes {_duration(advice.full.total)}; {savings}. Only a run "
@@ -624,11 +624,12 @@ def _first_looks(advice: Advice) -> str:
     if not idle:
         return ""
     return (
-        f"Cannot act: {', '.join(idle)}. Samples that were never observed come first, and "
-        f"{advice.full.epochs} epochs are too few to observe all samples and then choose by their "
-        "scores: the choice is as random as RandomPruning's. Use more epochs or a larger "
-        "keep_ratio, or set first=1 (start with a full-data epoch). Forward passes that score all "
-        "samples (scoring='all') let scores decide, too; in our study they cost 14 to 28 points."
+        f"Cannot act: {', '.join(idle)}. Samples that were never observed come first, and the run "
+        "is too short to observe all samples and then choose by their scores (epochs: "
+        f"{advice.full.epochs}). The choice is as random as RandomPruning's. Use more epochs or a "
+        "larger keep_ratio, or set first=1 (start with a full-data epoch). Forward passes that "
+        "score all samples (scoring='all') let scores decide, too; in our study they cost 14 to 28 "
+        "points."
     )
 
 
@@ -673,7 +674,8 @@ def _eaten(advice: Advice, phase: str) -> str:
     share, policy = max(eaten)
     others = ""
     if len(eaten) > 1:
-        others = f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} other runs"
+        plural = "s" if len(eaten) > 2 else ""
+        others = f", and more than {_percent(_NOTABLE)} of {len(eaten) - 1} other run{plural}"
     return (
         f"{phase.capitalize()} eats the gain: it takes {_percent(share)} of {policy}{others}. "
         f"{_WAYS_OUT[phase]}"

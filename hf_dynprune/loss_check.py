@@ -351,14 +351,15 @@ class LossCheck:
     def _way_out(self, fits: list[str]) -> str:
         if isinstance(self.given, LossRule):
             return "if the difference is intended, pass a LossRule with matches_model=False."
-        if fits:
-            return f"pass per_sample_loss_fn={fits[0]!r}, which is that loss."
+        rule = f"pass per_sample_loss_fn={fits[0]!r}, which is that loss." if fits else ""
         if self.rule.name == "custom" and self.name == type(unwrapped(self.model)).__name__:
             return (
                 "to train the losses of your per_sample_loss_fn (a focal loss, say), pass their "
-                "mean as `compute_loss_func=` too. To train the model's loss, let the function "
-                "return its parts."
+                "mean as `compute_loss_func=` too. To train the model's loss, "
+                f"{rule or 'let the function return its parts.'}"
             )
+        if rule:
+            return rule
         if self.rule.name == "custom":
             return (
                 f"let per_sample_loss_fn return the parts of {self.name}: losses whose sum is "

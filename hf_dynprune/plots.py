@@ -199,7 +199,7 @@ def plot_scores(report: PruningReport) -> "Figure":
     ax.set_xlabel("epoch for which samples were chosen (counted from 0)")
     ax.set_ylabel(f"score of {_label(report.policy['name'])}")
     ax.locator_params(axis="x", integer=True)
-    ax.legend(frameon=False)
+    figure.legend(loc="outside upper right", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

@@ -682,7 +682,7 @@ def test_the_trainer_warns_once_that_scores_decide_nothing(tmp_path, caplog):
         ]
 
     (warning,) = warnings(pruning=UCB(0.3), num_train_epochs=2)
-    for word in ("2 epochs", "UCB(keep_ratio=0.3)", "first=1"):
+    for word in ("epochs: 2", "UCB(keep_ratio=0.3)", "first=1"):
         assert word in warning
     # 40 samples in batches of 8: one step per epoch.
     assert len(warnings(pruning=UCB(0.2), max_steps=3)) == 1

@@ -283,6 +283,16 @@ def test_a_wrong_function_is_refused_also_on_uniform_predictions(function, zero,
     assert run.state.global_step == 0
 
 
+def test_a_loss_of_ones_own_on_a_known_head_needs_two_arguments(tmp_path):
+    def focal(outputs, inputs):
+        loss = F.cross_entropy(outputs["logits"], inputs["labels"], reduction="none")
+        return (1 - (-loss).exp()) ** 2 * loss
+
+    run = trainer(tmp_path, pruning=FullData(), extra={"per_sample_loss_fn": focal})
+    with pytest.raises(ValueError, match=r"compute_loss_func=.*'single_label'"):
+        run.train()
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_a_function_of_the_right_parts_trains_as_stock(reduction, tmp_path):
     stock, ours = both(tmp_path, Head(reduction=reduction), images(20), per_sample=each)
