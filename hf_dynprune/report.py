@@ -728,7 +728,8 @@ def _versions() -> dict[str, str]:
     for package in _PACKAGES:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    return versions
+    # The metadata of CUDA wheels leave out the build, such as +cu130.
+    return {**versions, "torch": str(torch.__version__)}
 
 
 def _cpu_name() -> str:
