@@ -12,9 +12,10 @@ import inspect
 import os
 import shlex
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,6 +24,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import HPSearchBackend
 from transformers.utils import logging
 
@@ -40,6 +42,8 @@ from .upstream import UpstreamMends, start_workers
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
+_PACKAGE = __name__.partition(".")[0]
+
 # The names that this file leans on and that are private, or public but not documented.
 SEAMS = {
     "Trainer.set_initial_training_values": "the numbers of epochs and steps are the pruned run's",
@@ -54,6 +58,10 @@ SEAMS = {
     "Trainer._hp_search_setup": "the trial's values reach the arguments here, and fields of the "
     "policy the policy",
     "Trainer._get_train_sampler": "a class that overrides it chooses the data and is refused",
+    "LengthGroupedSampler.lengths": "the lengths by which the Trainer groups samples; its "
+    "batch_size is the number of samples of an optimizer step on one rank",
+    "trainer_pt_utils.get_length_grouped_indices": "the Trainer's order by length; it gets the kept "
+    "samples and our generator",
     "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
     "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
     "Trainer.is_fsdp_enabled": "a warning says that FSDP was not verified",
@@ -201,21 +209,22 @@ class PrunedDataMixin(CardMixin):
     _following: LambdaLR | None = None
 
     def __init__(self, *args: Any, pruning: PruningPolicy | None = None, **kwargs: Any) -> None:
+        _check_class(type(self))
         self.pruning = pruning
         self.pruner = None
         # The last loader of get_train_dataloader, its pruner and its collator, for the loop.
         self._made: tuple[DataLoader, DynamicPruner, Any] | None = None
         if pruning is not None:
+            # Before trl prepares the data, which may take hours.
+            _check_policy(pruning)
             # transformers' own message about streams asks for max_steps, which would not help.
             _check_stream(kwargs.get("train_dataset"))
+            for given in (*args, *kwargs.values()):
+                if isinstance(given, TrainingArguments):
+                    _check_order(self, given)
         super().__init__(*args, **kwargs)
         if pruning is None:
             return
-        if not isinstance(pruning, PruningPolicy):
-            raise TypeError(
-                f"pruning={pruning!r} is not a policy: expected one such as UCB(keep_ratio=0.3) or "
-                "make_policy('ucb', keep_ratio=0.3), or None."
-            )
         _check_settings(self)
         _check_dataset(self.train_dataset, self.args)
         # Each run makes its own. This one finds out now what does not fit together.
@@ -321,6 +330,7 @@ class PrunedDataMixin(CardMixin):
             return stock
         batches: Any = stock.batch_sampler
         pruner = self._make_pruner(self._shape_of(stock))
+        pruner.sampler.grouping = _grouping_of(stock)
         first = pruner.sampler.order_of(None, pruner.data_seed, 0)
         pruner.sampler.set_epoch_order(first)
         collator: Any = self._indexed(cast(Any, stock.collate_fn))
@@ -717,22 +727,73 @@ def uploading(
 # ---- checks --------------------------------------------------------------------------------------
 
 
+# Trainers of other libraries -> ours, which know their loss.
+_OURS = {
+    "SFTTrainer": "sft.DynamicPruningSFTTrainer",
+    "DPOTrainer": "preference.DynamicPruningDPOTrainer",
+    "RewardTrainer": "preference.DynamicPruningRewardTrainer",
+    "KTOTrainer": "preference.DynamicPruningKTOTrainer",
+    "ORPOTrainer": "preference_experimental.DynamicPruningORPOTrainer",
+    "CPOTrainer": "preference_experimental.DynamicPruningCPOTrainer",
+    "SentenceTransformerTrainer": "embedding.DynamicPruningSentenceTransformerTrainer",
+    "CrossEncoderTrainer": "embedding.DynamicPruningCrossEncoderTrainer",
+}
+
+
+def ours_for(owner: type, trainer: type) -> str:
+    """What to use instead of a class of another library; empty if there is nothing.
+
+    Args:
+        owner: The class whose method stands in the way, of the bases of `trainer`.
+        trainer: The class that was mixed.
+    """
+    names = [cls.__name__ for cls in trainer.__mro__ if issubclass(cls, owner)]
+    name = next((name for name in names if name in _OURS), None)
+    return "" if name is None else f"use hf_dynprune.{_OURS[name]}, which knows the {name}."
+
+
+def _check_class(trainer: type) -> None:
+    if not issubclass(trainer, Trainer):
+        others = [cls for cls in trainer.__mro__[1:-1] if cls.__module__.split(".")[0] != _PACKAGE]
+        names = ", ".join(f"{cls.__module__}.{cls.__name__}" for cls in others) or "no other class"
+        raise TypeError(
+            f"{trainer.__name__} is mixed with {names}, which is not a Trainer of transformers: "
+            "mix with transformers.Trainer or a class derived from it, such as Seq2SeqTrainer. In "
+            "another training loop use DynamicPruner."
+        )
+
+
+def _check_policy(pruning: Any) -> None:
+    if not isinstance(pruning, PruningPolicy):
+        raise TypeError(
+            f"pruning={pruning!r} is not a policy: expected one such as UCB(keep_ratio=0.3) or "
+            "make_policy('ucb', keep_ratio=0.3), or None."
+        )
+
+
+def _check_order(trainer: PrunedDataMixin, args: TrainingArguments) -> None:
+    """Raise ValueError for arguments and classes that order the training data themselves."""
+    # In a class above this one or behind it.
+    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
+    orders = ("random", "group_by_length") if owner is Trainer else ("random",)
+    if owner not in trainer._replaced_orders:
+        way_out = ours_for(owner, type(trainer)) or "remove it, or mix with another class."
+        raise ValueError(
+            f"{owner.__name__}._get_train_sampler chooses the training data itself, and "
+            f"pruning would override it: {way_out}"
+        )
+    if args.train_sampling_strategy not in orders:
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
+            f"data, and pruning does too: set it to {' or '.join(map(repr, orders))}, or use "
+            "pruning=None."
+        )
+
+
 def _check_settings(trainer: PrunedDataMixin) -> None:
     """Raise ValueError for arguments and classes that do not go with pruning."""
     args = trainer.args
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
-            "data, and pruning does too: set it to 'random', or use pruning=None. A loss that "
-            "pairs neighbours of a fixed order, as trl's KTOTrainer does, cannot be pruned."
-        )
-    # In a class above this one or behind it.
-    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
-    if owner not in trainer._replaced_orders:
-        raise ValueError(
-            f"{owner.__name__}._get_train_sampler chooses the training data itself, and "
-            "pruning would override it: remove it, or mix with another class."
-        )
+    _check_order(trainer, args)
     if not getattr(args.accelerator_config, "use_seedable_sampler", True):
         logger.warning(
             "accelerator_config: use_seedable_sampler=False has no effect with pruning: the order "
@@ -797,17 +858,39 @@ def _check_loader(loader: DataLoader, samples: int) -> None:
             f"The loader of get_train_dataloader has {size} samples, the train_dataset has "
             f"{samples}: expected the same samples in the same order."
         )
-    batches: Any = loader.batch_sampler
-    while hasattr(batches, "batch_sampler"):  # accelerate's share of a rank
-        batches = batches.batch_sampler
-    sampler = getattr(batches, "sampler", batches)
-    shuffles = isinstance(sampler, RandomSampler | DistributedSampler)
+    batches, sampler = _sampler_of(loader)
+    shuffles = isinstance(sampler, RandomSampler | DistributedSampler | LengthGroupedSampler)
     if not shuffles or getattr(sampler, "replacement", False) or not hasattr(batches, "batch_size"):
         raise ValueError(
             f"The loader of get_train_dataloader has a {type(sampler).__name__}, which chooses or "
             "orders the training data itself, and pruning would override it: shuffle uniformly "
             "(shuffle=True), or use pruning=None."
         )
+
+
+def _sampler_of(loader: DataLoader) -> tuple[Any, Any]:
+    """The batch sampler of a loader without accelerate's wrapper, and its sampler."""
+    batches: Any = loader.batch_sampler
+    while hasattr(batches, "batch_sampler"):  # accelerate's share of a rank
+        batches = batches.batch_sampler
+    return batches, getattr(batches, "sampler", batches)
+
+
+def _grouping_of(loader: DataLoader) -> Callable[[torch.Tensor, torch.Generator], Any] | None:
+    """How the loader of the Trainer groups samples by length; None if it does not."""
+    sampler = _sampler_of(loader)[1]
+    if not isinstance(sampler, LengthGroupedSampler):
+        return None
+    return partial(_grouped, sampler.lengths, sampler.batch_size)
+
+
+def _grouped(
+    lengths: Sequence[int], batch_size: int, kept: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:
+    """The kept samples in transformers' order by length."""
+    own = [lengths[i] for i in kept.tolist()]
+    order = get_length_grouped_indices(own, batch_size, generator=generator)
+    return kept[torch.tensor(order)]
 
 
 def tell_epoch(dataset: Any, epoch: int) -> None:

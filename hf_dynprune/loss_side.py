@@ -38,7 +38,7 @@ loss:
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from typing import Any, cast
 
@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from . import distributed
-from .data_side import PrunedDataMixin, tell_epoch
+from .data_side import PrunedDataMixin, ours_for, tell_epoch
 from .loss_check import LossCheck, Places, Slope, part_of, slope
 from .losses import (
     CLASS_RULES,
@@ -187,14 +187,9 @@ class SampleLossMixin(PrunedDataMixin):
                 "pass `per_sample_loss_fn=` too, a function (outputs, inputs) -> losses of shape "
                 f"(batch size,), the parts of that loss{FALLBACK}"
             )
-            if owner.__name__ == "SFTTrainer":
-                way_out = (
-                    "use hf_dynprune.sft.DynamicPruningSFTTrainer, which knows the loss of trl's "
-                    "SFTTrainer."
-                )
             raise ValueError(
                 f"{what} computes the loss of a batch, and the part of each sample in it is not "
-                f"known: {way_out}"
+                f"known: {ours_for(owner, type(self)) or way_out}"
             )
         rule = derive_rule(cast(torch.nn.Module, self.model), given)
         if rule.name in ("tokens", "shifted_tokens") and fused_by_liger(self.args):
@@ -526,11 +521,8 @@ class SampleLossMixin(PrunedDataMixin):
 def why_losses(pruner: DynamicPruner) -> str:
     """Why the run needs the loss of single samples; empty if it does not."""
     policy, shape = pruner.policy, pruner.shape
-    own = [name for name in pruner.scored_signals if name in SIGNALS]
-    if own:
-        return f"{policy} observes {', '.join(map(repr, own))}"
-    if policy.weighs:
-        return f"{policy} weighs samples"
+    if asked := asks_for_losses(policy, pruner.scored_signals):
+        return asked
     sizes = [planned.size for planned in planned_epochs(policy, shape)]
     whole = all(size is not None and size % shape.global_batch == 0 for size in sizes)
     if shape.ranks > 1 and not shape.drop_last and not whole:
@@ -545,6 +537,14 @@ def fused_by_liger(args: TrainingArguments) -> bool:
     """Whether Liger, if it knows the model, computes its loss without logits (its default)."""
     config = args.liger_kernel_config or {}
     return args.use_liger_kernel and config.get("fused_linear_cross_entropy", True)
+
+
+def asks_for_losses(policy: PruningPolicy, signals: Iterable[str]) -> str:
+    """Why a policy that observes `signals` needs the loss of single samples; empty if not."""
+    own = [name for name in signals if name in SIGNALS]
+    if own:
+        return f"{policy} observes {', '.join(map(repr, own))}"
+    return f"{policy} weighs samples" if policy.weighs else ""
 
 
 def _auxiliary(outputs: Any) -> torch.Tensor | None:

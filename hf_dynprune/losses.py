@@ -64,12 +64,28 @@ def unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+# PEFT's kinds of prompt learning: virtual tokens in front of a sequence, and in its cache.
+_IN_FRONT = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
+_IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
+
+
 def virtual_tokens(model: Any) -> int:
-    """How many tokens PEFT's prompt tuning puts in front of each sequence of a decoder, or 0."""
+    """How many tokens PEFT's prompt tuning puts in front of each sequence of a decoder, or 0.
+
+    Raises:
+        ValueError: For prompt learning of another kind, whose loss is not the model's.
+    """
     config = getattr(model, "active_peft_config", None)
-    kind = str(getattr(config, "peft_type", "")).rsplit(".", 1)[-1]
-    lengthens = kind in ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
-    return int(config.num_virtual_tokens) if config is not None and lengthens else 0
+    if config is None or not getattr(config, "is_prompt_learning", False):
+        return 0
+    kind = str(config.peft_type).rsplit(".", 1)[-1]
+    if kind not in (*_IN_FRONT, *_IN_CACHE):
+        raise ValueError(
+            f"PEFT's {kind} learns a prompt and has a loss of its own (CPT's weighs tokens of the "
+            "prompt, too), whose parts for each sample are not known: use one of "
+            f"{', '.join((*_IN_FRONT, *_IN_CACHE))}, or pass `per_sample_loss_fn=`{FALLBACK}"
+        )
+    return int(config.num_virtual_tokens) if kind in _IN_FRONT else 0
 
 
 def logits_of(outputs: Any) -> Tensor:
@@ -365,8 +381,7 @@ def _rule_of_head(model: nn.Module) -> LossRule | None:
 
 def _behind_a_prompt(rule: LossRule, model: nn.Module) -> LossRule:
     """The rule for logits that begin with those of PEFT's virtual tokens, if there are any."""
-    virtual = virtual_tokens(model)
-    if virtual and rule is RULES["shifted_tokens"]:
+    if rule is RULES["shifted_tokens"] and (virtual := virtual_tokens(model)):
         return _token_rule(rule.name, 1, virtual)
     return rule
 

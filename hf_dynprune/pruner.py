@@ -577,6 +577,7 @@ class DynamicPruner:
             "drop_last": self.shape.drop_last,
             "seed": self.seed,
             "data seed": self.data_seed,
+            **({} if self.sampler.grouping is None else {"order": "grouped"}),
         }
 
     def state_dict(
@@ -669,9 +670,9 @@ class DynamicPruner:
             )
         theirs, ours = metadata["identity"], self._identity()
         differing = [
-            f"{key}: {theirs.get(key)!r} there, {ours[key]!r} here"
-            for key in ours
-            if ours[key] != theirs.get(key)
+            f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+            for key in {**ours, **theirs}
+            if ours.get(key) != theirs.get(key)
         ]
         if differing:
             sure = ""

@@ -595,7 +595,7 @@ class OwnSampler(Trainer):
             ValueError,
             r"20 of 40 .*32.* drop_last",
         ),
-        ({"train_sampling_strategy": "group_by_length"}, ValueError, "group_by_length"),
+        ({"train_sampling_strategy": "batch_rebalance"}, ValueError, "batch_rebalance"),
         ({"train_sampling_strategy": "sequential"}, ValueError, "sequential"),
         (
             {"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})},

@@ -21,6 +21,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from hf_dynprune import UCB, DynamicPruningMixin, FullData, InfoBatch, RandomPruning
@@ -133,6 +134,13 @@ def test_the_seams_of_trl():
     assert list(card) == ["self", "model_name", "dataset_name", "tags"]
     for name in ("loss_type", "padding_free", "packing_strategy", "label_smoothing_factor"):
         assert name in SFTConfig.__dataclass_fields__
+
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8, 9, 4, 3]}]
+    rows[0]["seq_lengths"], rows[1]["seq_lengths"] = [2, 1], [4]  # of the texts of a packed row
+    flat = DataCollatorForLanguageModeling(PAD, padding_free=True, pad_to_multiple_of=4)(rows)
+    assert flat["input_ids"].tolist() == [[5, 6, 7, 8, 9, 4, 3, PAD]]
+    assert flat["position_ids"].tolist() == [[0, 1, 0, 0, 1, 2, 3, 0]]
+    assert flat["labels"].tolist() == [[-100, 6, -100, -100, 9, 4, 3, -100]]
 
     model = llama()
     add_fused_lm_head(model)
@@ -342,12 +350,17 @@ def test_the_weights_of_infobatch_act(tmp_path):
 
 def test_two_ranks_train_as_one(tmp_path):
     _, whole = train(tmp_path, 8, 1, pruning=Some(weighted=True))
+    grouped = {"train_sampling_strategy": "group_by_length", **FREE}
+    _, flat = train(tmp_path, 4, 2, pruning=Some(weighted=True), **grouped)
+    assert flat[0][0] != whole[0][0]  # another order
     done = torchrun(__file__, tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
         seen = torch.load(tmp_path / f"rank{rank}.pt")
         assert seen["world"] == 2
         for gradient, (_, expected, _) in zip(seen["gradients"], whole, strict=True):
+            assert_same_gradient(gradient, expected)
+        for gradient, (_, expected, _) in zip(seen["flat"], flat, strict=True):
             assert_same_gradient(gradient, expected)
         assert seen["scored"].isfinite().all()
 
@@ -387,6 +400,159 @@ def test_full_data_is_the_stock_trainer(make, accumulation, tmp_path):
         for run in (full, stock)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# ---- batches that are one row --------------------------------------------------------------------
+
+FREE = {"padding_free": True, "max_length": None}
+FLAT = {
+    "padding_free": FREE,
+    "filled": {**FREE, "pad_to_multiple_of": 16, "loss_type": "dft"},
+    "bfd": {"packing": True, "max_length": 20},
+    "bfd_split": {"packing": True, "packing_strategy": "bfd_split", "max_length": 9},
+    "wrapped": {**FREE, "packing": True, "packing_strategy": "wrapped", "max_length": 12},
+}
+
+
+def texts_of(row):
+    """The texts of a row of the prepared dataset, each as a row."""
+    begin = 0
+    for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+        yield {name: row[name][begin : begin + length] for name in ("input_ids", "labels")}
+        begin += length
+
+
+@pytest.mark.parametrize("kind", FLAT)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_scores_of_packed_rows_are_those_of_their_texts_apart(kind, attention, tmp_path):
+    model = sharp(llama(attn_implementation=attention))
+    plain = copy.deepcopy(model).eval()
+    run = trainer(
+        tmp_path,
+        model=model,
+        pruning=UCB(0.6),
+        learning_rate=0.0,
+        per_device_train_batch_size=4,
+        num_train_epochs=3,
+        **FLAT[kind],
+    )
+    calls = calls_of(model.model)
+    run.train()
+    rows = run.train_dataset
+    assert (len(rows) < N) == (kind in ("bfd", "wrapped"))
+    assert calls == [True] * run.pruning_report.totals["optimizer_steps"]
+    kept = [record.samples for record in run.pruning_report.epochs]
+    assert kept == [round(0.6 * len(rows))] * 3
+    assert run.pruner.table.observed.all()
+    with torch.no_grad():
+        alone = torch.stack(
+            [
+                -torch.cat([log_probabilities(plain, text) for text in texts_of(row)]).mean()
+                for row in rows
+            ]
+        )
+    scores = run.pruner.table["mean"]
+    torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-6)
+    assert torch.isclose(scores, alone.roll(1), rtol=1e-4).sum() < len(rows) / 2
+
+
+@pytest.mark.parametrize("kind", ["padding_free", "filled", "bfd"])
+def test_full_data_without_padding_is_the_stock_trainer_bit_for_bit(kind, tmp_path):
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, **FLAT[kind]}
+    stock = trainer(tmp_path, cls=SFTTrainer, **settings)
+    full = trainer(tmp_path, pruning=FullData(), **settings)
+    (batch, *_), (same, *_) = stock.get_train_dataloader(), full.get_train_dataloader()
+    assert batch.keys() == same.keys()
+    for run in (stock, full):
+        run.train()
+    assert full.loss_rule is not None
+    assert same_weights(full.model, stock.model)
+
+
+def test_the_gradient_without_padding_is_that_of_the_weighted_losses(tmp_path):
+    _, steps = train(tmp_path, 4, 2, pruning=Some(weighted=True), define=True, **FREE)
+    assert [len(samples) for samples, _, _ in steps] == [8, 8, 6] * 2
+    for _, gradient, defined in steps:
+        assert_same_gradient(gradient, defined)
+
+
+@pytest.mark.parametrize("kind", ["padding_free", "bfd"])
+def test_resuming_without_padding_continues_the_identical_run(kind, tmp_path):
+    def make(name, **settings):
+        settings = {**SAVING, "per_device_train_batch_size": 4, **FLAT[kind], **settings}
+        return trainer(tmp_path / name, pruning=UCB(0.6), num_train_epochs=3, **settings)
+
+    whole = make("whole", save_steps=3)
+    whole.train()
+    steps = [record.optimizer_steps for record in whole.pruning_report.epochs]
+    assert 3 not in (steps[0], steps[0] + steps[1])  # within an epoch
+    part = make("part", save_strategy="no")
+    part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert_same_run(part, whole)
+
+
+def test_scoring_passes_without_padding(tmp_path):
+    model = sharp()
+    plain = copy.deepcopy(model)
+    policy = UCB(0.5, scoring="all")
+    run = trainer(tmp_path, model=model, pruning=policy, learning_rate=0.0, **FREE)
+    run.train()
+    assert run.pruning_report.totals["scoring_passes"] == 2 * N
+    torch.testing.assert_close(
+        run.pruner.table["mean"], mean_losses(plain, run.train_dataset), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_samples_that_are_joined_otherwise_are_told(tmp_path):
+    run = trainer(tmp_path, pruning=UCB(0.5), **FREE)
+    collator = run.data_collator
+    run.data_collator = lambda rows: collator(rows[::-1])
+    with pytest.raises(RuntimeError, match=r"position_ids of shape \(1, "):
+        run.train()
+    assert run.state.global_step == 0
+
+
+# ---- virtual tokens ------------------------------------------------------------------------------
+
+PROMPTS = [
+    peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+    peft.PromptEncoderConfig(num_virtual_tokens=3, encoder_hidden_size=8, task_type="CAUSAL_LM"),
+    peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"),
+]
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
+@pytest.mark.parametrize("config", PROMPTS, ids=lambda config: config.peft_type.name)
+def test_scores_behind_a_learned_prompt(config, tmp_path):
+    run = trainer(
+        tmp_path,
+        pruning=UCB(0.6),
+        learning_rate=0.0,
+        completion_only_loss=False,
+        extra={"peft_config": copy.deepcopy(config)},
+    )
+    run.train()
+    with torch.no_grad():
+        rows = [
+            {n: torch.tensor([row[n]]) for n in ("input_ids", "labels")}
+            for row in run.train_dataset
+        ]
+        alone = torch.stack([run.model.eval()(**row).loss for row in rows])
+    torch.testing.assert_close(run.pruner.table["mean"], alone, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("given", [True, False])
+def test_a_learned_prompt_in_front_of_a_joined_row_is_refused(given, tmp_path):
+    """PEFT ignores position_ids, so samples would attend to each other."""
+    config = copy.deepcopy(PROMPTS[0])
+    more = (
+        {"extra": {"peft_config": config}}
+        if given
+        else {"model": peft.get_peft_model(sharp(), config)}
+    )
+    with pytest.raises(ValueError, match=r"PROMPT_TUNING .*padding_free=False"):
+        trainer(tmp_path, cls=Unprepared, pruning=UCB(0.5), **FREE, **more)
 
 
 # ---- evaluation, checkpoints, adapters, card -----------------------------------------------------
@@ -497,11 +663,14 @@ def test_the_card(tmp_path):
 # ---- refused -------------------------------------------------------------------------------------
 
 
+class Unprepared(DynamicPruningSFTTrainer):
+    def _prepare_dataset(self, *args, **kwargs):
+        raise AssertionError("the data are tokenized")
+
+
 @pytest.mark.parametrize(
     ("settings", "extra", "message"),
     [
-        ({"padding_free": True, "max_length": None}, {}, "padding_free=False"),
-        ({"packing": True, "max_length": 12}, {}, "packing_strategy='wrapped'"),
         ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor=0.1"),
         (
             {},
@@ -511,19 +680,24 @@ def test_the_card(tmp_path):
         ({}, {"per_sample_loss_fn": "shifted_tokens"}, "per_sample_loss_fn="),
         ({}, {"scoring_dataset": pairs()}, "scoring_dataset="),
         (
-            {"train_sampling_strategy": "group_by_length"},
+            {"train_sampling_strategy": "batch_rebalance"},
             {},
-            "train_sampling_strategy='group_by_length'",
+            "train_sampling_strategy='batch_rebalance'",
         ),
     ],
 )
-def test_refused_at_construction(settings, extra, message, tmp_path):
+def test_refused_before_the_data_are_tokenized(settings, extra, message, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", FutureWarning
         )  # trl's, of arguments that are on their way out
         with pytest.raises(ValueError, match=message):
-            trainer(tmp_path, pruning=UCB(0.5), extra=extra, **settings)
+            trainer(tmp_path, cls=Unprepared, pruning=UCB(0.5), extra=extra, **settings)
+
+
+def test_no_policy_is_told_before_the_data_are_tokenized(tmp_path):
+    with pytest.raises(TypeError, match="'ucb'"):
+        trainer(tmp_path, cls=Unprepared, pruning="ucb")
 
 
 def test_an_unknown_loss_type_is_refused(tmp_path, monkeypatch):
@@ -532,13 +706,16 @@ def test_an_unknown_loss_type_is_refused(tmp_path, monkeypatch):
         trainer(tmp_path, pruning=UCB(0.5), loss_type="dft")
 
 
-@pytest.mark.parametrize("settings", [{"padding_free": True, "max_length": None}, {}])
-def test_a_policy_that_needs_no_loss_trains_the_loss_of_trl(settings, tmp_path):
-    """Also if a batch is one row, in which no sample has a loss that is known."""
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl about label smoothing
+@pytest.mark.parametrize("smoothing", [0.1, 0.0])
+@pytest.mark.parametrize("settings", [FREE, {}])
+def test_a_policy_that_needs_no_loss_trains_the_loss_of_trl(settings, smoothing, tmp_path):
+    """Also if the loss of a sample is not known."""
+    settings = {"label_smoothing_factor": smoothing, **settings}
     run = trainer(tmp_path, pruning=RandomPruning(0.5), **settings)
     before = copy.deepcopy(run.model.state_dict())
     run.train()
-    assert (run.loss_rule is None) == bool(settings)
+    assert (run.loss_rule is None) == bool(smoothing)
     assert run.pruning_report.cost_ratio == pytest.approx(0.5)
     assert any(not torch.equal(before[name], w) for name, w in run.model.state_dict().items())
 
@@ -559,6 +736,8 @@ def test_the_mixin_alone_says_what_to_use(tmp_path):
 if __name__ == "__main__":
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     run, steps = train(folder, 4, 1, pruning=Some(weighted=True))
+    grouped = {"train_sampling_strategy": "group_by_length", **FREE}
+    _, flat = train(folder, 4, 1, pruning=Some(weighted=True), **grouped)
     scored = trainer(
         folder,
         pruning=UCB(0.5, scoring="dropped"),
@@ -570,6 +749,7 @@ if __name__ == "__main__":
         {
             "world": run.args.world_size,
             "gradients": [gradient for _, gradient, _ in steps],
+            "flat": [gradient for _, gradient, _ in flat],
             "scored": scored.pruner.table["mean"],
         },
         folder / f"rank{rank}.pt",

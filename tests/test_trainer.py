@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 from tiny import images, learning_rates, recorded, same_weights, trainer, vit
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, trainer_pt_utils
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
 from trl import GRPOTrainer, SFTTrainer
@@ -176,6 +176,8 @@ def test_every_name_that_is_listed_exists(tmp_path):
         "PreTrainedModel": stock.model,
         "DataLoaderShard": stock.get_train_dataloader(),
         "ProgressCallback": ProgressCallback(),
+        "trainer_pt_utils": trainer_pt_utils,
+        "LengthGroupedSampler": trainer_pt_utils.LengthGroupedSampler(2, lengths=[1, 2]),
     }
     for module in ("upstream", "data_side", "loss_side", "scoring_runs"):
         for seam in importlib.import_module(f"hf_dynprune.{module}").SEAMS:
