@@ -20,6 +20,7 @@ from torch.utils.data import (
     Subset,
     TensorDataset,
 )
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 
 from hf_dynprune.policies import UCB, RandomPruning
 from hf_dynprune.pruner import DynamicPruner
@@ -55,6 +56,33 @@ def test_all_data_is_ordered_as_by_accelerate(n, seed):
         assert epoch_order(n, None, seed, epoch).tolist() == list(stock)
         everything = epoch_order(n, torch.arange(n), seed, epoch)
         assert torch.equal(everything, epoch_order(n, None, seed, epoch))
+
+
+@given(n=st.integers(1, 40), epoch=st.integers(0, 99), data=st.data())
+def test_kept_samples_in_an_order_of_groups(n, epoch, data):
+    """As transformers groups by length: all that it sees is the kept samples and a generator."""
+    kept = data.draw(st.lists(st.integers(0, n - 1), min_size=1, unique=True))
+    lengths = data.draw(st.lists(st.integers(1, 99), min_size=n, max_size=n))
+    seen = []
+
+    def by_length(chosen, generator):
+        seen.append(chosen.tolist())
+        batch = get_length_grouped_indices([lengths[i] for i in chosen], 2, generator=generator)
+        return chosen[torch.tensor(batch)]
+
+    sampler = PruningSampler(n, 2)
+    sampler.grouping = by_length
+    order = sampler.order_of(torch.tensor(kept), 7, epoch)
+    assert order.dtype == torch.int32
+    assert seen == [sorted(kept)]
+    assert sorted(order.tolist()) == sorted(kept)
+    assert lengths[order[0]] == max(lengths[i] for i in kept)
+    assert torch.equal(order, sampler.order_of(torch.tensor(kept[::-1]), 7, epoch))
+
+    stock = LengthGroupedSampler(
+        2, lengths=lengths, generator=torch.Generator().manual_seed(7 + epoch)
+    )
+    assert sampler.order_of(None, 7, epoch).tolist() == list(stock)
 
 
 # ---- sizes ---------------------------------------------------------------------------------------
