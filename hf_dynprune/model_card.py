@@ -46,7 +46,7 @@ from .escape import (
 from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
 from .losses import RULES, unwrapped
 from .plots import plot_runs, plot_selection, save_picture
-from .policies import POLICIES, FullData, PruningPolicy, ScoredPolicy, make_policy
+from .policies import POLICIES, FullData, PruningPolicy, make_policy
 from .provenance import ARGUMENTS, hub_dataset, loaded_from, tasks_of
 from .report import KEPT, PHASES, PruningReport, by_seed, changed_fields
 
@@ -322,7 +322,7 @@ def card_of_reports(
         summary=Markdown(_summary(policy)),
         fields=Markdown(fields_in_words(facts["policy"])),
         is_full=isinstance(policy, FullData),
-        is_scored=isinstance(policy, ScoredPolicy),
+        is_scored=policy.has_scores,
         training=training,
         full_passes=facts["num_samples"] * facts["num_epochs"],
         full_steps=full_steps,

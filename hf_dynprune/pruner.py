@@ -317,10 +317,10 @@ class DynamicPruner:
         """Make one choice: planned on rank 0, agreed on by all ranks, and counted."""
         policy, table, record = self.policy, self.table, self.report.epochs[-1]
         score = None
-        if isinstance(policy, ScoredPolicy):
+        if isinstance(policy, ScoredPolicy) and policy.has_scores:
             score = policy.score(table).to(torch.float32, copy=True)
             record.scores = _describe(score, table.observed)
-            score = guarded_score(policy, score, table, epoch)
+            score = guarded_score(policy, score, table, epoch, progress)
         planned = policy.planned_size(len(table), epoch, progress)
         choice = Choice(
             table=table,

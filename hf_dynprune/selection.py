@@ -72,6 +72,12 @@ def top_mask(score: Tensor, k: int, generator: torch.Generator) -> Tensor:
     return mask | draw(score == threshold, k - int(torch.count_nonzero(mask)), generator)
 
 
+def filled(mask: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """The mask with as many more True positions, drawn uniformly, as make k: (N,) bool."""
+    short = k - int(torch.count_nonzero(mask))
+    return mask | draw(~mask, short, generator) if short > 0 else mask
+
+
 def draw(pool: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Choose k of the True positions uniformly without replacement (all if there are fewer).
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from hf_dynprune.policies import PruningPolicy, ScoredPolicy, make_policy
+from hf_dynprune.policies import PruningPolicy, make_policy
 from hf_dynprune.pruner import DynamicPruner
 
 # case -> (name in POLICIES, settings)
@@ -33,6 +33,9 @@ CASES = {
     "thompson prompts": ("thompson-prompts", {"keep_ratio": 0.4}),
     "greso": ("greso", {}),
     "static, random": ("static", {"keep": "random", "keep_ratio": 0.4}),
+    "random, small losses": ("random", {"keep_ratio": 0.4, "exclude_hardest": 0.1}),
+    "class budget": ("class-budget", {"keep_ratio": 0.4}),
+    "reference loss, control": ("reference-loss", {"scores": None, "keep_ratio": 0.4}),
 }
 # Settings with which a policy keeps everything. For the others that is keep_ratio=1.
 KEEP_ALL = {
@@ -46,7 +49,14 @@ KEEP_ALL = {
 }
 # These draw from all samples alike, or from a part of them that was drawn before, so a sample that
 # was never observed does not always come first.
-DRAWN_FROM_ALL = {"infobatch, exact", "orderdp", "seta", "thompson prompts"}
+DRAWN_FROM_ALL = {
+    "infobatch, exact",
+    "orderdp",
+    "seta",
+    "thompson prompts",
+    "random, small losses",
+    "reference loss, control",
+}
 # What the pruner does around a policy: for those that have scores, and for all.
 GUARDS = {"max_age": 2, "exclude_hardest": 0.1}
 BASE = {"period": 2, "first": 1, "last": 0.2}
@@ -70,7 +80,7 @@ def same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def has_scores(policy: PruningPolicy) -> bool:
-    return isinstance(policy, ScoredPolicy)
+    return policy.has_scores
 
 
 every_case = pytest.mark.parametrize("case", CASES)

@@ -171,7 +171,8 @@ def test_never_observed_come_first_and_nan_last(case):
     samples = set(begun(policy, table).sampler)
     assert samples >= {1, 4, 6} or case in DRAWN_FROM_ALL
     assert not samples & {2, 7}
-    if size(policy, 10) == 4 and case not in DRAWN_FROM_ALL:
+    clipped = case == "class budget"  # the highest losses are alike
+    if size(policy, 10) == 4 and case not in DRAWN_FROM_ALL and not clipped:
         assert samples == {0, 1, 4, 6}
     table = observed_table(policy, [NAN, 1.0, NAN, 5.0, 4.0, 1.0, NAN, NAN, NAN, 3.0])
     samples = set(begun(policy, table).sampler)

@@ -216,7 +216,11 @@ def policies(draw: Any, case: str, scoring: bool = True) -> PruningPolicy:
         fields["keep_ratio"] = draw(st.integers(math.ceil(100 * least), 100)) / 100
     if has_scores(plain):
         fields["max_age"] = draw(st.sampled_from([None, 1, 2]))
-        fields["exclude_hardest"] = draw(st.sampled_from([0.0, 0.1, 0.6]))
+        # Some have scores only if this guard is set.
+        shares = [0.1, 0.6] if plain.exclude_hardest else [0.0, 0.1, 0.6]
+        fields["exclude_hardest"] = draw(st.sampled_from(shares))
+        if fields["exclude_hardest"]:
+            fields["exclude_ramp"] = draw(st.sampled_from([None, (0.0, 0.5), (0.3, 1.0)]))
     if plain.signals and scoring:
         fields["scoring"] = draw(st.sampled_from(["trained", "trained", "dropped", "all"]))
     return policy_of(case, **fields)

@@ -141,6 +141,12 @@ BAD = [
     *[(UCB, "max_age", v, TypeError) for v in (1.5, True, "3")],
     *[(UCB, "exclude_hardest", v, ValueError) for v in (1, 1.0, -0.1, NAN, INF)],
     *[(UCB, "exclude_hardest", v, TypeError) for v in (None, "0.1", True)],
+    *[(UCB, "exclude_ramp", v, TypeError) for v in (0.5, "ab", (0.1,), (0, True), (0, "1"))],
+    *[
+        (UCB, "exclude_ramp", v, ValueError)
+        for v in ((0.5, 0.5), (0.6, 0.2), (-0.1, 1), (0.0, 1.1), (NAN, 1.0), (0.0, INF))
+    ],
+    (UCB, "exclude_ramp", (0.0, 1.0), ValueError),  # without exclude_hardest
     *[(UCB, "max_weight", v, ValueError) for v in (0, -1.0, NAN, INF)],
     *[(UCB, "max_weight", v, TypeError) for v in ("2", True)],
     *[(UCB, "min_per_class", v, ValueError) for v in (-1,)],
@@ -200,8 +206,10 @@ def test_values_at_the_limits_are_fine(cls, settings):
     assert dataclasses.asdict(cls(**settings)).items() >= settings.items()
 
 
-@pytest.mark.parametrize("cls", [RandomPruning, FullData])
-@pytest.mark.parametrize(("guard", "value"), [("max_age", 3), ("exclude_hardest", 0.1)])
+@pytest.mark.parametrize(
+    ("cls", "guard", "value"),
+    [(RandomPruning, "max_age", 3), (FullData, "max_age", 3), (FullData, "exclude_hardest", 0.1)],
+)
 def test_guards_of_scores_need_scores(cls, guard, value):
     with pytest.raises(ValueError, match=rf"{guard}={value}.*{cls.__name__}"):
         cls(**{guard: value})
@@ -319,6 +327,7 @@ def test_unknown_field_suggests_the_near_ones():
         FullData(first=2),
         RandomPruning(0.3, replacement=False, period=10),
         EpsilonGreedy(0.7, epsilon=0.2, max_age=3, exclude_hardest=0.01, max_weight=4.0),
+        RandomPruning(0.7, exclude_hardest=0.2, exclude_ramp=[0, 0.5], scoring="all"),
         UCB(0.1, c=0.5, bonus="std", signal="margin", last=0.125),
         LossProportional(0.3, alpha=0.5, decay=1),
         OrderDP(0.3),

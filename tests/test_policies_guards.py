@@ -2,21 +2,26 @@
 
 import pytest
 import torch
-from choosing import INF, NAN, generator
+from choosing import INF, NAN, chi_square, generator
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import images, tiny_models, trainer
 
 from hf_dynprune.policies import UCB, EpochPlan, EpsilonGreedy, FullData, InfoBatch, RandomPruning
-from hf_dynprune.policies.guards import guarded_plan, guarded_score, with_class_floor
+from hf_dynprune.policies.guards import (
+    excluded_share,
+    guarded_plan,
+    guarded_score,
+    with_class_floor,
+)
 from hf_dynprune.pruner import DynamicPruner
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.table import SampleTable
 
 
-def after_full_epoch(policy, losses, n=10, epochs=6):
+def after_full_epoch(policy, losses, n=10, epochs=6, seed=0):
     """A pruner after one epoch on all data (`first=1`), with the samples in `losses` observed."""
-    pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs))
+    pruner = DynamicPruner(policy, RunShape(n, batch_size=n, num_epochs=epochs), seed=seed)
     pruner.begin_epoch(0)
     index = torch.tensor([i if i in losses else -1 for i in range(n)])  # -1 is not observed
     values = torch.tensor([float(losses.get(i, 0)) for i in range(n)])
@@ -45,8 +50,66 @@ def test_scores_of_a_choice_by_hand():
     table["last_observed"][:] = torch.tensor([-1, 5, 5, 5, 2, 5, 5])
     score = torch.tensor([7.0, NAN, 1.0, 2.0, 3.0, INF, -INF])
     # Of the five observed ones below +inf the two hardest, 3 and 4, are barred. 4 is too old.
-    guarded = guarded_score(policy, score, table, epoch=5)
+    guarded = guarded_score(policy, score, table, epoch=5, progress=0.5)
     assert guarded.tolist() == [INF, -INF, 1.0, -INF, INF, INF, -INF]
+
+
+@pytest.mark.parametrize(
+    ("progress", "share"), [(0.0, 0.0), (0.2, 0.0), (0.35, 0.1), (0.5, 0.2), (0.8, 0.4), (1.0, 0.4)]
+)
+def test_the_excluded_share_rises_between_two_points_of_the_run(progress, share):
+    policy = UCB(exclude_hardest=0.4, exclude_ramp=(0.2, 0.8))
+    assert excluded_share(policy, progress) == pytest.approx(share)
+    assert excluded_share(UCB(exclude_hardest=0.4), progress) == 0.4
+
+
+def test_a_ramp_in_a_run_by_hand():
+    # Progress 1/6, 2/6, ... at the choices: of ten samples 0, 1, 2, 2 and 2 are barred.
+    ramp = {"exclude_hardest": 0.2, "exclude_ramp": (1 / 6, 3 / 6)}
+    pruner = after_full_epoch(UCB(0.5, first=1, **ramp), RISING)
+    chosen = [trained_in(pruner, epoch) for epoch in range(1, 6)]
+    assert chosen == [[5, 6, 7, 8, 9], [4, 5, 6, 7, 8], *[[3, 4, 5, 6, 7]] * 3]
+
+
+@pytest.mark.parametrize("replacement", [True, False])
+def test_random_draws_leave_the_hardest_out(replacement):
+    policy = RandomPruning(0.5, replacement, first=1, exclude_hardest=0.2, exclude_ramp=(0.0, 0.5))
+    seen = [set() for _ in range(7)]
+    for seed in range(40):
+        pruner = after_full_epoch(policy, RISING, epochs=8, seed=seed)
+        for epoch in range(1, 8):
+            samples = trained_in(pruner, epoch)
+            assert len(samples) == 5
+            seen[epoch - 1].update(samples)
+    # 0.2 * 1/4 of ten samples rounds to 0, and 0.2 * 2/4 to 1; from the middle of the run it is 2.
+    assert seen[0] == set(range(10))
+    assert seen[1] == set(range(9))
+    assert all(samples == set(range(8)) for samples in seen[3:])
+
+
+def test_random_draws_are_uniform_over_what_is_not_excluded():
+    counts = [0] * 10
+    for seed in range(700):
+        policy = RandomPruning(0.3, first=1, exclude_hardest=0.2)
+        pruner = after_full_epoch(policy, {**RISING, 0: NAN}, seed=seed)
+        for i in trained_in(pruner, 1):
+            counts[i] += 1
+    assert [counts[i] for i in (0, 8, 9)] == [0, 0, 0]
+    assert chi_square(counts[1:8]) < 31  # 6 degrees of freedom: p = 2e-5
+
+
+def test_random_draws_take_excluded_samples_if_all_others_are_kept():
+    for replacement in (True, False):
+        policy = RandomPruning(0.9, replacement, first=1, exclude_hardest=0.2)
+        samples = set(trained_in(after_full_epoch(policy, RISING), 1))
+        assert samples > set(range(8))
+        assert len(samples) == 9
+
+
+def test_random_draws_remember_losses_only_to_exclude():
+    plain, small = RandomPruning(0.5), RandomPruning(0.5, exclude_hardest=0.2, max_age=2)
+    assert (plain.signals, plain.needs_loss, plain.has_scores) == ((), False, False)
+    assert (small.signals, small.needs_loss, small.has_scores) == (("loss",), True, True)
 
 
 @pytest.mark.parametrize("cls", [UCB, EpsilonGreedy])

@@ -12,6 +12,7 @@ import hf_dynprune
 PUBLIC = [
     "Advice",
     "Choice",
+    "ClassBudget",
     "Column",
     "DynamicPruner",
     "DynamicPruningMixin",
@@ -31,6 +32,7 @@ PUBLIC = [
     "PruningReport",
     "PruningSampler",
     "RandomPruning",
+    "ReferenceLoss",
     "RunShape",
     "SampleTable",
     "ScoredPolicy",

@@ -8,7 +8,8 @@ done once, for all policies, by [`DynamicPruner`].
 `base` has the contract and `guards` what the pruner applies around it. `random` has the baselines,
 `by_loss` the rules of the central paper and the draws by loss, `effective` the draw whose size
 follows the data, `reweighted` InfoBatch, `windows` SeTa, `hidden` KAKURENBO and IES, `static` the
-choice made once, `prompts` the rules for rewards.
+choice made once, `informed` the rules that know the classes or a reference model, `prompts` the
+rules for rewards.
 
 To add a rule, write one class with its `name`, list it below, and add one line to the conformance
 table of the tests and one row to the docs.
@@ -23,6 +24,7 @@ from .base import Choice, EpochPlan, KeepsShare, PruningPolicy, ScoredPolicy
 from .by_loss import UCB, EpsilonGreedy, LossProportional, OrderDP
 from .effective import EffectiveShare
 from .hidden import IES, KAKURENBO
+from .informed import ClassBudget, ReferenceLoss
 from .prompts import GRESO, ThompsonPrompts
 from .random import FullData, RandomPruning
 from .reweighted import InfoBatch
@@ -36,6 +38,7 @@ __all__ = [
     "POLICIES",
     "UCB",
     "Choice",
+    "ClassBudget",
     "EffectiveShare",
     "EpochPlan",
     "EpsilonGreedy",
@@ -46,6 +49,7 @@ __all__ = [
     "OrderDP",
     "PruningPolicy",
     "RandomPruning",
+    "ReferenceLoss",
     "ScoredPolicy",
     "SeTa",
     "StaticPruning",
@@ -70,6 +74,8 @@ POLICIES: dict[str, type[PruningPolicy]] = {
         KAKURENBO,
         IES,
         StaticPruning,
+        ClassBudget,
+        ReferenceLoss,
         ThompsonPrompts,
         GRESO,
     )

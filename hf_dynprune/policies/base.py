@@ -148,6 +148,9 @@ class PruningPolicy(ABC):
         exclude_hardest: Share of the observed samples, those with the highest scores, that is kept
             last of all (a guard against wrong labels and outliers); in [0, 1). If `max_age` is set,
             it brings them back from time to time.
+        exclude_ramp: (begin, end), shares of the run between which the excluded share rises from 0
+            to `exclude_hardest`; 0 <= begin < end <= 1. None excludes the same share at each
+            choice.
         max_weight: Upper limit on the weights of a plan.
         min_per_class: Samples of each class that every plan holds at least (or all that the class
             has), in place of the lowest scores of other classes; 0 means no floor. For single-label
@@ -161,6 +164,7 @@ class PruningPolicy(ABC):
     scoring_mode: Literal["eval", "train"] | None = field(default=None, kw_only=True)
     max_age: int | None = field(default=None, kw_only=True)
     exclude_hardest: float = field(default=0.0, kw_only=True)
+    exclude_ramp: tuple[float, float] | None = field(default=None, kw_only=True)
     max_weight: float | None = field(default=None, kw_only=True)
     min_per_class: int = field(default=0, kw_only=True)
 
@@ -199,11 +203,18 @@ class PruningPolicy(ABC):
         if self.max_age is not None:
             check_count("max_age", self.max_age, 1)
         check_number("exclude_hardest", self.exclude_hardest, "a share in [0, 1)", _below_1)
+        if self.exclude_ramp is not None:  # JSON has lists
+            object.__setattr__(self, "exclude_ramp", _checked_ramp(self.exclude_ramp))
+            if not self.exclude_hardest:
+                raise ValueError(
+                    f"exclude_ramp={self.exclude_ramp} with exclude_hardest=0 excludes nothing: "
+                    "set the share to which it rises, such as exclude_hardest=0.2."
+                )
         if self.max_weight is not None:
             check_number("max_weight", self.max_weight, "a positive number", lambda w: w > 0)
         check_count("min_per_class", self.min_per_class, 0)
         for guard in ("max_age", "exclude_hardest"):
-            if getattr(self, guard) and not isinstance(self, ScoredPolicy):
+            if getattr(self, guard) and not self.has_scores:
                 raise ValueError(
                     f"{guard}={getattr(self, guard)} acts on scores, and {type(self).__name__} has "
                     "none."
@@ -250,6 +261,11 @@ class PruningPolicy(ABC):
     def needs_loss(self) -> bool:
         """Whether it needs the loss of single samples: to observe them or to weigh them."""
         return bool(self.signals) or self.weighs or self.min_per_class > 0
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether a choice has scores: always for a [`ScoredPolicy`], unless it says otherwise."""
+        return False
 
     @property
     def mode_of_scoring(self) -> Literal["eval", "train"]:
@@ -302,6 +318,11 @@ class ScoredPolicy(PruningPolicy):
         was ever observed) becomes -inf.
         """
 
+    @property
+    def has_scores(self) -> bool:
+        """True. A policy that needs scores with some settings only overrides it."""
+        return True
+
     def looks_once(self, shape: RunShape, num_epochs: int) -> bool:
         """Whether each choice would be a first look, so that scores decide next to nothing.
 
@@ -345,3 +366,22 @@ def check_keep_ratio(value: Any) -> None:
 
 def _below_1(share: float) -> bool:
     return 0 <= share < 1
+
+
+def _checked_ramp(value: Any) -> tuple[float, float]:
+    """(begin, end) of `exclude_ramp`. TypeError or ValueError unless 0 <= begin < end <= 1."""
+    expected = "two shares of the run, (begin, end) with 0 <= begin < end <= 1, such as (0.2, 0.6)"
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise TypeError(f"exclude_ramp={value!r}: expected {expected}.")
+    for share in value:
+        if isinstance(share, bool) or not isinstance(share, numbers.Real):
+            raise TypeError(f"exclude_ramp={value!r}: expected {expected}.")
+    begin, end = map(float, value)
+    if not 0 <= begin < end <= 1:
+        raise ValueError(f"exclude_ramp={value!r} is out of range: expected {expected}.")
+    return begin, end
+
+
+def usable(score: Tensor) -> Tensor:
+    """Which samples may be drawn: those with a finite loss that no guard bars. (N,) bool."""
+    return score > -math.inf

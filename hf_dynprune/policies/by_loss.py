@@ -10,13 +10,17 @@ from torch import Tensor
 from ..checks import check_choice, check_decay, check_number, check_share
 from ..selection import draw, floor_share, indices_of, permutation, top_k, top_mask
 from ..table import Last, Memory, MovingMean, MovingVariance, SampleTable
-from .base import Choice, EpochPlan, KeepsShare, ScoredPolicy
+from .base import Choice, EpochPlan, KeepsShare, ScoredPolicy, usable
 from .random import EVERY_10_EPOCHS
 
 
-def usable(score: Tensor) -> Tensor:
-    """Which samples may be drawn: those with a finite loss that no guard bars. (N,) bool."""
-    return score > -math.inf
+def gumbel(n: int, generator: torch.Generator) -> Tensor:
+    """(n,) float64 standard Gumbel noise, finite.
+
+    The K highest of  log p_i + g_i  are a draw of K without replacement in proportion to p_i.
+    """
+    uniform = torch.rand(n, dtype=torch.float64, generator=generator)
+    return -(-uniform.clamp_(min=torch.finfo(torch.float64).tiny).log()).log()
 
 
 def proportional_keys(score: Tensor, generator: torch.Generator, alpha: float = 1.0) -> Tensor:
@@ -25,11 +29,34 @@ def proportional_keys(score: Tensor, generator: torch.Generator, alpha: float = 
     Samples of score 0 or less have probability 0. They come after all that can be drawn, and
     samples that must not be drawn, of score -inf, come last. Those of score +inf come first.
     """
-    double = torch.finfo(torch.float64)
-    uniform = torch.rand(len(score), dtype=torch.float64, generator=generator)
-    gumbel = -(-uniform.clamp_(min=double.tiny).log()).log()
-    key = alpha * score.double().log() + gumbel
-    return key.where(score > 0, double.min).where(usable(score), -math.inf)
+    key = alpha * score.double().log() + gumbel(len(score), generator)
+    return key.where(score > 0, torch.finfo(torch.float64).min).where(usable(score), -math.inf)
+
+
+def default_draw_ratio(draw_ratio: float | None, keep_ratio: float) -> float:
+    """The share that is drawn before the highest scores are kept: 0.75, or keep_ratio if more.
+
+    Raises TypeError or ValueError unless it is None or a number in [keep_ratio, 1].
+    """
+    if draw_ratio is None:
+        return max(0.75, keep_ratio)
+    expected = (
+        f"a share in [keep_ratio, 1] = [{keep_ratio}, 1]: the kept samples are taken from "
+        "those drawn"
+    )
+    check_number("draw_ratio", draw_ratio, expected, lambda r: keep_ratio <= r <= 1)
+    return draw_ratio
+
+
+def top_of_a_draw(choice: Choice, draw_ratio: float) -> EpochPlan:
+    """Keep the K highest scores of floor(draw_ratio * N) samples, drawn uniformly."""
+    score, k = choice.score, choice.size
+    pool = indices_of(usable(score))
+    drawn = max(k, floor_share(draw_ratio, choice.n))
+    candidates = pool.index_select(0, permutation(len(pool), choice.generator)[:drawn])
+    if len(candidates) < k:
+        return EpochPlan(top_k(score, k, choice.generator))
+    return EpochPlan(candidates[top_k(score[candidates], k, choice.generator)])
 
 
 def _greedy_and_random(choice: Choice, epsilon: float) -> EpochPlan:
@@ -248,20 +275,8 @@ class OrderDP(LastLoss, KeepsShare):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.draw_ratio is None:
-            object.__setattr__(self, "draw_ratio", max(0.75, self.keep_ratio))
-        expected = (
-            f"a share in [keep_ratio, 1] = [{self.keep_ratio}, 1]: the kept samples are taken from "
-            "those drawn"
-        )
-        check_number("draw_ratio", self.draw_ratio, expected, lambda r: self.keep_ratio <= r <= 1)
+        object.__setattr__(self, "draw_ratio", default_draw_ratio(self.draw_ratio, self.keep_ratio))
 
     def plan(self, choice: Choice) -> EpochPlan:
         assert self.draw_ratio is not None  # set at construction
-        score, k = choice.score, choice.size
-        pool = indices_of(usable(score))
-        drawn = max(k, floor_share(self.draw_ratio, choice.n))
-        candidates = pool.index_select(0, permutation(len(pool), choice.generator)[:drawn])
-        if len(candidates) < k:
-            return EpochPlan(top_k(score, k, choice.generator))
-        return EpochPlan(candidates[top_k(score[candidates], k, choice.generator)])
+        return top_of_a_draw(choice, self.draw_ratio)

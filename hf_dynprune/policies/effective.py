@@ -9,8 +9,8 @@ from ..checks import check_number
 from ..potential import Kind, Magnitude, effective_share
 from ..selection import keep_count, top_k
 from ..table import Last, Memory, SampleTable
-from .base import Choice, EpochPlan, ScoredPolicy
-from .by_loss import proportional_keys, usable
+from .base import Choice, EpochPlan, ScoredPolicy, usable
+from .by_loss import proportional_keys
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,22 @@ from ..table import SampleTable
 from .base import EpochPlan, PruningPolicy
 
 
-def guarded_score(policy: PruningPolicy, score: Tensor, table: SampleTable, epoch: int) -> Tensor:
+def excluded_share(policy: PruningPolicy, progress: float) -> float:
+    """The share of the observed samples that is excluded at a point of the run, in [0, 1).
+
+        share = exclude_hardest * min(1, max(0, (progress - begin) / (end - begin)))
+
+    with (begin, end) = `exclude_ramp`; without a ramp it is `exclude_hardest`.
+    """
+    if policy.exclude_ramp is None:
+        return policy.exclude_hardest
+    begin, end = policy.exclude_ramp
+    return policy.exclude_hardest * min(1.0, max(0.0, (progress - begin) / (end - begin)))
+
+
+def guarded_score(
+    policy: PruningPolicy, score: Tensor, table: SampleTable, epoch: int, progress: float
+) -> Tensor:
     """The score as a choice is given it: `exclude_hardest`, `max_age` and the first look applied.
 
     Args:
@@ -18,6 +33,7 @@ def guarded_score(policy: PruningPolicy, score: Tensor, table: SampleTable, epoc
         score: (N,) float32 of the policy, not guarded; changed in place.
         table: Says which samples were observed, and when.
         epoch: The epoch that begins.
+        progress: Share of the run's budget that is spent, in [0, 1].
 
     Returns:
         (N,) float32 without NaN: +inf for samples never observed or too long ago, -inf for samples
@@ -25,10 +41,11 @@ def guarded_score(policy: PruningPolicy, score: Tensor, table: SampleTable, epoc
     """
     observed = table.observed
     score.nan_to_num_(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
-    if policy.exclude_hardest:
+    share = excluded_share(policy, progress)
+    if share:
         # If an observed sample scores +inf, its policy keeps it whatever its loss is.
         candidates = indices_of(observed & (score < math.inf))
-        excluded = round(policy.exclude_hardest * len(candidates))
+        excluded = round(share * len(candidates))
         if excluded:
             hardest = torch.topk(score[candidates], excluded).indices
             score[candidates[hardest]] = -math.inf

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..checks import check_flag, check_number, check_share
 from ..selection import floor_share, indices_of, top_k
 from ..table import History, Last, Memory, SampleTable
-from .base import Choice, EpochPlan, ScoredPolicy
-from .by_loss import LastLoss, usable
+from .base import Choice, EpochPlan, ScoredPolicy, usable
+from .by_loss import LastLoss
 
 _LOSSES = 6  # that instance-dependent early stopping looks back on
 

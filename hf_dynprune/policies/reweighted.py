@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..checks import check_number
 from ..selection import draw, floor_share, indices_of, keep_count, kth_highest, top_k
-from .base import Choice, EpochPlan, check_keep_ratio
-from .by_loss import LastLoss, usable
+from .base import Choice, EpochPlan, check_keep_ratio, usable
+from .by_loss import LastLoss
 
 
 def check_prune_ratio(value: Any) -> None:

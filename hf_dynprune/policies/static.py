@@ -23,54 +23,18 @@ _SPENT = (
 )
 
 
-@dataclass(frozen=True)
-class StaticPruning(PruningPolicy):
-    """Static pruning: K = round(keep_ratio * N) samples, chosen once, by scores s made before.
+class HoldsScores(PruningPolicy):
+    """Keeps K = round(keep_ratio * N) samples by scores that were made before the run. Abstract.
 
-        hardest     S = the K highest s_i
-        easiest     S = the K lowest s_i
-        middle      S = the K samples around the median, ranks (N - K) // 2 to (N - K) // 2 + K - 1
-        random      S = K uniform without replacement, from the seed of the run: no scores
-
-    Ties are broken at random. The one choice is made after the `first` full-data epochs and holds
-    until the `last` ones; `period` changes nothing.
-
-    The papers train the kept part for as many optimizer steps as the full run takes, so that
-    pruning saves them nothing. Here an epoch is as short as its samples. Multiply
-    `num_train_epochs` by N / K to train as they did.
-
-    Cost: keep_ratio, and what the scores cost: a run, or ten. O(N log N) for the choice.
-
-    Args:
-        scores: The path of a file of `Scores.save`, or the `Scores` that were saved or loaded; None
-            with `keep="random"`. The file is read once, here.
-        keep_ratio: Share of the samples that is kept, in (0, 1].
-        keep: Which samples are kept.
-        charge: Whether the report counts what the scores cost (`provenance["passes"]`) as passes of
-            this run; otherwise it is shown beside them. If several runs share the scores, charge
-            them once, and say so.
-        digest: Of the content of the file, read from it. A file with another content is refused.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError: At construction, if the file is missing, damaged
-            or another one, or if scores to be charged do not say what they cost. When the pruner or
-            the trainer is made, if the scores are of another number of samples or of another
-            dataset.
-
-    Papers: EL2N, GraNd: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (`hardest`; above
-    half of the data dropped, a window away from the hardest). Forgetting events: Toneva et al.,
-    ICLR 2019, arXiv 1812.05159 (`hardest`).
+    The file is read once, at construction. The fields are those of the subclass, so that each has
+    its own order.
     """
 
-    # Two policies are equal if the content of their scores is, which `digest` says.
-    scores: str | os.PathLike[str] | Scores | None = field(default=None, compare=False)
-    keep_ratio: float = 0.5
-    keep: Literal["hardest", "easiest", "middle", "random"] = "hardest"
-    charge: bool = True
-    digest: str | None = None
+    scores: str | os.PathLike[str] | Scores | None
+    keep_ratio: float
+    charge: bool
+    digest: str | None
 
-    name = "static"
-    static: ClassVar[bool] = True
     always_shown: ClassVar[tuple[str, ...]] = ("keep_ratio",)
 
     def __post_init__(self) -> None:
@@ -81,23 +45,13 @@ class StaticPruning(PruningPolicy):
             )
         super().__post_init__()
         check_keep_ratio(self.keep_ratio)
-        check_choice("keep", self.keep, ("hardest", "easiest", "middle", "random"))
         check_flag("charge", self.charge)
-        if (self.scores is None) != (self.keep == "random"):
-            raise ValueError(
-                f"scores={self.scores!r} with keep={self.keep!r}: keep='random' takes no scores, "
-                "and the others need them (`score_dataset` makes them)."
-            )
-        if self.min_per_class and not self.first:
-            raise ValueError(
-                f"min_per_class={self.min_per_class} with first=0: labels are known from the first "
-                "observation on, and the only choice would be made before it. Set first=1."
-            )
-        if self.scores is not None:
-            self._hold(self.scores)
 
-    def _hold(self, scores: str | os.PathLike[str] | Scores) -> None:
+    def _hold(self) -> None:
         """Load the scores and check them."""
+        scores = self.scores
+        if scores is None:
+            return
         if not isinstance(scores, Scores):
             path = os.fspath(scores)
             try:
@@ -169,6 +123,71 @@ class StaticPruning(PruningPolicy):
         spent = {name: scores.provenance[name] for name in _SPENT if name in scores.provenance}
         about = {"method": scores.method, "scores": scores.path, "digest": scores.digest}
         return {**about, "charged": self.charge, **spent}
+
+
+@dataclass(frozen=True)
+class StaticPruning(HoldsScores):
+    """Static pruning: K = round(keep_ratio * N) samples, chosen once, by scores s made before.
+
+        hardest     S = the K highest s_i
+        easiest     S = the K lowest s_i
+        middle      S = the K samples around the median, ranks (N - K) // 2 to (N - K) // 2 + K - 1
+        random      S = K uniform without replacement, from the seed of the run: no scores
+
+    Ties are broken at random. The one choice is made after the `first` full-data epochs and holds
+    until the `last` ones; `period` changes nothing.
+
+    The papers train the kept part for as many optimizer steps as the full run takes, so that
+    pruning saves them nothing. Here an epoch is as short as its samples. Multiply
+    `num_train_epochs` by N / K to train as they did.
+
+    Cost: keep_ratio, and what the scores cost: a run, or ten. O(N log N) for the choice.
+
+    Args:
+        scores: The path of a file of `Scores.save`, or the `Scores` that were saved or loaded; None
+            with `keep="random"`. The file is read once, here.
+        keep_ratio: Share of the samples that is kept, in (0, 1].
+        keep: Which samples are kept.
+        charge: Whether the report counts what the scores cost (`provenance["passes"]`) as passes of
+            this run; otherwise it is shown beside them. If several runs share the scores, charge
+            them once, and say so.
+        digest: Of the content of the file, read from it. A file with another content is refused.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: At construction, if the file is missing, damaged
+            or another one, or if scores to be charged do not say what they cost. When the pruner or
+            the trainer is made, if the scores are of another number of samples or of another
+            dataset.
+
+    Papers: EL2N, GraNd: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (`hardest`; above
+    half of the data dropped, a window away from the hardest). Forgetting events: Toneva et al.,
+    ICLR 2019, arXiv 1812.05159 (`hardest`).
+    """
+
+    # Two policies are equal if the content of their scores is, which `digest` says.
+    scores: str | os.PathLike[str] | Scores | None = field(default=None, compare=False)
+    keep_ratio: float = 0.5
+    keep: Literal["hardest", "easiest", "middle", "random"] = "hardest"
+    charge: bool = True
+    digest: str | None = None
+
+    name = "static"
+    static: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("keep", self.keep, ("hardest", "easiest", "middle", "random"))
+        if (self.scores is None) != (self.keep == "random"):
+            raise ValueError(
+                f"scores={self.scores!r} with keep={self.keep!r}: keep='random' takes no scores, "
+                "and the others need them (`score_dataset` makes them)."
+            )
+        if self.min_per_class and not self.first:
+            raise ValueError(
+                f"min_per_class={self.min_per_class} with first=0: labels are known from the first "
+                "observation on, and the only choice would be made before it. Set first=1."
+            )
+        self._hold()
 
     def plan(self, choice: Choice) -> EpochPlan:
         n, k, generator = choice.n, choice.size, choice.generator
