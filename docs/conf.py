@@ -214,11 +214,20 @@ def _check_names(app: Sphinx, env) -> None:
 def _check_hosts(app: Sphinx, failure: Exception | None) -> None:
     if failure is not None or app.builder.format != "html":
         return
-    loads = re.compile(r"<(?:script|img|iframe|source)[^>]*\ssrc=\"(?:https?:)?//[^\"]*")
-    links = re.compile(r"<link[^>]*rel=\"(?:stylesheet|preload|icon)\"[^>]*href=\"(?:https?:)?//")
-    for page in Path(app.outdir).rglob("*.html"):
-        for found in (*loads.findall(page.read_text()), *links.findall(page.read_text())):
-            raise SphinxError(f"{page.name} loads from another host: {found}")
+    outside = r"(?:https?:)?//"
+    searches = {
+        "*.html": [
+            rf"<(?:script|img|iframe|source)[^>]*\ssrc=\"{outside}[^\"]*",
+            rf"<link[^>]*rel=\"(?:stylesheet|preload|icon)\"[^>]*href=\"{outside}",
+        ],
+        "*.css": [rf"(?:url\(|@import)\s*[\"']?{outside}[^)\"']*"],
+    }
+    for pattern, kinds in searches.items():
+        for file in Path(app.outdir).rglob(pattern):
+            text = file.read_text()
+            for kind in kinds:
+                if found := re.search(kind, text):
+                    raise SphinxError(f"{file.name} loads from another host: {found[0]}")
 
 
 def setup(app: Sphinx) -> None:

@@ -399,6 +399,14 @@ def test_commands_that_read_reports_run(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_is_rendered_as_it_is_meant(name):
+    # A comment that begins a line ends the paragraph, and a line break in the text that stands for
+    # a picture joins two words.
+    assert re.findall(r"^ *<!-- value.*", PAGES[name], re.MULTILINE) == []
+    assert [text for text in re.findall(r"!\[([^\]]*)\]", PAGES[name]) if "\n" in text] == []
+
+
 # ---- links and names -----------------------------------------------------------------------------
 
 
