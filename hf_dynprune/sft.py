@@ -122,7 +122,7 @@ class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
         if not self.padding_free or self.loss_rule is None:
             return super()._indexed(collator)
         # Its batch has no rows whose order could be looked at. `_with_lengths` looks at positions.
-        return FlatCollator(collator, any_order=True)
+        return _FlatCollator(collator, any_order=True)
 
     def _scoring_loader(self) -> dict[str, Any]:
         loader = super()._scoring_loader()
@@ -224,7 +224,7 @@ def _terms_of_samples(inputs: Any) -> torch.Tensor:
     return _sums_of_samples(inputs["labels"][:, 1:].ne(IGNORED).long(), inputs)
 
 
-class FlatCollator(IndexedCollator):
+class _FlatCollator(IndexedCollator):
     """Also adds the lengths of the samples to a batch in which they are one row."""
 
     def __call__(self, indexed: Any) -> Any:

@@ -20,6 +20,10 @@ BENCHMARKS = {
     "throughput": ("--rounds 1 --samples 512 --batch_size 64", "path"),
     "choosing": ("--sizes 3000 --rounds 1 --policies ucb kakurenbo", "policy"),
     "exchange": ("--ranks 2 --sizes 3000 --rounds 2", "way"),
+    "packing": (
+        "--rounds 1 --samples 16 --max_length 32 --layouts padded padding-free packed",
+        "layout",
+    ),
     "scale": ("--sizes 3000 20000 --ranks 4 --extrapolate 1e6", "role"),
     "scoring": ("--rounds 1 --samples 256 --models resnet8_cifar bert", "model"),
     "startup": ("--rounds 1 --samples 3000", "what"),

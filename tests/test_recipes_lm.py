@@ -247,9 +247,10 @@ def test_mistakes_end_the_program_before_the_training(
     assert re.search(message, capsys.readouterr().err.replace("\n", " "))
 
 
-def test_the_configurations_differ_only_in_the_pruning():
+@pytest.mark.parametrize("recipe", ["causal_lm", "sft"])
+def test_the_configurations_differ_only_in_the_pruning(recipe):
     full, pruned = (
-        yaml.safe_load((ROOT / f"recipes/configs/causal_lm_{name}.yaml").read_text())
+        yaml.safe_load((ROOT / f"recipes/configs/{recipe}_{name}.yaml").read_text())
         for name in ("full", "pruned")
     )
     different = {name for name in full | pruned if full.get(name) != pruned.get(name)}
@@ -259,20 +260,38 @@ def test_the_configurations_differ_only_in_the_pruning():
 # ---- recipes/sft.py ------------------------------------------------------------------------------
 
 
-# trl and peft use the old names.
-@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")
-def test_sft(data, recipe, tmp_path, capsys):
+@pytest.fixture
+def base(data, recipe, tmp_path):
+    """The folder of a model and its tokenizer."""
     llama(vocab_size=300, max_position_embeddings=64, eos_token_id=0).save_pretrained(
         tmp_path / "base"
     )
     _, tokenizer, _ = samples(recipe("causal_lm"), data["questions"])
     tokenizer.save_pretrained(tmp_path / "base")
-    options = ["--dataset", data["questions"], "--model_name_or_path", tmp_path / "base"]
-    options += [*LITTLE, *PRUNED]
+    return ["--dataset", data["questions"], "--model_name_or_path", tmp_path / "base", *LITTLE]
+
+
+# trl and peft use the old names.
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")
+def test_sft(base, recipe, tmp_path, capsys):
     lora = ["--use_peft", "True", "--lora_target_modules", "all-linear", "--lora_r", "2"]
-    recipe("sft", *options, *lora, "--output_dir", tmp_path / "out")
+    recipe("sft", *base, *PRUNED, *lora, "--output_dir", tmp_path / "out")
     assert "ucb: mean_token_accuracy " in capsys.readouterr().out
     report = report_of(tmp_path / "out")
     assert report["cost_ratio"] == pytest.approx(0.5)
     assert report["num_samples"] == 48
     assert weights_of(tmp_path / "out", "adapter_model")
+
+
+@pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing`:FutureWarning")
+def test_sft_without_padding(base, recipe, tmp_path):
+    """An example is a sample without padding; packed, a row is."""
+    packed = ["--padding_free", "False", "--packing", "True", "--max_length", "128"]
+    shares = {"full": 1.0, "pruned": 0.5}
+    for name, more in (("full", []), ("pruned", []), ("pruned", packed)):
+        config, folder = ROOT / f"recipes/configs/sft_{name}.yaml", tmp_path / f"{name}{len(more)}"
+        recipe("sft", config, *base, *more, "--output_dir", folder)
+        report = report_of(folder)
+        n = report["num_samples"]
+        assert (n < 48) == bool(more)
+        assert report["cost_ratio"] == pytest.approx(round(shares[name] * n) / n)
