@@ -143,7 +143,9 @@ def _source(tensor: Tensor) -> GradientEdge:
     node, number = get_gradient_edge(tensor)[:2]
     while node.name() in _COPIES:
         following = node.next_functions
-        before, at = following[number if len(following) > 1 else 0]
+        place = number if len(following) > 1 else 0
+        # DDP's function counts outputs that are None, and has no input for them.
+        before, at = following[place] if place < len(following) else (None, 0)
         if before is None:
             break
         node, number = before, at
