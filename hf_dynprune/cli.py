@@ -137,7 +137,8 @@ def score(argv: Sequence[str]) -> None:
     else:
         cost = f"{scores.provenance['passes']:,.0f}"
         print(f"{options.method} scores of {len(scores):,} samples. They cost {cost} passes.")
-        print(f'Use them: StaticPruning("{file}", keep_ratio=0.5)')
+        policy = "ReferenceLoss" if options.method == "reference" else "StaticPruning"
+        print(f'Use them: {policy}("{file}", keep_ratio=0.5)')
 
 
 def advise(argv: Sequence[str]) -> None:

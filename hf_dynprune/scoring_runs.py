@@ -1,9 +1,9 @@
-"""Scores for static pruning: made before the run, by training on all data, and what they cost.
+"""Scores of samples, made before the run that uses them by training a model, and what they cost.
 
     FullData, a memory beside it ──train──▶ model, table ──forward passes, or the table──▶ Scores
 
 Forgetting events are read from the table of the run. All other scores come from passes over all
-samples when the training is over.
+samples when the training is over. A reference is trained on other samples than it scores.
 """
 
 import copy
@@ -19,17 +19,21 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from . import checkpoints, distributed
 from .arguments import TRAINING_SETTINGS
 from .checks import check_count, did_you_mean
-from .files import SCORES_FILE, load_json, save_json
+from .data_side import tell_epoch
+from .files import SCORES_FILE, checksum, load_json, save_json
+from .identity import dataset_fingerprint
 from .losses import CLASS_RULES, LossRule
 from .policies import FullData
 from .pruner import DynamicPruner, choice_seed
 from .report import describe_environment, passes
+from .sampler import IndexedDataset
 from .scores import Scores
 from .scoring import gradient_norms, loss_left_out
 from .table import Counts
@@ -71,15 +75,18 @@ METHODS = {
     "loss": Method(20, 10, "loss"),
     "margin": Method(20, 10, "margin"),
     "entropy": Method(20, 10, "entropy"),
+    "reference": Method(None, 1, "loss"),
 }
 
 
 def score_dataset(
     method: str,
-    model_init: Callable[..., nn.Module],
+    model_init: Callable[..., nn.Module] | None,
     args: TrainingArguments,
     train_dataset: Any,
     *,
+    holdout: Any = None,
+    model: nn.Module | None = None,
     runs: int | None = None,
     epochs: float | None = None,
     seeds: Sequence[int] | None = None,
@@ -89,7 +96,8 @@ def score_dataset(
     scoring_dataset: Any = None,
     **trainer_arguments: Any,
 ) -> Scores:
-    """Score each training sample for [`StaticPruning`]: train on all data, score with the model.
+    """Score each training sample: train a model, and score with it. For [`StaticPruning`], and
+    with `"reference"` for [`ReferenceLoss`].
 
         el2n               || softmax(f(x)) - onehot(y) ||_2, mean over runs
         grand              || gradient of the sample's loss ||_2 over all trainable parameters, mean
@@ -102,6 +110,7 @@ def score_dataset(
         loss, entropy      mean over runs
         margin             highest probability of another class minus that of the label's class,
                            mean over runs
+        reference          loss under a model that was not trained on the sample, mean over runs
 
     A high score means a hard sample. Forgetting events are counted during training, in train mode
     and under its augmentation. The others are taken in eval mode after `epochs` epochs of the run
@@ -113,6 +122,17 @@ def score_dataset(
     2303.14753), so the default here is after 20 epochs. Loss, margin and entropy have no published
     protocol. They follow EL2N's.
 
+    The reference model of `"reference"` is one of three:
+
+        holdout=    trained on that dataset, such as samples with clean labels or of a target task
+        model=      given; nothing is trained
+        neither     two models, each trained on a random half of the training samples; each scores
+                    the other half
+
+    It scores after its last epoch, when the learning rate has reached its end. RHO-LOSS takes the
+    epoch of lowest validation loss: for that train the model yourself, with
+    `load_best_model_at_end`, and give `model=`.
+
     Each finished run leaves `run-SEED.safetensors` in `output_dir`. A later call with the same
     settings reads it; more seeds may be added. An interrupted run continues from its newest
     complete checkpoint in `run-SEED`, if `args` saves any. On several ranks each scores its share;
@@ -121,10 +141,13 @@ def score_dataset(
     Args:
         method: A name in `METHODS`.
         model_init: Makes a new model, as the Trainer's argument of that name. It is called under
-            the seed of each run.
+            the seed of each run. None with `model`.
         args: Of the run. `seed`, `data_seed` and `output_dir` are replaced, and nothing is
             evaluated or uploaded.
         train_dataset: The samples, map-style.
+        holdout: Other samples, map-style, *optional*, that the reference model is trained on.
+        model: The reference model, *optional*. The Trainer moves it to its device. What it cost is
+            not known here: add it to `provenance["passes"]` of the scores, and save them again.
         runs: Number of runs. *Optional*, defaults to the method's, or to the number of seeds.
         epochs: Epochs before scoring. *Optional*, defaults to the method's; at most
             `args.num_train_epochs`.
@@ -145,39 +168,57 @@ def score_dataset(
             settings. After a run: if scores are NaN.
 
     Cost: runs * (epochs * N passes, plus N / 3 for forward passes over all samples, or N for
-    GraNd).
+    GraNd). With `holdout` its number of samples takes the place of the first N; with `model` it is
+    N / 3. Two halves cost what one run costs.
 
     Papers: Paul, Ganguli, Dziugaite, NeurIPS 2021, arXiv 2107.07075 (EL2N, GraNd); Toneva et al.,
-    ICLR 2019, arXiv 1812.05159 (forgetting events; code mtoneva/example_forgetting).
+    ICLR 2019, arXiv 1812.05159 (forgetting events; code mtoneva/example_forgetting); Mindermann et
+    al., ICML 2022, arXiv 2206.07137 (reference losses; code OATML/RHO-Loss).
     """
     how = check_method(method)
-    if isinstance(model_init, nn.Module) or not callable(model_init):
+    form = _form(method, holdout, model)
+    if method == "reference":
+        IndexedDataset(train_dataset)  # raises for a stream
+    if model is not None:
+        _check_given(model, model_init, runs, epochs, seeds)
+        epochs, seeds = 0, [args.seed]
+    elif isinstance(model_init, nn.Module) or not callable(model_init):
         raise TypeError(
             f"model_init is a {type(model_init).__name__}: expected a function that makes a new "
             "model for each run, such as `lambda: "
             "AutoModelForImageClassification.from_config(config)`."
         )
-    epochs = _epochs(method, how, epochs, args)
-    seeds = _seeds(how, runs, seeds, args.seed)
+    else:
+        epochs = _epochs(method, how, epochs, args)
+        seeds = _seeds(how, runs, seeds, args.seed)
     folder = Path(args.output_dir or ".") / method if output_dir is None else Path(output_dir)
 
-    def trainer_of(seed: int) -> "_ScoringTrainer":
+    def trainer_of(seed: int, fold: _Fold) -> "_ScoringTrainer":
         return _ScoringTrainer(
             method,
+            form,
             epochs,
-            model_init=model_init,
-            args=_arguments(args, seed, folder / f"run-{seed}"),
-            train_dataset=train_dataset,
+            train_dataset,
+            fold,
+            model=model,
+            model_init=None if model is not None else model_init,
+            args=_arguments(args, seed, folder / f"run-{seed}{fold.suffix}"),
             data_collator=data_collator,
             per_sample_loss_fn=per_sample_loss_fn,
             scoring_dataset=scoring_dataset,
             **trainer_arguments,
         )
 
-    trainer: _ScoringTrainer | None = trainer_of(seeds[0])  # raises before anything is trained
-    assert trainer is not None
-    trainer.check()
-    settings = trainer.settings()
+    def run_of(seed: int) -> Scores:
+        folds, found = _folds(form, train_dataset, holdout, seed), []
+        for fold in folds:  # one model at a time
+            found.append((made.pop() if made else trainer_of(seed, fold)).scores(settings))
+        return _joined(found, folds)
+
+    first = _folds(form, train_dataset, holdout, seeds[0])[0]
+    made = [trainer_of(seeds[0], first)]  # raises before anything is trained
+    made[0].check()
+    settings = made[0].settings()
     distributed.from_rank_0(lambda: _claim(folder, settings))
     parts = []
     for seed in _bar(seeds, f"{method}, runs", not args.disable_tqdm):
@@ -186,11 +227,9 @@ def score_dataset(
             part = Scores.load(path)
             _compare(part.provenance.get("settings", {}), settings, path)
         else:
-            if trainer is None or trainer.args.seed != seed:
-                trainer = trainer_of(seed)
-            part = trainer.scores(settings)
+            part = run_of(seed)
             distributed.from_rank_0(lambda part=part, path=path: part.save(path))  # type: ignore[misc]
-        trainer = None
+        made.clear()
         parts.append(part)
     scores = _combined(method, how, parts, seeds)
     distributed.from_rank_0(lambda: scores.save(folder / SCORES_FILE))
@@ -252,22 +291,138 @@ def _arguments(args: TrainingArguments, seed: int, folder: Path) -> TrainingArgu
     return own
 
 
+# ---- what is trained on, and what is scored ------------------------------------------------------
+
+# Where the model of a score comes from. All methods but "reference" are of the first form.
+_Form = Literal["training set", "holdout", "model", "halves"]
+
+
+def _form(method: str, holdout: Any, model: Any) -> _Form:
+    """TypeError or ValueError if the arguments do not fit the method, or each other."""
+    given = [name for name, value in (("holdout", holdout), ("model", model)) if value is not None]
+    if method != "reference":
+        if given:
+            raise ValueError(
+                f"{given[0]}= with method={method!r}: only method='reference' takes it."
+            )
+        return "training set"
+    if len(given) == 2:
+        raise ValueError(
+            "holdout= and model= both name the reference: give the model, or the data to train it "
+            "on."
+        )
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}: expected a trained model, an nn.Module."
+        )
+    return cast(_Form, given[0] if given else "halves")
+
+
+def _check_given(model: nn.Module, model_init: Any, runs: Any, epochs: Any, seeds: Any) -> None:
+    """ValueError for arguments that would train, beside a model that is trained already."""
+    unused = {"model_init": model_init, "runs": runs, "epochs": epochs, "seeds": seeds}
+    for name, value in unused.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} with model={type(model).__name__}: the model is given, and "
+                "nothing is trained. Leave one of the two out (model_init=None)."
+            )
+
+
+@dataclass(frozen=True)
+class _Fold:
+    """A model of a run: what it is trained on, and which training samples it scores.
+
+    Args:
+        trained: Map-style.
+        scored: (M,) int64, ascending; None means all.
+        suffix: Of the folder of its checkpoints.
+    """
+
+    trained: Any
+    scored: Tensor | None = None
+    suffix: str = ""
+
+
+class _Part(Subset):
+    """Some samples of a dataset that is not a `datasets.Dataset`. It follows the epochs."""
+
+    def set_epoch(self, epoch: int) -> None:
+        tell_epoch(self.dataset, epoch)
+
+
+def _folds(form: _Form, train_dataset: Any, holdout: Any, seed: int) -> list[_Fold]:
+    """The models of a run."""
+    if form != "halves":
+        return [_Fold(train_dataset if holdout is None else holdout)]
+    n = len(train_dataset)
+    if n < 2:
+        raise ValueError(f"{n} samples have no two halves: give holdout= or model=.")
+    generator = torch.Generator().manual_seed(choice_seed(seed, 0, "halves"))
+    order = torch.randperm(n, generator=generator)
+    halves = [half.sort().values for half in (order[: n // 2], order[n // 2 :])]
+    return [
+        _Fold(_selected(train_dataset, own), other, f"-half-{number}")
+        for number, (own, other) in enumerate((halves, halves[::-1]))
+    ]
+
+
+def _selected(dataset: Any, index: Tensor) -> Any:
+    rows = index.tolist()
+    return dataset.select(rows) if hasattr(dataset, "select") else _Part(dataset, rows)
+
+
 # ---- one run -------------------------------------------------------------------------------------
 
 
 class _ScoringTrainer(DynamicPruningTrainer):
-    """Trains on all data for some epochs of a run, and scores.
+    """Trains on all data of a fold for some epochs of a run, and scores.
 
     Args:
         method: A name in `METHODS`.
+        form: Where the model comes from.
         epochs: Epochs of training. Learning rates stay those of the whole run.
+        target: The training set, whose samples are scored.
+        fold: What is trained on, and which samples are scored.
     """
 
-    def __init__(self, method: str, epochs: float, **settings: Any) -> None:
-        self.method, self.epochs = method, epochs
+    def __init__(
+        self,
+        method: str,
+        form: _Form,
+        epochs: float,
+        target: Any,
+        fold: _Fold,
+        *,
+        scoring_dataset: Any = None,
+        **settings: Any,
+    ) -> None:
+        self.method, self.form, self.epochs = method, form, epochs
+        self.target, self.fold = target, fold
         if method == "forgetting":
             self.memory = Counts("correct")
-        super().__init__(pruning=FullData(), **settings)
+        if scoring_dataset is None and fold.trained is not target:
+            scoring_dataset = target
+        super().__init__(
+            pruning=FullData(),
+            train_dataset=fold.trained,
+            scoring_dataset=scoring_dataset,
+            **settings,
+        )
+
+    def _check_scoring_dataset(self) -> None:
+        given, expected = self.scoring_dataset, len(self.target)
+        if given is not None and len(given) != expected:
+            raise ValueError(
+                f"The scoring_dataset has {len(given)} samples, the training dataset has "
+                f"{expected}: expected the same samples in the same order."
+            )
+
+    def _target_fingerprint(self) -> str:
+        """The identity of the training set, also if the model is trained on another one."""
+        if self.fold.trained is self.target:
+            return cast(DynamicPruner, self.pruner).fingerprint
+        return dataset_fingerprint(self.target)
 
     def set_initial_training_values(self, *args: Any) -> tuple:
         # The loop ends early. A run that is complete begins no further epoch when it is resumed.
@@ -284,7 +439,7 @@ class _ScoringTrainer(DynamicPruningTrainer):
                 f"method={self.method!r} is for classification, and this task is {rule!r}: use "
                 "method='grand'."
             )
-        if self.method == "loss" and rule == "batch_mean":
+        if METHODS[self.method].signal == "loss" and rule == "batch_mean":
             raise ValueError(
                 f"method={self.method!r} with per_sample_loss_fn={rule!r}: each sample has the "
                 "loss of its batch, which says nothing about the sample. Use method='grand', whose "
@@ -303,17 +458,24 @@ class _ScoringTrainer(DynamicPruningTrainer):
         about = {
             "method": self.method,
             "epochs": self.epochs,
-            "dataset": pruner.fingerprint,
+            "dataset": self._target_fingerprint(),
             "model": type(model).__name__,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "loss": cast(LossRule, self.loss_rule).name,
             "global batch": pruner.shape.global_batch,
         }
+        if self.form == "model":
+            weights = {name: value.detach().cpu() for name, value in model.state_dict().items()}
+            return {**about, "reference": self.form, "weights": checksum(weights, "")[:16]}
         about.update({name: values[name] for name in TRAINING_SETTINGS if name in values})
+        if self.method == "reference":
+            about["reference"] = self.form
+        if self.form == "holdout":
+            about["trained on"] = pruner.fingerprint
         return json.loads(json.dumps(about))
 
     def scores(self, settings: Mapping[str, Any]) -> Scores:
-        """Train, and score all samples. Collective."""
+        """Train, and score the samples of the fold. Collective."""
         if self.epochs:
             self._train()
         pruner = cast(DynamicPruner, self.pruner)
@@ -336,7 +498,7 @@ class _ScoringTrainer(DynamicPruningTrainer):
             "environment": describe_environment(ranks=pruner.shape.ranks),
         }
         try:
-            return Scores(values, self.method, pruner.fingerprint, provenance)
+            return Scores(values, self.method, self._target_fingerprint(), provenance)
         except ValueError as error:
             raise ValueError(
                 f"The run with seed {self.args.seed}: {error} Or did its training diverge?"
@@ -353,13 +515,15 @@ class _ScoringTrainer(DynamicPruningTrainer):
             )
 
     def _score_all(self, pruner: DynamicPruner) -> Tensor:
-        """(N,) scores. Each rank computes its share."""
-        n = len(pruner.table)
-        share = torch.arange(n)[pruner.rank :: pruner.shape.ranks]
+        """The scores of the fold's samples. Each rank computes its share."""
+        scored = self.fold.scored
+        n = len(self.target) if scored is None else len(scored)
+        places = torch.arange(n)[pruner.rank :: pruner.shape.ranks]
+        share = places if scored is None else scored[places]
         with warnings.catch_warnings():  # `check` has warned
             warnings.filterwarnings("ignore", message=r"\w+ cannot be vectorised over samples")
             own = self._score_share(share)
-        index, gathered = distributed.gather_observations(share, {"score": own})
+        index, gathered = distributed.gather_observations(places, {"score": own})
         values = torch.empty(n)
         values[index] = gathered["score"]
         return values
@@ -429,12 +593,28 @@ def _compare(theirs: Any, ours: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _sums(parts: Sequence[Scores]) -> dict[str, float]:
+    """What the parts cost together, by kind."""
+    counts = (*_KINDS, "passes", "seconds")
+    return {name: sum(part.provenance[name] for part in parts) for name in counts}
+
+
+def _joined(parts: Sequence[Scores], folds: Sequence[_Fold]) -> Scores:
+    """The scores of a run, whose models scored different samples."""
+    if len(parts) == 1:
+        return parts[0]
+    values = torch.empty(sum(len(part) for part in parts))
+    for part, fold in zip(parts, folds, strict=True):
+        values[cast(Tensor, fold.scored)] = part.values
+    first = parts[0]
+    return Scores(values, first.method, first.fingerprint, {**first.provenance, **_sums(parts)})
+
+
 def _combined(method: str, how: Method, parts: Sequence[Scores], seeds: Sequence[int]) -> Scores:
     values = torch.stack([part.values for part in parts]).double()
     first = parts[0].provenance
-    counts = (*_KINDS, "passes", "seconds")
     provenance = {
-        **{name: sum(part.provenance[name] for part in parts) for name in counts},
+        **_sums(parts),
         "runs": len(parts),
         "combined": how.combined,
         "epochs": first["epochs"],

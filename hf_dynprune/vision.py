@@ -476,7 +476,8 @@ class ImageCache(torch.utils.data.Dataset):
                 f"Sample indices must be from 0 to {len(self) - 1}, got {index.min()} to "
                 f"{index.max()}."
             )
-        pixels = self.images.numpy()[index]
+        shown = self.images_of(index)
+        pixels = self.images.numpy()[shown]
         if self.augment:
             pixels = self._augmented(pixels, _random_bits(self.seed, self.epoch, index))
         # The order of torchvision's operations, so that results are equal bit for bit. NumPy,
@@ -485,8 +486,12 @@ class ImageCache(torch.utils.data.Dataset):
         mean, std = np.array([self.mean, self.std], dtype=np.float32)[..., None, None]
         values -= mean
         values /= std
-        labels = self.labels[torch.from_numpy(index)]
+        labels = self.labels[torch.from_numpy(shown)]
         return {"pixel_values": torch.from_numpy(values), "labels": labels}
+
+    def images_of(self, index: np.ndarray) -> np.ndarray:
+        """The images that samples show: (B,) int64. A subclass may show others in each epoch."""
+        return index
 
     def _augmented(self, pixels: np.ndarray, bits: np.ndarray) -> np.ndarray:
         """Shift and mirror images.

@@ -7,21 +7,25 @@
     accelerate launch recipes/cifar.py --dataset path/to/cifar10 --model resnet8_cifar \\
         --pruning full --num_train_epochs 6
     python recipes/cifar.py --train_labels path/to/cifar10n --train_label_column worse_label
+    python recipes/cifar.py --imbalance 100 --pruning class-budget --keep_ratio 0.5
 
 `--dataset` is a Hub id or a local path that `datasets.load_dataset` understands. The short run, the
-baseline to beat, is `--pruning full` with fewer epochs. The last command trains on the noisy labels
-of human annotators. The optimizer is SGD with Nesterov momentum, without weight decay on norms and
-biases; the learning rate warms up, then falls linearly to zero. Writes report.json, the model and
-its card to `--output_dir`.
+baseline to beat, is `--pruning full` with fewer epochs. The fourth command trains on the noisy
+labels of human annotators. The last one trains on a long tail: the last class keeps a hundredth of
+what the first one keeps. A fair baseline there also samples the classes evenly, `--balanced True`.
+The report has the fingerprint of what was trained. The optimizer is SGD with Nesterov momentum,
+without weight decay on norms and biases; the learning rate warms up, then falls linearly to zero.
+Writes report.json, the model and its card to `--output_dir`.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 
 import common
+import numpy as np
 import timm.optim
 import torch
-from metrics import accuracy_of, best_classes
+from metrics import accuracy_and_balance, best_classes
 from transformers import SchedulerType, set_seed
 
 from hf_dynprune import (
@@ -31,6 +35,7 @@ from hf_dynprune import (
     PruningPolicy,
     score_dataset,
 )
+from hf_dynprune.checks import check_count, check_number
 from hf_dynprune.data import find_column
 from hf_dynprune.files import SCORES_FILE
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
@@ -57,6 +62,37 @@ class DataArguments(common.DataArguments):
     train_label_column: str | None = common.option(
         None, "Column of these labels, such as worse_label; default: label."
     )
+    imbalance: float = common.option(
+        1.0,
+        "Train on a long tail: class c of C keeps r^(-c / (C - 1)) times the size of the largest "
+        "class, r being this number; 1 keeps all.",
+    )
+    max_train_samples: int | None = common.option(
+        None, "Train on this many images, drawn at random after --imbalance."
+    )
+    copies: int = common.option(
+        1, "Repeat each training image so many times: redundant data. Each copy is a sample."
+    )
+    subset_seed: int = common.option(0, "Seed of --imbalance and --max_train_samples.")
+    balanced: bool = common.option(
+        False,
+        "Sample the classes evenly: an epoch has as many samples as without it, and as many of "
+        "each class. Other images of a class in each epoch. Only without scores: none, full, "
+        "random.",
+    )
+
+    def __post_init__(self) -> None:
+        expected = "the largest class over the smallest, 1 or more"
+        check_number("imbalance", self.imbalance, expected, lambda ratio: ratio >= 1)
+        if self.max_train_samples is not None:
+            check_count("max_train_samples", self.max_train_samples, 1)
+        check_count("copies", self.copies, 1)
+        check_count("subset_seed", self.subset_seed, 0)
+        if self.balanced and self.train_labels is not None:
+            raise ValueError(
+                "balanced=True with train_labels: the report could not say how many of the kept "
+                "samples have another label. Leave one of the two out."
+            )
 
 
 @dataclass
@@ -74,9 +110,10 @@ class RecipeArguments(common.RunArguments):
     )
     score: str | None = common.option(
         None,
-        "Do not train a model. Score the training samples for static pruning into "
+        "Do not train a model. Score the training samples, as for static pruning, into "
         "<output_dir>/scores.safetensors: el2n, grand, forgetting, grand-last-layer, loss, margin "
-        "or entropy.",
+        "or entropy. reference is for the policy reference-loss: each half is scored by a model "
+        "trained on the other half.",
     )
     score_runs: int | None = common.option(None, "Runs to combine; default: as published.")
     score_epochs: int | None = common.option(None, "Epochs before scoring; default: as published.")
@@ -136,7 +173,8 @@ def load_images(data: DataArguments, seed: int) -> Images:
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     options = {**statistics, "label_column": data.label_column, "image_size": data.image_size}
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels
-    train = ImageCache.from_dataset(train_split, augment=True, shift=shift, seed=seed, **options)
+    kind = BalancedImages if data.balanced else ImageCache
+    train = kind.from_dataset(train_split, augment=True, shift=shift, seed=seed, **options)
     test = ImageCache.from_dataset(test_split, **options)
     relabelled = None
     if data.train_labels is not None:
@@ -145,8 +183,97 @@ def load_images(data: DataArguments, seed: int) -> Images:
         relabelled = train.labels != original
         if data.validation_share:
             test.labels = held_out
+    chosen = subset_of(train.labels, data)
+    if chosen is not None:
+        train.images, train.labels = train.images[chosen], train.labels[chosen]
+        relabelled = None if relabelled is None else relabelled[chosen]
     plain = ImageCache(train.images, train.labels, **statistics)  # shares the images
     return Images(train, plain, test, relabelled)
+
+
+def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
+    """The images to train on, ascending and each `copies` times; None for all of them as they are.
+
+    Args:
+        labels: (N,) int64.
+        data: Says what to leave out and repeat.
+    """
+    generator = torch.Generator().manual_seed(data.subset_seed)
+    chosen = torch.arange(len(labels))
+    if data.imbalance > 1:
+        sizes = long_tail(torch.bincount(labels), data.imbalance)
+        order = torch.randperm(len(labels), generator=generator)
+        of_class = [order[labels[order] == c][:size] for c, size in enumerate(sizes.tolist())]
+        chosen = torch.cat(of_class).sort().values
+    if data.max_train_samples is not None:
+        if data.max_train_samples > len(chosen):
+            raise ValueError(
+                f"max_train_samples={data.max_train_samples} is out of range: there are "
+                f"{len(chosen)} training images."
+            )
+        drawn = torch.randperm(len(chosen), generator=generator)[: data.max_train_samples]
+        chosen = chosen[drawn.sort().values]
+    if len(chosen) == len(labels) and data.copies == 1:
+        return None
+    return chosen.repeat_interleave(data.copies)
+
+
+def long_tail(sizes: torch.Tensor, ratio: float) -> torch.Tensor:
+    """How many samples each class keeps, (C,) int64: an exponential profile over the classes.
+
+        n_c = floor(n_max ratio^(-c / (C - 1))),    at least 1, at most the size of the class
+
+    Args:
+        sizes: (C,) int64; n_max is the largest.
+        ratio: n_0 / n_(C - 1), at least 1.
+    """
+    place = torch.linspace(0, 1, len(sizes), dtype=torch.float64)
+    # A tolerance, because 5000 / 100 comes out a little below 50.
+    kept = (int(sizes.max()) * ratio**-place + 1e-6).floor().long()
+    return torch.minimum(kept.clamp(min=1), sizes)
+
+
+class BalancedImages(ImageCache):
+    """As many samples as there are images, and of each class as many: class-balanced sampling.
+
+    Sample i shows an image of the class i mod C, of the C classes that have images. In an epoch all
+    images of a class are shown before any is shown again. Which sample shows which is a pure
+    function of (seed, epoch). Two samples that show one image are augmented differently.
+    """
+
+    _shown: tuple[int, np.ndarray] | None = None
+
+    def images_of(self, index: np.ndarray) -> np.ndarray:
+        if self._shown is None or self._shown[0] != self.epoch:
+            self._shown = self.epoch, self._drawn()
+        return self._shown[1][index]
+
+    def _drawn(self) -> np.ndarray:
+        """(N,) int64: the image that each sample shows in this epoch."""
+        generator = np.random.default_rng([self.seed, self.epoch])
+        labels, n = self.labels.numpy(), len(self)
+        shown = np.empty(n, dtype=np.int64)
+        classes = np.unique(labels)
+        for place, c in enumerate(classes):
+            members, slots = np.flatnonzero(labels == c), np.arange(place, n, len(classes))
+            rounds = -(-len(slots) // len(members))
+            order = [generator.permutation(members) for _ in range(rounds)]
+            shown[slots] = generator.permutation(np.concatenate(order)[: len(slots)])
+        return shown
+
+    @property
+    def pruning_fingerprint(self) -> str:
+        return f"{super().pruning_fingerprint}, balanced"
+
+
+def check_balanced(recipe: RecipeArguments, policy: PruningPolicy) -> None:
+    """Raise ValueError if samples are remembered, since each shows another image in each epoch."""
+    if recipe.score or policy.signals:
+        what = f"--score {recipe.score}" if recipe.score else str(policy)
+        raise ValueError(
+            f"balanced=True shows another image for each sample in each epoch, and {what} scores "
+            "samples: use --pruning full or random."
+        )
 
 
 def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -202,7 +329,7 @@ def make_trainer(
         train_dataset=images.train,
         eval_dataset=images.test,
         data_collator=batch_collator,
-        compute_metrics=accuracy_of(1, 5),
+        compute_metrics=accuracy_and_balance(1, 5),
         preprocess_logits_for_metrics=best_classes,
         optimizers=(optimizer, None),
         callbacks=[common.SharedStatistics()],
@@ -238,6 +365,8 @@ def main() -> None:
     )
     with common.user_mistakes(), args.main_process_first(desc="decoding images"):
         policy = pruning.policy() or FullData()
+        if data.balanced:
+            check_balanced(recipe, policy)
         if not recipe.score:
             common.check_output(args, recipe)
         images = load_images(data, args.seed)

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 import numpy as np
-from sklearn.metrics import f1_score
+from sklearn.metrics import f1_score, recall_score
 
 # How many classes, by logit, `best_classes` leaves to `compute_metrics`.
 KEPT_CLASSES = 5
@@ -52,6 +52,27 @@ class MacroF1(evaluate.Metric):
         return {"macro_f1": float(f1_score(references, predictions, average="macro"))}
 
 
+class BalancedAccuracy(evaluate.Metric):
+    """The mean over the classes that are present of the share classified correctly."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=self.__doc__,
+            citation="",
+            inputs_description="predictions: the predicted class of each sample; "
+            "references: its label",
+            features=datasets.Features(
+                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+            ),
+        )
+
+    def _compute(self, predictions, references) -> dict[str, float]:
+        # balanced_accuracy_score warns if a class is predicted that is not present.
+        present = np.unique(references)
+        recall = recall_score(references, predictions, labels=present, average="macro")
+        return {"balanced_accuracy": float(recall)}
+
+
 def best_classes(logits, labels):
     """For `preprocess_logits_for_metrics`: the (B, 5) best classes of (B, C) logits."""
     logits = logits[0] if isinstance(logits, tuple) else logits
@@ -66,6 +87,20 @@ def accuracy_of(*k: int):
         return metric.compute(
             predictions=prediction.predictions, references=prediction.label_ids, k=k
         )
+
+    return compute
+
+
+def accuracy_and_balance(*k: int):
+    """For `compute_metrics`: the top-k accuracies of several k, and the balanced accuracy."""
+    accuracy, balanced = accuracy_of(*k), BalancedAccuracy(keep_in_memory=True)
+
+    def compute(prediction) -> dict[str, float]:
+        best, labels = prediction.predictions, prediction.label_ids
+        return {
+            **accuracy(prediction),
+            **balanced.compute(predictions=best[:, 0], references=labels),
+        }
 
     return compute
 

@@ -3,36 +3,29 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
+import programs
 import pytest
 import torch
 import yaml
 from PIL import Image
+from programs import python
 from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
 from hf_dynprune import SampleTable
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # also for `pipeline`
-from recipes.metrics import accuracy_of
+from recipes.metrics import accuracy_and_balance, accuracy_of
 
 ROOT = Path(__file__).parents[1]
 
 
 def run(*command, cwd=ROOT):
     """Run Python with this folder's package. An assertion error contains the output."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    done = python(*command, environment={**os.environ, "PYTHONPATH": str(ROOT)}, cwd=cwd)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -210,6 +203,118 @@ def test_cifar_reports_the_share_of_relabelled_samples(small_cifar, tmp_path, re
     assert found == pytest.approx(int(kept[:24].sum()) / int(kept.sum()))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "ratio", "expected"),
+    [
+        ([5000] * 10, 100, [5000, 2997, 1796, 1077, 645, 387, 232, 139, 83, 50]),
+        ([5000] * 10, 10, [5000, 3871, 2997, 2320, 1796, 1391, 1077, 834, 645, 500]),
+        ([80, 80, 80], 4, [80, 40, 20]),
+        ([80, 30, 90], 9, [80, 30, 10]),  # none gets more than it has
+        ([3, 3, 3], 100, [3, 1, 1]),
+        ([7], 10, [7]),
+    ],
+)
+def test_the_profile_of_a_long_tail(recipe, sizes, ratio, expected):
+    assert recipe("cifar").long_tail(torch.tensor(sizes), ratio).tolist() == expected
+
+
+def test_cifar_on_a_part_of_the_images(small_cifar, recipe):
+    cifar = recipe("cifar")
+    data = {"dataset": str(small_cifar["cifar10"])}
+    whole = cifar.load_images(cifar.DataArguments(**data), 0)
+    number = {image.numpy().tobytes(): i for i, image in enumerate(whole.train.images)}
+
+    def rows(**settings):
+        images = cifar.load_images(cifar.DataArguments(**data, **settings), 0)
+        found = [number[image.numpy().tobytes()] for image in images.train.images]
+        assert images.train.labels.tolist() == whole.train.labels[found].tolist()
+        assert torch.equal(images.plain.images, images.train.images)
+        assert torch.equal(images.test.images, whole.test.images)
+        same = images.train.pruning_fingerprint == whole.train.pruning_fingerprint
+        assert same == (found == list(range(96)))
+        return found
+
+    assert rows() == list(range(96))
+    tail = rows(imbalance=5)
+    sizes = torch.bincount(whole.train.labels, minlength=10)
+    expected = cifar.long_tail(sizes, 5)
+    assert torch.equal(torch.bincount(whole.train.labels[tail], minlength=10), expected)
+    assert tail == sorted(set(tail)) == rows(imbalance=5) != rows(imbalance=5, subset_seed=1)
+    few = rows(imbalance=5, max_train_samples=20)
+    assert len(few) == 20
+    assert set(few) < set(tail)
+    assert rows(imbalance=5, max_train_samples=20, copies=3) == [i for i in few for _ in range(3)]
+    with pytest.raises(ValueError, match=r"max_train_samples=97 .* 96"):
+        rows(max_train_samples=97)
+    for name, value in (("imbalance", 0.5), ("max_train_samples", 0), ("copies", 0)):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
+            cifar.DataArguments(**{name: value})
+
+
+def test_balanced_images(small_cifar, recipe):
+    cifar = recipe("cifar")
+    data = {"dataset": str(small_cifar["cifar10"]), "imbalance": 20}
+    tail, images = (
+        cifar.load_images(cifar.DataArguments(**data, balanced=balanced), 3)
+        for balanced in (False, True)
+    )
+    n, classes = len(tail.train), len(tail.train.labels.unique())
+    assert len(images.train) == n
+    assert images.train.pruning_fingerprint != tail.train.pruning_fingerprint
+    shown = []
+    for epoch in (0, 1, 0):
+        images.train.set_epoch(epoch)
+        drawn = images.train.images_of(np.arange(n))
+        batch = images.train.__getitems__(list(range(n)))
+        assert batch["labels"].tolist() == tail.train.labels[drawn].tolist()
+        counts = torch.bincount(batch["labels"])
+        assert set(counts[counts > 0].tolist()) <= {n // classes, n // classes + 1}
+        for c in tail.train.labels.unique():  # all before any again
+            times = np.bincount(drawn, minlength=n)[tail.train.labels.numpy() == int(c)]
+            assert times.max() - times.min() <= 1
+        shown.append((drawn.tolist(), batch["pixel_values"]))
+    assert shown[0][0] == shown[2][0] != shown[1][0]
+    assert torch.equal(shown[0][1], shown[2][1])
+    # Samples that show the same image are augmented differently: of some the pixels differ.
+    by_image = {}
+    for image, pixels in zip(*shown[0], strict=True):
+        by_image.setdefault(image, set()).add(pixels.numpy().tobytes())
+    repeated = [pixels for i, pixels in by_image.items() if shown[0][0].count(i) > 2]
+    assert repeated
+    assert all(len(pixels) > 1 for pixels in repeated)
+
+
+def test_cifar_on_a_long_tail(small_cifar, tmp_path, recipe, capsys):
+    options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", "False", "--imbalance", 3]
+    cifar = recipe("cifar")
+    with pytest.raises(SystemExit):
+        recipe("cifar", *options, "--balanced", True, "--pruning", "ucb", "--output_dir", tmp_path)
+    assert "UCB(keep_ratio=0.5)" in capsys.readouterr().err
+    reports = {}
+    rules = {
+        "budget": ["--pruning", "class-budget", "--keep_ratio", 0.5],
+        "balanced": ["--pruning", "full", "--balanced", True],
+    }
+    for name, rule in rules.items():
+        recipe("cifar", *options, *rule, "--output_dir", tmp_path / name)
+        reports[name] = json.loads((tmp_path / name / "report.json").read_text())
+        assert 0 <= reports[name]["metrics"]["eval_balanced_accuracy"] <= 1
+    tail = cifar.load_images(
+        cifar.DataArguments(dataset=str(small_cifar["cifar10"]), imbalance=3), 0
+    )
+    assert {report["num_samples"] for report in reports.values()} == {len(tail.train)}
+    found = [report["provenance"]["dataset"]["fingerprint"] for report in reports.values()]
+    own = tail.train.pruning_fingerprint
+    assert found == [own, f"{own}, balanced"]
+
+
+def test_the_balanced_accuracy():
+    best = np.array([[3, 1], [0, 1], [0, 3], [0, 2], [2, 0]])
+    labels = np.array([3, 0, 0, 3, 0])  # of 0: 2 of 3 right; of 3: 1 of 2; 2 is not present
+    found = accuracy_and_balance(1)(EvalPrediction(predictions=best, label_ids=labels))
+    assert found == {"accuracy": 0.6, "balanced_accuracy": pytest.approx((2 / 3 + 1 / 2) / 2)}
+
+
 def test_cifar_resumes(small_cifar, tmp_path, recipe):
     options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", "False"]
     options += ["--pruning", "epsilon-greedy", "--keep_ratio", "0.5"]
@@ -228,7 +333,7 @@ def test_two_ranks_of_cifar_evaluate_what_is_saved(small_cifar, tmp_path):
     options += ["--pruning", "random", "--keep_ratio", "0.9", "--max_steps", "3"]
     options += ["--per_device_eval_batch_size", "20", "--eval_strategy", "steps"]
     options += ["--eval_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
-    done = torchrun(ROOT / "recipes/cifar.py", *options, "--output_dir", tmp_path, ranks=2)
+    done = programs.torchrun(ROOT / "recipes/cifar.py", *options, "--output_dir", tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["environment"]["ranks"] == 2
     split = datasets.load_dataset(str(small_cifar["cifar10"]), split="test")

@@ -11,16 +11,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import arguments, bert, images, llama, resnet, same_weights, texts, torchrun, trainer, vit
+from programs import torchrun
+from tiny import arguments, bert, images, llama, resnet, same_weights, texts, trainer, vit
 from torch import nn
 from transformers import TrainerCallback
 
-from hf_dynprune import DynamicPruner, FullData, Scores, StaticPruning, score_dataset
+from hf_dynprune import (
+    DynamicPruner,
+    FullData,
+    ReferenceLoss,
+    Scores,
+    StaticPruning,
+    score_dataset,
+)
 from hf_dynprune.identity import dataset_fingerprint
 from hf_dynprune.losses import RULES, derive_rule
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.scoring import gradient_norms
-from hf_dynprune.scoring_runs import METHODS, _claim
+from hf_dynprune.scoring_runs import METHODS, _claim, _folds
 from hf_dynprune.table import Counts
 
 N = 24
@@ -237,6 +245,126 @@ def test_forgetting_events_are_counted_in_training_and_summed(tmp_path):
     assert scores.provenance["combined"] == "sum"
     assert scores.provenance["epochs"] == 5
     assert scores.path == str(tmp_path / "forgetting" / "scores.safetensors")
+
+
+# ---- reference losses ----------------------------------------------------------------------------
+
+HOLDOUT = images(16, seed=3)
+
+
+def test_a_reference_is_trained_on_the_holdout_and_scores_the_training_samples(tmp_path):
+    scores = score("reference", tmp_path, new_resnet, holdout=HOLDOUT, runs=2)
+    each = [
+        BY_HAND["loss"](*logits_and_labels(trained(tmp_path, new_resnet, seed=seed, data=HOLDOUT)))
+        for seed in (5, 6)
+    ]
+    torch.testing.assert_close(scores.values, sum(each) / 2, rtol=1e-4, atol=1e-5)
+    assert scores.fingerprint == dataset_fingerprint(DATA)
+    about = scores.provenance
+    assert about["forward_passes"] == about["backward_passes"] == 2 * 2 * 16
+    assert about["scoring_passes"] == 2 * N
+    assert about["passes"] == pytest.approx(2 * (2 * 16 + N / 3))
+    assert about["settings"]["reference"] == "holdout"
+    assert about["settings"]["trained on"] == dataset_fingerprint(HOLDOUT)
+
+
+def test_a_reference_scores_what_it_is_shown(tmp_path):
+    shown = images(N, seed=9)
+    scores = score("reference", tmp_path, holdout=HOLDOUT, epochs=1, scoring_dataset=shown)
+    expected = BY_HAND["loss"](*logits_and_labels(trained(tmp_path, epochs=1, data=HOLDOUT), shown))
+    torch.testing.assert_close(scores.values, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_given_reference_is_not_trained(tmp_path):
+    model = trained(tmp_path, epochs=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scores = score("reference", tmp_path, None, model=model, runs=None, epochs=None)
+    torch.testing.assert_close(
+        scores.values, BY_HAND["loss"](*logits_and_labels(model)), rtol=1e-4, atol=1e-5
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert scores.provenance["passes"] == pytest.approx(N / 3)
+    assert scores.provenance["seeds"] == [5]
+    other = trained(tmp_path, epochs=0)
+    with pytest.raises(ValueError, match=r"settings\.json.*weights"):
+        score("reference", tmp_path, None, model=other, runs=None, epochs=None)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows that differ in each epoch, as augmented ones do."""
+
+    def __init__(self, data):
+        self.rows, self.epochs = [data[i] for i in range(len(data))], []
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    def set_epoch(self, epoch):
+        self.epochs.append(epoch)
+
+
+@pytest.mark.parametrize("kind", ["datasets", "torch"])
+def test_two_halves_score_each_other(tmp_path, kind):
+    data = DATA if kind == "datasets" else Rows(DATA)
+    counted = Counted()
+    scores = score(
+        "reference", tmp_path, data=data, seeds=[8], epochs=None, callbacks=counted.callback()
+    )
+    assert counted.epochs == 2 * 3  # the whole run, twice
+    folds = _folds("halves", DATA, None, 8)
+    halves = [set(fold.scored.tolist()) for fold in folds]
+    assert halves[0] | halves[1] == set(range(N))
+    assert len(halves[0]) == len(halves[1]) == N // 2
+    for fold, own in zip(folds, halves[::-1], strict=True):
+        half = DATA.select(sorted(own))
+        model = trained(tmp_path, seed=8, data=half, epochs=3)
+        rows = DATA.select(fold.scored.tolist())
+        expected = BY_HAND["loss"](*logits_and_labels(model, rows))
+        torch.testing.assert_close(scores.values[fold.scored], expected, rtol=1e-4, atol=1e-5)
+    assert scores.fingerprint == dataset_fingerprint(data)
+    assert scores.provenance["passes"] == pytest.approx(3 * N + N / 3)
+    assert scores.provenance["scoring_passes"] == N
+    if kind == "torch":
+        assert {0, 1, 2} <= set(data.epochs)
+
+
+def test_a_run_by_reference_losses_is_charged_with_the_holdout(tmp_path):
+    scores = score("reference", tmp_path, holdout=HOLDOUT, epochs=1)
+    policy = ReferenceLoss(scores, keep_ratio=0.5)
+    run = trainer(tmp_path / "run", data=DATA, pruning=policy, num_train_epochs=4)
+    run.train()
+    assert run.pruning_report.passes == pytest.approx(4 * N / 2 + 16 + N / 3)
+    assert run.pruning_report.preparation["method"] == "reference"
+    run.create_model_card()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "- dynamic-data-pruning\n" in card
+    assert "- reference-loss\n" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"method": "el2n", "holdout": HOLDOUT}, ValueError, "holdout= .*'el2n'"),
+        ({"method": "loss", "model": vit()}, ValueError, "model= .*'loss'"),
+        ({"holdout": HOLDOUT, "model": vit()}, ValueError, "holdout= and model="),
+        ({"model": "vit"}, TypeError, "model is a str"),
+        ({"model": vit()}, ValueError, "model_init="),
+        ({"model": vit(), "model_init": None, "epochs": None}, ValueError, "runs=1"),
+        ({"model": vit(), "model_init": None, "runs": None}, ValueError, "epochs=2"),
+        ({"model_init": None}, TypeError, "NoneType"),
+        ({"holdout": HOLDOUT.select([])}, ValueError, "0 samples"),
+        ({"data": DATA.select([0])}, ValueError, "1 samples"),
+        ({"holdout": HOLDOUT, "data": DATA.to_iterable_dataset()}, TypeError, "IterableDataset"),
+        ({"holdout": HOLDOUT, "scoring_dataset": HOLDOUT}, ValueError, "16 samples.* 24"),
+        ({"per_sample_loss_fn": "batch_mean"}, ValueError, "'reference'.*'batch_mean'"),
+    ],
+)
+def test_wrong_references(tmp_path, given, error, message):
+    with pytest.raises(error, match=message):
+        score(**{"method": "reference", "folder": tmp_path, "callbacks": must_not_train(), **given})
 
 
 # ---- gradient norms ------------------------------------------------------------------------------
@@ -698,6 +826,7 @@ def test_published_protocols():
     assert defaults["el2n"] == (20, 10, "mean")
     assert defaults["grand"][1:] == (10, "mean")
     assert defaults["forgetting"] == (None, 5, "sum")
+    assert defaults["reference"] == (None, 1, "mean")
 
 
 # ---- several ranks -------------------------------------------------------------------------------
@@ -717,11 +846,11 @@ args = arguments(
     folder,
     num_train_epochs=3,
     seed=5,
-    per_device_train_batch_size=8 // ranks,
+    per_device_train_batch_size=6 // ranks,
     optim="sgd",
     ddp_find_unused_parameters=False,
 )
-for method in ("el2n", "grand", "forgetting"):
+for method in ("el2n", "grand", "forgetting", "reference"):
     scores = score_dataset(method, new_vit, args, DATA, runs=2, epochs=2)
     saved = [scores.values, scores.provenance, scores.path]
     torch.save(saved, folder / f"{method}-{world()[0]}.pt")
@@ -739,7 +868,7 @@ def test_two_ranks_score_what_one_scores(tmp_path, monkeypatch):
     exec(SCRIPT, {})
     done = torchrun(tmp_path / "script.py", tmp_path / "2", 2, ranks=2)
     assert done.returncode == 0, done.stderr
-    for method in ("el2n", "grand", "forgetting"):
+    for method in ("el2n", "grand", "forgetting", "reference"):
         alone = torch.load(tmp_path / "1" / f"{method}-0.pt")
         both = [torch.load(tmp_path / "2" / f"{method}-{rank}.pt") for rank in (0, 1)]
         assert torch.equal(both[0][0], both[1][0])
