@@ -235,7 +235,7 @@ def main() -> None:
         default=list(LAYOUTS),
         help="`ratio` compares with the first",
     )
-    parser.add_argument("--samples", type=int, default=320)
+    parser.add_argument("--samples", type=int, default=192)
     parser.add_argument("--batch_size", type=int, default=8, help="samples in a batch")
     parser.add_argument("--max_length", type=int, default=512, help="tokens of a packed row")
     parser.add_argument("--rounds", type=int, default=4)
