@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _EXIT_STATUS = "exit status: 0; 2 for a mistake in the arguments or files; 1 for any other failure"
 _REPORT_HELP = "report.json of a run, or its folder"
 _SHARES = ("eff.share", "G")  # columns of `report`, if a run has them
+# More columns, if a run has rollouts.
+_BILL = ("rollouts", "tokens", "reward calls", "s generating", "s training")
 _LABEL_HELP = "Column of the labels; default: the only ClassLabel column, else label or fine_label."
 
 
@@ -87,6 +89,10 @@ class AdviseArguments(ClassificationArguments):
         "The data are those of --after, although columns or files differ: do not compare them.",
         False,
     )
+    log: str | None = _option(
+        "Alone: the trainer_state.json of a run of trl's GRPOTrainer or RLOOTrainer, with any or "
+        "no pruning. The advice then says what choosing prompts could save."
+    )
     batches: int = _option("Batches to train at least, for at least 5 s; 4 or more.", 20)
     json: bool = _option("Print JSON: findings, measurements and predictions.", False)
 
@@ -143,6 +149,8 @@ def score(argv: Sequence[str]) -> None:
 
 def advise(argv: Sequence[str]) -> None:
     """Should I prune, and how much? Predicts the time of a run, on all data and pruned."""
+    if any(word == "--log" or word.startswith("--log=") for word in argv):
+        return _advise_on_log(argv)
     options, args = _parse_with_trainer(
         "advise",
         "Should I prune, and how much? Trains and evaluates some batches. From these it predicts\n"
@@ -152,6 +160,7 @@ def advise(argv: Sequence[str]) -> None:
         "    --num_train_epochs 20\n"
         "hf-dynprune advise --model microsoft/resnet-18 --dataset uoft-cs/cifar10 \\\n"
         "    --num_train_epochs 20 --after runs/short\n"
+        "hf-dynprune advise --log runs/grpo/checkpoint-500/trainer_state.json\n"
         "hf-dynprune advise --model distilbert-base-uncased --dataset path/to/texts \\\n"
         "    --eval_strategy epoch --json",
         AdviseArguments,
@@ -194,6 +203,27 @@ def advise(argv: Sequence[str]) -> None:
             _print_json(advice.to_dict())
         else:
             print(advice)
+
+
+def _advise_on_log(argv: Sequence[str]) -> None:
+    """What choosing prompts could save, from the log of a run of reinforcement learning."""
+    parser = _parser(
+        "advise",
+        "What could choosing prompts save? Reads the log of trl's GRPOTrainer or RLOOTrainer.",
+        "hf-dynprune advise --log runs/grpo/checkpoint-500/trainer_state.json",
+    )
+    text = "trainer_state.json of a checkpoint, or the folder of the checkpoint"
+    parser.add_argument("--log", type=Path, required=True, metavar="FILE", help=text)
+    _add_flag(parser, "--json", "print JSON")
+    options = parser.parse_args(argv)
+    from .escape import printable
+    from .potential import read_rollout_log
+
+    found = read_rollout_log(options.log)
+    if options.json:
+        _print_json(found.to_dict())
+    else:
+        print(f"{printable(options.log)}\n{found}")
 
 
 def _check_model(name: str) -> None:
@@ -279,7 +309,7 @@ def report(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--metric",
         help="metric of the last evaluation to show; default for several runs: eval_accuracy, else "
-        "eval_loss",
+        "eval_reward, else eval_loss",
     )
     _add_path(parser, "--full", "report of the full run: a row of the table, with the cost 1")
     _add_flag(parser, "--json", "print a JSON list: file and report of each run, without epochs")
@@ -353,13 +383,11 @@ def _print_comparison(
     from .escape import printable
     from .report import KEPT, shown_metric, shown_policy
 
-    usual = [
-        name for name in ("eval_accuracy", "eval_loss") if all(name in r.metrics for r in runs)
-    ]
-    metric = metric or next(iter(usual), None)
+    metric = metric or _usual_metric(runs)
     numbers = ["cost", "passes/N", "epochs", "steps", "seconds"]
     measured = _SHARES if any(run.effective_share is not None for run in runs) else ()
-    rows = [["run", metric or "metric", *numbers, *KEPT, *measured, "policy"]]
+    bill = _BILL if any(run.rolled_out for run in runs) else ()
+    rows = [["run", metric or "metric", *numbers, *bill, *KEPT, *measured, "policy"]]
     for name, run in zip(names, runs, strict=True):
         chose = run.selection.get("choices")
         rows.append(
@@ -371,6 +399,7 @@ def _print_comparison(
                 f"{run.num_epochs:g}",
                 f"{run.totals['optimizer_steps']:,}",
                 f"{run.spent_seconds:,.1f}" if run.epochs else "-",
+                *(_bill(run) if bill else ()),
                 *(f"{100 * run.selection[kind]:.1f} %" if chose else "-" for kind in KEPT),
                 *(_shares(run) if measured else ()),
                 shown_policy(run.policy),
@@ -383,6 +412,22 @@ def _print_comparison(
         print("  ".join([first.ljust(widths[0]), *right, last]))
     if measured:
         print("eff.share: effective share of the data, last measured; G: mean of 1 / eff.share")
+
+
+def _usual_metric(runs: Sequence["PruningReport"]) -> str | None:
+    """The first usual metric that all runs have."""
+    usual = ("eval_accuracy", "eval_reward", "eval_loss")
+    return next((name for name in usual if all(name in run.metrics for run in runs)), None)
+
+
+def _bill(run: "PruningReport") -> tuple[str, ...]:
+    """The cells under `_BILL`."""
+    totals = run.totals
+    if "rollouts" not in totals:
+        return ("-",) * len(_BILL)
+    counts = (totals["rollouts"][name] for name in ("completions", "tokens", "reward_calls"))
+    seconds = (totals["seconds"][name] for name in ("generation", "training"))
+    return (*(f"{count:,}" for count in counts), *(f"{value:,.1f}" for value in seconds))
 
 
 def _shares(run: "PruningReport") -> tuple[str, ...]:
@@ -405,7 +450,9 @@ def plot(argv: Sequence[str]) -> None:
 
     if options.kind == "runs":
         runs = _by_name(options.files, options.name)
-        figure = plots.plot_runs(runs, options.metric, options.against)
+        usual = _usual_metric([run for seeds in runs.values() for run in seeds])
+        metric = options.metric or ("eval_reward" if usual == "eval_reward" else "eval_accuracy")
+        figure = plots.plot_runs(runs, metric, options.against)
     elif options.kind == "selection":
         figure = plots.plot_selection(_by_name(options.files, options.name))
     elif options.kind == "potential":
@@ -470,9 +517,11 @@ def _plot_parser() -> argparse.ArgumentParser:
 
     example = "runs/full runs/ucb --name full UCB --output comparison.png"
     runs = kind("runs", "the results of runs against their cost so far", example, several)
-    runs.add_argument("--metric", default="eval_accuracy", help="default: eval_accuracy")
-    costs = ["passes", "seconds"]
-    runs.add_argument("--against", nargs="+", choices=costs, default=costs, help="one panel each")
+    text = "default: eval_accuracy, else eval_reward"
+    runs.add_argument("--metric", help=text)
+    costs = ["passes", "seconds", "rollouts"]
+    text = "one panel each; default: passes and seconds, or rollouts and seconds of runs of RL"
+    runs.add_argument("--against", nargs="+", choices=costs, help=text)
     summary = "how often samples were kept, and what chance would give"
     kind("selection", summary, "runs/random runs/ucb", several)
     summary = "the part of the data that still matters, by epoch"

@@ -9,14 +9,18 @@ s stands in for the size of a sample's gradient. If all samples matter alike, th
 """
 
 import math
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import json_fields as check
 from .checks import check_choice
+from .files import load_json
 
 Kind = Literal["likelihood", "error", "signal"]
 
@@ -250,3 +254,136 @@ STUDIES = Fit(
 # The least that the full run must be ahead of the short run, in points of accuracy: below it there
 # is next to nothing to win back.
 LEAST_LOST = 2
+
+
+# ---- anybody's log of reinforcement learning -----------------------------------------------------
+
+TRAINER_STATE = "trainer_state.json"
+ZERO_STD = "frac_reward_zero_std"  # under this name trl logs the share of groups without a gradient
+# With fewer visits a rule knows next to nothing of a prompt: with 2 to 3 no rule won anything.
+LEAST_VISITS = 10
+
+
+@dataclass(frozen=True)
+class RolloutLog:
+    """What a log of trl's GRPOTrainer or RLOOTrainer says about choosing prompts.
+
+        effective share = mean over the steps of 1 - frac_reward_zero_std
+
+    It is the share of the prompts that were rolled out whose rewards differed. The others had no
+    gradient. A choice that knew them beforehand would have needed this share of the rollouts, so
+    `gain`, G = 1 / effective share, is an upper bound: no rule knows them beforehand, and each rule
+    must look at every prompt from time to time.
+
+    Attributes:
+        effective_share: Over the run, in [0, 1].
+        first, last: The same over the first and the last quarter of the steps.
+        steps: Steps that the entries tell of.
+        entries: Entries of the log with the number.
+        visits: Epochs at the last entry: how often the run rolled out each prompt. None if the log
+            does not tell, or if prompts were chosen.
+    """
+
+    effective_share: float
+    first: float
+    last: float
+    steps: int
+    entries: int
+    visits: float | None
+
+    @property
+    def gain(self) -> float:
+        """G, at least 1; infinite if no prompt had a gradient."""
+        return 1 / self.effective_share if self.effective_share else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes and `gain` as JSON values."""
+        return {**asdict(self), "gain": self.gain}
+
+    def __str__(self) -> str:
+        """The answer in lines, for a terminal."""
+        share = f"{100 * self.effective_share:.0f} %"
+        quarters = f"first quarter {100 * self.first:.0f} %, last quarter {100 * self.last:.0f} %"
+        bound = f"G = {self.gain:.1f}" if self.effective_share else "no prompt had a gradient"
+        lines = [
+            f"effective share: {share} of the prompts rolled out had a gradient ({quarters}; "
+            f"{self.entries:,} entries over {self.steps:,} steps).",
+            f"Upper bound: a choice before the rollout needs at least {share} of the rollouts "
+            f"({bound}). A rule must look at prompts to know them, so expect less.",
+        ]
+        if self.visits is None:
+            lines.append(
+                "Visits: unknown. A rule learns about a prompt from its own rollouts, in about "
+                f"{LEAST_VISITS} visits or more."
+            )
+        elif self.visits < LEAST_VISITS:
+            lines.append(
+                f"Visits: {self.visits:.1f} per prompt, too few. A rule learns about a prompt from "
+                f"its own rollouts, in about {LEAST_VISITS} visits or more. Expect no saving."
+            )
+        else:
+            lines.append(f"Visits: {self.visits:.1f} per prompt, enough for a rule to learn from.")
+        lines.append("Try a smaller batch first: it uses fewer rollouts in each step, too.")
+        return "\n".join(lines)
+
+
+_ENTRY = check.open_fields(
+    {}, {ZERO_STD: check.share, "step": check.count, "epoch": check.or_none(check.spent)}
+)
+
+
+def read_rollout_log(path: str | os.PathLike[str]) -> RolloutLog:
+    """Read the log that trl's GRPOTrainer or RLOOTrainer leaves in a checkpoint.
+
+    Args:
+        path: `trainer_state.json`, or the folder of the checkpoint that has it.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is not the state of a Trainer, if a number is out of range, or if no entry
+            has `frac_reward_zero_std`. The message names the file.
+    """
+    path = Path(path)
+    file = path / TRAINER_STATE if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{file} does not exist: expected the {TRAINER_STATE} of a checkpoint, or its folder."
+        )
+    try:
+        state = check.fields({"log_history": check.list_of(_ENTRY)})("state", load_json(file))
+    except ValueError as error:
+        raise ValueError(
+            f"{file} is not the {TRAINER_STATE} of a Trainer, or it is damaged ({error})."
+        ) from error
+    entries = [entry for entry in state["log_history"] if ZERO_STD in entry]
+    if not entries:
+        raise ValueError(
+            f"{file} has no entry with {ZERO_STD!r}: expected a run of trl's GRPOTrainer or "
+            f"RLOOTrainer, and {len(state['log_history'])} entries of another run are there."
+        )
+    return _rollout_log(entries)
+
+
+def _rollout_log(entries: Sequence[dict[str, Any]]) -> RolloutLog:
+    # Each entry is the mean since the one before.
+    ends = [entry.get("step", i) for i, entry in enumerate(entries, 1)]
+    if ends[-1] == 0 or ends != sorted(ends):
+        ends = list(range(1, len(entries) + 1))
+    shares = [min(max(1 - entry[ZERO_STD], 0.0), 1.0) for entry in entries]
+    parts = list(zip([0, *ends], ends, shares, strict=False))
+
+    def mean(low: float, high: float) -> float:
+        """Over the steps from `low` to `high`."""
+        inside = [(max(min(end, high) - max(begin, low), 0), x) for begin, end, x in parts]
+        return sum(steps * x for steps, x in inside) / (high - low)
+
+    steps = ends[-1]
+    chosen = any("pruning/effective_prompts" in entry for entry in entries)
+    return RolloutLog(
+        effective_share=mean(0, steps),
+        first=mean(0, steps / 4),
+        last=mean(0.75 * steps, steps),
+        steps=steps,
+        entries=len(entries),
+        visits=None if chosen else entries[-1].get("epoch"),
+    )

@@ -1,12 +1,11 @@
 """`hf-dynprune advise`, as a user calls it, and `--advise True` of a recipe."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import test_cli
+from programs import python
 from test_cli import hf_dynprune
 
 from hf_dynprune.cli import main
@@ -95,10 +94,24 @@ def test_a_mistake_gives_a_message_without_a_traceback(changes, message, images,
     assert "Traceback" not in captured.err
 
 
+def test_advice_on_a_log(tmp_path, capsys):
+    """Neither a model nor data are needed."""
+    file = tmp_path / "trainer_state.json"
+    entries = [{"frac_reward_zero_std": 0.75, "step": 10, "epoch": 12.0}]
+    file.write_text(json.dumps({"log_history": entries}))
+    assert main(["advise", "--log", str(file)]) == 0
+    assert "G = 4.0" in capsys.readouterr().out
+    assert main(["advise", f"--log={file}", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["effective_share"] == 0.25
+    file.write_text("{}")
+    assert main(["advise", "--log", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+
+
 def test_help():
     done = hf_dynprune("advise", "--help")
     assert done.returncode == 0
-    for part in ("--batches", "--eval_split", "--num_train_epochs", "--dataset"):
+    for part in ("--log LOG", "--batches", "--eval_split", "--num_train_epochs", "--dataset"):
         assert part in done.stdout
     assert "advise" in hf_dynprune("--help").stdout
 
@@ -109,9 +122,7 @@ def test_a_recipe_advises(images, tmp_path):
     root = Path(__file__).parents[1]
     data = ["--dataset", images[1], "--eval_split", "train[:8]", "--model", "resnet8_cifar"]
     run = ["--num_train_epochs", 2, "--output_dir", tmp_path, "--advise", "True"]
-    command = [sys.executable, root / "recipes/cifar.py", *data, *run]
-    command = list(map(str, command))
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    done = python(root / "recipes/cifar.py", *data, *run)
     assert done.returncode == 0, done.stderr
     assert "FullData()" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]

@@ -19,6 +19,7 @@ from hf_dynprune.potential import (
     magnitude_of_rule,
     measure,
     predicted_saving,
+    read_rollout_log,
 )
 from hf_dynprune.report import EpochRecord, PruningReport
 from hf_dynprune.table import Counts, History, Last, Memories, MovingMean
@@ -375,3 +376,75 @@ def test_measured_saving_by_hand():
     # On all data 60 % at half the cost, 70 % at the whole. 65 % needs sqrt(2) times half the cost.
     assert saving_of(0.5, 0.65, {0.5: 0.6, 1.0: 0.7}) == pytest.approx(math.sqrt(2))
     assert saving_of(0.5, 0.55, {0.5: 0.6, 1.0: 0.7}) == pytest.approx(1 / math.sqrt(2))
+
+
+# ---- a log of reinforcement learning -------------------------------------------------------------
+
+
+def log_of(folder, *entries):
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": entries}))
+    return folder
+
+
+def entry(zero, step, epoch, **more):
+    return {"frac_reward_zero_std": zero, "step": step, "epoch": epoch, **more}
+
+
+def test_log_by_hand(tmp_path):
+    """10 steps of 0.5 and 30 of 0.1. An evaluation and the end of the run do not count."""
+    other = {"eval_frac_reward_zero_std": 0.0, "step": 10}, {"train_loss": NAN, "step": 40}
+    log = read_rollout_log(log_of(tmp_path, entry(0.5, 10, 3), *other, entry(0.9, 40, 12.0)))
+    assert log.effective_share == pytest.approx(0.2)
+    assert (log.first, log.last) == (pytest.approx(0.5), pytest.approx(0.1))
+    assert log.gain == pytest.approx(5)
+    assert (log.steps, log.entries, log.visits) == (40, 2, 12.0)
+    assert log == read_rollout_log(tmp_path / "trainer_state.json")
+    assert "G = 5.0" in str(log)
+
+
+def test_a_log_says_whether_prompts_were_visited_often_enough(tmp_path):
+    answers = {
+        str(read_rollout_log(log_of(tmp_path, entry(0.5, 10, visits, **more)))).splitlines()[2]
+        for visits, more in ((2.0, {}), (20.0, {}), (20.0, {"pruning/effective_prompts": 0.5}))
+    }
+    assert len(answers) == 3
+    assert any("2.0" in answer for answer in answers)
+
+
+def test_a_log_without_steps_counts_its_entries(tmp_path):
+    log = read_rollout_log(log_of(tmp_path, *({"frac_reward_zero_std": x} for x in (0.0, 0.5))))
+    assert (log.effective_share, log.steps, log.visits) == (0.75, 2, None)
+
+
+def test_a_log_in_which_nothing_had_a_gradient(tmp_path):
+    log = read_rollout_log(log_of(tmp_path, entry(1.0, 10, 1.0)))
+    assert (log.effective_share, log.gain) == (0.0, INF)
+    assert str(log)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("{", "line 1"),
+        ("[]", r"\[\]"),
+        ("{}", "log_history"),
+        ('{"log_history": [3]}', r"log_history\[0\]=3"),
+        ('{"log_history": [{"loss": 1.0}]}', "frac_reward_zero_std"),
+        ('{"log_history": [{"frac_reward_zero_std": 1.5}]}', "1.5"),
+        ('{"log_history": [{"frac_reward_zero_std": NaN}]}', "nan"),
+        ('{"log_history": [{"frac_reward_zero_std": 1, "step": -3}]}', "-3"),
+        ('{"log_history": [{"frac_reward_zero_std": 1, "epoch": "x"}]}', "'x'"),
+    ],
+)
+def test_other_files_are_refused(text, value, tmp_path):
+    file = tmp_path / "trainer_state.json"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=value) as error:
+        read_rollout_log(file)
+    assert str(file) in str(error.value)
+
+
+def test_a_missing_log_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(FileNotFoundError, match=str(path)):
+            read_rollout_log(path)
