@@ -45,10 +45,10 @@ from .escape import (
 )
 from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
 from .losses import RULES, unwrapped
-from .plots import plot_runs, plot_selection, save_picture
+from .plots import Against, plot_runs, plot_selection, save_picture
 from .policies import POLICIES, FullData, PruningPolicy, make_policy
 from .provenance import ARGUMENTS, hub_dataset, loaded_from, tasks_of
-from .report import KEPT, PHASES, PruningReport, by_seed, changed_fields
+from .report import KEPT, ROLLOUTS, PruningReport, by_seed, changed_fields
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -147,7 +147,7 @@ def facts_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> di
 
     Returns:
         `policy`, `num_samples`, `num_epochs`, `seeds`, `passes`, `cost_ratio`, `optimizer_steps`,
-        `nonfinite`, `seconds` (by phase), `spent_seconds` (without evaluation), `results` (metric
+        `nonfinite`, `seconds` (by phase), `rollouts` (in reinforcement learning), `spent_seconds` (without evaluation), `results` (metric
         -> `mean`, `std`, `values` in the order of the seeds; `std` is None for one run),
         `selection`, `effective_share` (after the last epoch) and `gain` if they were measured,
         `preparation`, `environment`. `full` and `short` hold the same for those runs,
@@ -215,7 +215,11 @@ def _means(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         "cost_ratio": mean(run.cost_against(full_epochs) for run in runs),
         "optimizer_steps": mean(total["optimizer_steps"] for total in totals),
         "nonfinite": sum(total["nonfinite"] for total in totals),
-        "seconds": {phase: mean(total["seconds"][phase] for total in totals) for phase in PHASES},
+        "seconds": {
+            phase: mean(total["seconds"].get(phase, 0.0) for total in totals)
+            for phase in totals[0]["seconds"]
+        },
+        **_rollouts(totals),
         "spent_seconds": mean(run.spent_seconds for run in runs),
         "results": {name: _spread([values[name] for values in results]) for name in shared},
         "selection": selection,
@@ -223,6 +227,15 @@ def _means(runs: Sequence[PruningReport], full_epochs: float) -> dict[str, Any]:
         "preparation": hide_folders(first.preparation),
         "environment": first.environment,
     }
+
+
+def _rollouts(totals: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What was rolled out, means over the seeds; empty if a run rolled nothing out."""
+    counts = [total["rollouts"] for total in totals if "rollouts" in total]
+    if len(counts) < len(totals):
+        return {}
+    means = {name: statistics.fmean(count[name] for count in counts) for name in ROLLOUTS}
+    return {"rollouts": means}
 
 
 def _potential(runs: Sequence[PruningReport]) -> dict[str, float]:
@@ -306,6 +319,7 @@ def card_of_reports(
         "policy": strict(facts["policy"]),
         "cost_ratio": round(facts["cost_ratio"], 4),
         "passes": round(facts["passes"]),
+        **({"rollouts": round(facts["rollouts"]["completions"])} if "rollouts" in facts else {}),
         **{name: facts[name] for name in ("num_samples", "num_epochs", "seeds")},
     }
     text = render(
@@ -400,12 +414,23 @@ def _comparison(facts: Mapping[str, Any]) -> dict[str, Any]:
         "seeds": [", ".join(map(str, run["seeds"])) for run in runs],
         "cost": [f"{run['cost_ratio']:.3f}" for run in runs],
         "optimizer steps": [f"{run['optimizer_steps']:,.0f}" for run in runs],
+        **_rollouts_of(runs),
         "seconds": [f"{run['spent_seconds']:,.1f}" for run in runs],
     }
     for name in facts["results"]:
         if all(name in run["results"] for run in runs):
             rows[name] = [_shown(run["results"][name]) for run in runs]
     return {"runs": ["this run", *(f"{name} run" for name in others)], "rows": rows}
+
+
+def _rollouts_of(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Rows of the comparison; none unless all runs rolled prompts out."""
+    if not all("rollouts" in run for run in runs):
+        return {}
+    return {
+        label: [f"{run['rollouts'][name]:,.0f}" for run in runs]
+        for label, name in (("rollouts", "completions"), ("generated tokens", "tokens"))
+    }
 
 
 def _summary(policy: PruningPolicy) -> str:
@@ -435,7 +460,12 @@ def picture_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> 
         every = [set(run.metrics) for group in runs.values() for run in group]
         shared = set.intersection(*every)
         metrics = [f"eval_{metric}" for metric in metrics_of(facts) if f"eval_{metric}" in shared]
-        return plot_runs(runs, metrics[0], against="passes") if metrics else None
+        against: Against = "passes"
+        if all(run.rolled_out for group in runs.values() for run in group):
+            against = "rollouts"
+            # trl logs many other numbers of an evaluation.
+            metrics.sort(key=lambda metric: metric != "eval_reward")
+        return plot_runs(runs, metrics[0], against=against) if metrics else None
     if facts["selection"].get("choices") and facts["selection"]["always"] < 1:
         return plot_selection({name: reports})
     return None
@@ -702,11 +732,15 @@ def _repeating(trainer: Any) -> dict[str, Any]:
     for cls in (type(trainer), type(policy)):
         if module := _module_of(cls):
             imports.setdefault(module, []).append(cls.__name__)
-    rule = getattr(trainer, "loss_rule", None)
+    rule, given_loss = getattr(trainer, "loss_rule", None), getattr(trainer, "_given_loss", None)
     given = {
         "eval_dataset": args.eval_strategy != "no",
+        "loss": hasattr(trainer, "loss"),  # of sentence-transformers
         "compute_metrics": trainer.compute_metrics is not None,
-        "per_sample_loss_fn": rule is not None and rule.name not in RULES,
+        # Not a rule that the trainer derived.
+        "per_sample_loss_fn": given_loss is not None
+        and rule is not None
+        and rule.name not in RULES,
     }
     settings = ", ".join(f"{name}={_code(value)}" for name, value in policy.given.items())
     return {

@@ -26,12 +26,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Against = Literal["passes", "seconds"]
+Against = Literal["passes", "seconds", "rollouts"]
 Reports = Mapping[str, PruningReport | Sequence[PruningReport]]
 
 _AXES: dict[str, str] = {
     "passes": "passes over the data (passes / N)",
     "seconds": "seconds without evaluation",
+    "rollouts": "rollouts (completions generated)",
 }
 # Okabe and Ito's colours, which colour-blind people can tell apart. Their yellow is left out: it is
 # pale on white. Each has a marker, for print without colour. From the eighth run on the colours
@@ -63,7 +64,7 @@ class _Curve(NamedTuple):
 def plot_runs(
     reports: Reports,
     metric: str = "eval_accuracy",
-    against: Against | Sequence[Against] = ("passes", "seconds"),
+    against: Against | Sequence[Against] | None = None,
 ) -> "Figure":
     """Draw a metric of runs against their cost so far.
 
@@ -76,17 +77,26 @@ def plot_runs(
             the line is their mean, the band reaches from the lowest to the highest.
         metric: a name in the `metrics` of the reports' epochs. Epochs without it are left out. A
             value stands at the end of its epoch. An accuracy is shown in per cent.
-        against: `"passes"` for passes / N, `"seconds"` for wall-clock without evaluation, or both,
-            one panel each.
+        against: `"passes"` for passes / N, `"seconds"` for wall-clock without evaluation,
+            `"rollouts"` for completions that were generated, or several, one panel each. By default
+            `"rollouts"` and `"seconds"` if all runs have rollouts, else `"passes"` and `"seconds"`.
 
     Raises:
-        ValueError: If there are no reports, if a report has no finite value of the metric, or if
-            the reports of a name differ in more than the seed.
+        ValueError: If there are no reports, if a report has no finite value of the metric, if it
+            has no rollouts and they are asked for, or if the reports of a name differ in more than
+            the seed.
     """
-    panels = [against] if isinstance(against, str) else list(against)
-    if not panels or any(panel not in _AXES for panel in panels):
-        raise ValueError(f"against={against!r}: expected 'passes' or 'seconds', or both.")
     runs = _by_name(reports)
+    without = [name for name, seeds in runs.items() if not all(run.rolled_out for run in seeds)]
+    usual: list[Against] = ["passes" if without else "rollouts", "seconds"]
+    panels = [against] if isinstance(against, str) else usual if against is None else list(against)
+    if not panels or any(panel not in _AXES for panel in panels):
+        raise ValueError(f"against={against!r}: expected one or several of {list(_AXES)}.")
+    if "rollouts" in panels and without:
+        raise ValueError(
+            f"against={against!r}: the run {without[0]!r} has no rollouts. Draw runs of "
+            "reinforcement learning alone, or draw against 'passes'."
+        )
     curves = {
         panel: {name: _curve(name, seeds, metric, panel) for name, seeds in runs.items()}
         for panel in panels

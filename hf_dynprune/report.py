@@ -154,7 +154,8 @@ class PruningReport:
         resumed: epoch and optimizer step of each resumption. `stock_checkpoint` marks a checkpoint
             without pruning state: earlier epochs then count as full-data epochs.
         environment: versions and hardware.
-        preparation: what the scores of [`StaticPruning`] cost before the run: method, file, passes,
+        preparation: what the scores of [`StaticPruning`] or the reference losses of
+            [`ReferenceLoss`] cost before the run: method, file, passes,
             seconds, and whether they are `charged` (counted in `passes` and `spent_seconds`). Empty
             for other policies.
         best_model: `step` and `metrics`, if weights of an earlier optimizer step were loaded after
@@ -196,8 +197,7 @@ class PruningReport:
             "optimizer_steps",
             "nonfinite",
         )
-        rolled_out = any(record.rollouts for record in self.epochs)
-        phases = (*PHASES, *ROLLOUT_PHASES) if rolled_out else PHASES
+        phases = (*PHASES, *ROLLOUT_PHASES) if self.rolled_out else PHASES
         seconds = {
             phase: sum(record.seconds.get(phase, 0.0) for record in self.epochs) for phase in phases
         }
@@ -206,9 +206,14 @@ class PruningReport:
         }
         return {
             **{name: sum(getattr(record, name) for record in self.epochs) for name in counts},
-            **({"rollouts": rollouts} if rolled_out else {}),
+            **({"rollouts": rollouts} if self.rolled_out else {}),
             "seconds": seconds,
         }
+
+    @property
+    def rolled_out(self) -> bool:
+        """Whether it is a run of reinforcement learning that rolled out prompts."""
+        return any(record.rollouts for record in self.epochs)
 
     def _charged(self, kind: Literal["passes", "seconds"]) -> float:
         """What the preparation adds to the cost. Scores of a user may lack their seconds."""
@@ -224,12 +229,15 @@ class PruningReport:
         """Seconds of all phases except evaluation, and of the preparation if it is charged."""
         return self._charged("seconds") + sum(record.spent_seconds for record in self.epochs)
 
-    def spent(self, against: Literal["passes", "seconds"]) -> list[float]:
+    def spent(self, against: Literal["passes", "seconds", "rollouts"]) -> list[float]:
         """The cost of the run up to the end of each epoch, with charged preparation.
 
         Args:
-            against: `"passes"` for passes / N, `"seconds"` for seconds without evaluation.
+            against: `"passes"` for passes / N, `"seconds"` for seconds without evaluation,
+                `"rollouts"` for completions that were generated.
         """
+        if against == "rollouts":
+            return list(accumulate(record.rollouts.get("completions", 0) for record in self.epochs))
         before = self._charged(against)
         if against == "passes":
             before /= self.num_samples
