@@ -77,6 +77,8 @@ class Averages(TorchFunctionMode):
             return func(*args, **kwargs)
         if self.alone and torch.is_grad_enabled() and not mean.value.requires_grad:
             mean = mean._replace(value=mean.value.detach().requires_grad_())
+            self._seen.append(mean)
+            return mean.value.clone()  # a leaf could not be added to in place
         if mean.value.requires_grad:
             self._seen.append(mean)
         return mean.value
