@@ -154,10 +154,9 @@ class PruningReport:
         resumed: epoch and optimizer step of each resumption. `stock_checkpoint` marks a checkpoint
             without pruning state: earlier epochs then count as full-data epochs.
         environment: versions and hardware.
-        preparation: what the scores of [`StaticPruning`] or the reference losses of
-            [`ReferenceLoss`] cost before the run: method, file, passes,
-            seconds, and whether they are `charged` (counted in `passes` and `spent_seconds`). Empty
-            for other policies.
+        preparation: what the scores of [`StaticPruning`] or [`ReferenceLoss`] cost before the run:
+            method, file, passes, seconds, and whether they are `charged` (counted in `passes` and
+            `spent_seconds`). Empty for other policies.
         best_model: `step` and `metrics`, if weights of an earlier optimizer step were loaded after
             the run (`load_best_model_at_end`) and evaluated. Empty if not.
         provenance: what was trained on what, as far as the trainer knows: `model` (Hub id, or name

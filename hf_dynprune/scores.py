@@ -1,4 +1,4 @@
-"""Scores made before the run: one number for each sample, for static pruning."""
+"""Scores made before the run: one number for each sample, for static pruning or a reference."""
 
 import json
 import os
@@ -29,7 +29,9 @@ def fingerprints_fit(one: str, other: str, n: int) -> bool:
 
 @dataclass(eq=False)
 class Scores:
-    """One score for each sample of a dataset, made before the run. [`StaticPruning`] chooses by it.
+    """One score for each sample of a dataset, made before the run.
+
+    [`StaticPruning`] chooses by it. For [`ReferenceLoss`] it is a loss.
 
     [`score_dataset`] makes them. Your own scores need `values`, a name and what they cost.
 

@@ -884,7 +884,7 @@ def test_two_ranks_score_what_one_scores(tmp_path, monkeypatch):
 def test_program_of_the_documentation_runs(tmp_path, monkeypatch, capsys):
     text = (Path(__file__).parent.parent / "docs" / "scores.md").read_text()
     programs = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (program,) = [program for program in programs if "score_dataset" in program]
+    program, _ = [program for program in programs if "score_dataset" in program]
     monkeypatch.chdir(tmp_path)
     scope = {"model_init": new_vit, "args": arguments(tmp_path), "train": DATA}
     exec(program, scope)

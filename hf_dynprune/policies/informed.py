@@ -46,6 +46,7 @@ class ClassBudget(KeepsShare, ScoredPolicy):
     - What a class cannot take is divided among the others in the same proportion, so that exactly K
       samples are kept.
     - C is counted from the labels seen; in the code it is given.
+
     The code has beta from 1/3 to 3, by dataset; the default here is 1.
 
     Cost: keep_ratio (training losses are free); two floats per sample; O(N log N) per choice.
