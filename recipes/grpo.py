@@ -16,6 +16,7 @@ GRPOConfig are accepted.
 `eval_accuracy/level_3` is that of sums with three digits.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import common
@@ -187,13 +188,35 @@ def warm_model(
         eos_token_id=tokenizer.eos_token_id,
     )
     model = LlamaForCausalLM(config)
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
-    model.to(device).train()
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))
+    teach(model, task, tokenizer, held_out, torch.Generator().manual_seed(task.task_seed + 1))
+    return model
+
+
+def teach(
+    model: LlamaForCausalLM,
+    task: TaskArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: set[str],
+    generator: torch.Generator,
+    wrong: Sequence[float] = (),
+) -> None:
+    """Train a model on examples with answers, for the `warm_steps` of the task.
+
+    Args:
+        model: The model, which is changed.
+        task: Its `level_shares` say which levels are taught: those of more than 0, all alike.
+        tokenizer: Its tokenizer.
+        held_out: Prompts that are not taught.
+        generator: Draws the examples.
+        wrong: For each level the share of the examples whose answer is replaced by a random number
+            of as many digits.
+    """
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=task.warm_learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, task.warm_learning_rate, total_steps=max(1, task.warm_steps), pct_start=0.1
     )
-    generator = torch.Generator().manual_seed(task.task_seed + 1)
     levels = torch.tensor([float(share > 0) for share in task.level_shares])
     for _ in range(task.warm_steps):
         counts = torch.multinomial(levels, task.warm_batch, True, generator=generator).bincount()
@@ -203,14 +226,17 @@ def warm_model(
             for row in draw_sums(level, count, generator)
             if row["prompt"] not in held_out
         ]
-        ids, labels = examples(rows, tokenizer)
-        logits = model(input_ids=ids.to(device)).logits[:, :-1]
-        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten().to(device))
+        for row in rows if wrong else ():
+            if torch.rand((), generator=generator) < wrong[row["level"] - 1]:
+                low = 10 ** (len(row["answer"]) - 1)
+                row["answer"] = str(int(torch.randint(low, 10 * low, (), generator=generator)))
+        ids, labels = (each.to(model.device) for each in examples(rows, tokenizer))
+        logits = model(input_ids=ids).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return model
 
 
 def examples(

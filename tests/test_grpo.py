@@ -13,6 +13,7 @@ import datasets
 import peft
 import pytest
 import torch
+from huggingface_hub import ModelCardData
 from test_sft import tokenizer
 from tiny import every_checkpoint, learning_rates, llama, same_weights, torchrun
 from torch.utils.data import SequentialSampler
@@ -31,6 +32,7 @@ from hf_dynprune import (
     RandomPruning,
     ThompsonPrompts,
 )
+from hf_dynprune.cli import main
 from hf_dynprune.grpo import (
     SEAMS,
     SIGNALS,
@@ -39,6 +41,10 @@ from hf_dynprune.grpo import (
     PromptShape,
     group_signals,
 )
+from hf_dynprune.model_card import CardFacts, card_of_reports, facts_of, picture_of
+from hf_dynprune.plots import plot_runs
+from hf_dynprune.potential import read_rollout_log
+from hf_dynprune.report import EpochRecord
 from hf_dynprune.sampler import RepeatingSampler
 from hf_dynprune.table import Last
 
@@ -418,6 +424,10 @@ def test_effective_share_is_what_trl_logs(kind, tmp_path):
     zero = logged(run, "frac_reward_zero_std")
     assert logged(run, "pruning/effective_prompts") == pytest.approx([1 - share for share in zero])
     assert 0 < sum(zero) < len(zero)
+    run.state.save_to_json(tmp_path / "trainer_state.json")
+    log = read_rollout_log(tmp_path)
+    assert log.effective_share == pytest.approx(1 - sum(zero) / len(zero))
+    assert (log.steps, log.visits) == (run.state.global_step, None)
 
 
 def test_clipped_rewards_of_rloo(tmp_path):
@@ -522,18 +532,81 @@ def test_bill(tmp_path):
     assert again.epochs[0].rollouts == report.epochs[0].rollouts
 
 
-def test_evaluation_is_not_part_of_the_bill(tmp_path):
-    run = pruned(
-        tmp_path,
-        ThompsonPrompts(0.5),
-        eval_strategy="epoch",
-        per_device_eval_batch_size=8,
-        extra={"eval_dataset": prompts(4)},
-    )
-    run.train()
-    assert run.pruning_report.totals["rollouts"]["prompts"] == 12
-    assert run.pruning_report.metrics["eval_reward"] >= 0
-    assert run.pruning_report.totals["seconds"]["evaluation"] > 0
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory):
+    """A full run and a pruned one, with an evaluation after each epoch: name -> report, folder."""
+    found = {}
+    for name, policy in (("full", FullData()), ("pruned", ThompsonPrompts(0.5))):
+        folder = tmp_path_factory.mktemp(name)
+        run = pruned(
+            folder,
+            policy,
+            eval_strategy="epoch",
+            per_device_eval_batch_size=8,
+            extra={"eval_dataset": prompts(4)},
+        )
+        run.train()
+        run.pruning_report.save(folder / "report.json")
+        found[name] = run.pruning_report, folder
+    return found
+
+
+def test_evaluation_is_not_part_of_the_bill(evaluated):
+    report, _ = evaluated["pruned"]
+    assert report.totals["rollouts"]["prompts"] == 12
+    assert report.metrics["eval_reward"] >= 0
+    assert report.totals["seconds"]["evaluation"] > 0
+
+
+def test_bill_in_the_report_of_several_runs(evaluated, capsys):
+    assert main(["report", *(str(folder) for _, folder in evaluated.values())]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()[:3]
+    assert "eval_reward" in head
+    for (report, _), row in zip(evaluated.values(), rows, strict=True):
+        rollouts, cells = report.totals["rollouts"], row.split()
+        for name in ("completions", "tokens", "reward_calls"):
+            assert f"{rollouts[name]:,}" in cells
+        for phase in ("generation", "training"):
+            assert f"{report.totals['seconds'][phase]:,.1f}" in cells
+
+
+def test_bill_in_the_card(evaluated, tmp_path):
+    (run, folder), (full, of_full) = evaluated["pruned"], evaluated["full"]
+    facts = facts_of([run], full=[full])
+    assert facts["rollouts"] == run.totals["rollouts"]
+    assert facts["full"]["rollouts"] == full.totals["rollouts"]
+    paths = ["--output", tmp_path / "README.md", "--picture", tmp_path / "runs.png"]
+    assert main(["card", str(folder), "--full", str(of_full), *map(str, paths)]) == 0
+    text = (tmp_path / "README.md").read_text()
+    for name in ("completions", "tokens", "reward_calls", "effective_prompts"):
+        assert f"| {run.totals['rollouts'][name]:,} | {full.totals['rollouts'][name]:,} |" in text
+    for phase in ("generation", "rewards"):
+        seconds = f"{run.totals['seconds'][phase]:,.2f} | {full.totals['seconds'][phase]:,.2f}"
+        assert f"| seconds, {phase} | {seconds} |" in text
+    assert "| generated tokens |" in text.partition("## Against the full run")[2]
+    assert f"rollouts: {run.totals['rollouts']['completions']}" in text.partition("# ")[0]
+    alone = card_of_reports([run], CardFacts(ModelCardData())).content
+    assert f"| rollouts | {run.totals['rollouts']['completions']:,} | not measured |" in alone
+
+
+def test_runs_are_drawn_against_rollouts(evaluated, tmp_path):
+    runs = {name: report for name, (report, _) in evaluated.items()}
+    against, seconds = plot_runs(runs, "eval_reward").axes
+    label = against.get_xlabel()
+    assert "rollouts" in label
+    assert "seconds" in seconds.get_xlabel()
+    for line, report in zip(against.lines, runs.values(), strict=True):
+        assert line.get_xdata()[-1] == report.totals["rollouts"]["completions"]
+    (ax,) = picture_of(runs["pruned"], full=runs["full"]).axes
+    assert (ax.get_xlabel(), ax.get_ylabel()) == (label, "eval reward")
+    command = ["plot", "runs", *(str(folder) for _, folder in evaluated.values())]
+    assert main([*command, "--output", str(tmp_path / "runs.png")]) == 0
+    other = PruningReport(FullData().to_dict(), 4, 0, 0, 1.0, [EpochRecord(0, True, 4)])
+    other.epochs[0].metrics = {"eval_reward": 1.0}
+    mixed = plot_runs({**runs, "other": other}, "eval_reward")
+    assert "passes" in mixed.axes[0].get_xlabel()
+    with pytest.raises(ValueError, match="'other' has no rollouts"):
+        plot_runs({**runs, "other": other}, "eval_reward", against="rollouts")
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -894,7 +967,7 @@ def test_a_right_answer_has_nothing_else(recipe):
     assert noted == {"accuracy/level_1": 0.5, "accuracy/level_2": 0.0}
 
 
-def main(folder):
+def rank(folder):
     seen = everything_on_ranks(folder)
     torch.save(seen, folder / f"rank{RANK}.pt")
     torch.distributed.barrier()
@@ -903,4 +976,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    rank(Path(sys.argv[1]))
