@@ -4,13 +4,12 @@ import copy
 import json
 import random
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from programs import python
 from tiny import (
     KnownLoss,
     Shares,
@@ -635,8 +634,7 @@ def test_the_benchmark(tmp_path):
         "--output",
         str(tmp_path / "advice.json"),
     ]
-    command = [sys.executable, str(root / "recipes/benchmarks/advice.py"), *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = python(root / "recipes/benchmarks/advice.py", *options)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "advice.json").read_text())
     assert [run["run"] for run in result["runs"]] == ["full", "short", "ucb 0.3"]

@@ -2,13 +2,11 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 import pytest
+from programs import python
 
 from recipes.benchmarks import measure
 
@@ -43,12 +41,7 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
     options, name = BENCHMARKS[script]
     file = tmp_path / "result.json"
     program = ROOT / f"recipes/benchmarks/{script}.py"
-    done = subprocess.run(
-        [sys.executable, program, *options.split(), "--output", file],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
-    )
+    done = python(program, *options.split(), "--output", file)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
     assert result["rows"]

@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from programs import python
 from tiny import bert, vit
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -23,8 +22,7 @@ from hf_dynprune.cli import COMMANDS, main
 def hf_dynprune(*arguments):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     program = "import sys; from hf_dynprune.cli import main; sys.exit(main())"
-    command = [sys.executable, "-W", "ignore", "-c", program, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    return python("-W", "ignore", "-c", program, *arguments, environment=environment)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing
+from programs import torchrun
 from ranks import SCENARIOS as WHOLE_RUNS
 from test_tasks import Some, assert_same_gradient, train
-from tiny import PATIENCE, torchrun
+from tiny import PATIENCE
 from torch.utils.data import BatchSampler
 
 from hf_dynprune import distributed

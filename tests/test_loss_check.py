@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from tiny import bert, images, llama, same_weights, texts, torchrun, trainer, vit
+from programs import torchrun
+from tiny import bert, images, llama, same_weights, texts, trainer, vit
 from torch import nn
 from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput

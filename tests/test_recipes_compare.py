@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from PIL import Image
+from programs import python
 
 from hf_dynprune import PruningReport, Scores
 from hf_dynprune.report import EpochRecord
@@ -40,12 +40,7 @@ def data(tmp_path_factory):
 
 def command(*options):
     """What `python recipes/compare.py` prints."""
-    done = subprocess.run(
-        [sys.executable, ROOT / "recipes/compare.py", *map(str, options)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = python(ROOT / "recipes/compare.py", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -3,17 +3,17 @@
 import json
 import random
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
 import datasets
 import numpy as np
+import programs
 import pytest
 import torch
 import yaml
 from PIL import Image
-from tiny import torchrun
+from programs import torchrun
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 ROOT = Path(__file__).parents[1]
@@ -57,9 +57,7 @@ def imagenet(recipe):
 
 
 def python(*command):
-    done = subprocess.run(
-        [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True
-    )
+    done = programs.python(*command)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

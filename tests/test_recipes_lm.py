@@ -10,8 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from programs import torchrun
 from test_recipes import run
-from tiny import llama, torchrun
+from tiny import llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 ROOT = Path(__file__).parents[1]

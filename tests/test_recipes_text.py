@@ -6,7 +6,6 @@ The loop trains what the Trainer trains.
 import json
 import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,8 +17,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from hub import Hub
 from PIL import Image
+from programs import python, torchrun
 from safetensors.torch import load_file
-from tiny import arguments, bert, torchrun
+from tiny import arguments, bert
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -42,8 +42,7 @@ def child(*command, environment=None):
         "PYTHONPATH": str(ROOT),
         "ACCELERATE_USE_CPU": "true",
     }
-    command = [sys.executable, "-W", "ignore", *map(str, command)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python("-W", "ignore", *command, environment=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
