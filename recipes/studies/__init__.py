@@ -7,5 +7,10 @@
     command.py      the command line
     potential.py    what the effective share says of the finished studies; a program of its own
 
+Beside it stands the study of prompts, whose runs are short and share a process:
+
+    rl_results.py   rows, table and picture of its runs
+    rl.py           carries them out; both are programs
+
 Each file imports only files above it, but for draw.py, which summarise.py calls.
 """
