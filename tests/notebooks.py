@@ -25,21 +25,47 @@ METADATA = {
 }
 
 
-def execute(path):
-    """The notebook with new outputs.
+# What stands between two notebooks in one kernel: the next one has no names, and an empty folder.
+ANEW = ("import os, tempfile; os.chdir(tempfile.mkdtemp())", "%reset -f")
+
+
+def execute(*paths):
+    """The notebooks with new outputs, run one after the other in one kernel, which imports once.
 
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails. The message has its traceback.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebooks = [nbformat.read(path, as_version=4) for path in paths]
+    cells = []
+    for notebook in notebooks:
+        cells += [*map(nbformat.v4.new_code_cell, ANEW), *notebook.cells]
+    for i, cell in enumerate(cells):
+        cell.id = f"cell-{i}"
+    together = nbformat.v4.new_notebook(cells=cells)
     with tempfile.TemporaryDirectory() as folder:  # a short path: it has the kernel's sockets
-        _execute(notebook, Path(folder))
-    for cell in notebook.cells:
-        cell.metadata = nbformat.NotebookNode()
+        _execute(together, Path(folder))
+    ran = iter(together.cells)
+    for notebook in notebooks:
+        for _ in ANEW:
+            next(ran)
+        notebook.cells = [next(ran) for _ in notebook.cells]
+        _tidy(notebook)
+    return notebooks
+
+
+def _tidy(notebook):
+    """Leave what is kept. Cells and their outputs are counted from the notebook's beginning."""
+    count = 0
+    for i, cell in enumerate(notebook.cells):
+        cell.id, cell.metadata = f"cell-{i}", nbformat.NotebookNode()
         if cell.cell_type == "code":
+            count += 1
+            cell.execution_count = count
             cell.outputs = [each for each in cell.outputs if each.get("name") != "stderr"]
+            for each in cell.outputs:
+                if "execution_count" in each:
+                    each.execution_count = count
     notebook.metadata = nbformat.from_dict(METADATA)
-    return notebook
 
 
 def _execute(notebook, folder):
@@ -84,7 +110,7 @@ def main():
     chosen = [FOLDER / name for name in sys.argv[1:]] or NOTEBOOKS
     for path in chosen:
         before = children_seconds()
-        notebook = execute(path)
+        (notebook,) = execute(path)
         nbformat.write(notebook, path)
         seconds, size = children_seconds() - before, path.stat().st_size / 1000
         print(f"{path.name}: {seconds:.0f} s of CPU time, {size:.0f} KB", flush=True)

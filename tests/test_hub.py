@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import traceback
 from itertools import product
 from pathlib import Path
 from unittest import mock
@@ -179,7 +180,20 @@ def program(folder):
         except Exception as error:
             errors[f"load {name}"] = type(error).__name__
     found["errors"] = errors
+    found["docs"] = programs_of_the_docs(folder / "docs")
     (folder / "found.json").write_text(json.dumps(found))
+
+
+def programs_of_the_docs(folder):
+    """Run the programs of the docs that push; the traceback of what fails."""
+    from test_docs import run_programs_that_push
+
+    folder.mkdir()
+    try:
+        run_programs_that_push(folder)
+    except Exception:
+        return traceback.format_exc()
+    return ""
 
 
 @pytest.fixture(scope="module")
@@ -218,6 +232,12 @@ def pushed(tmp_path_factory):
         done = subprocess.run(hf, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return hub.files, found, folder
+
+
+def test_the_programs_of_the_docs_push(pushed):
+    files, found, _ = pushed
+    assert found["docs"] == ""
+    assert {"user/run", "user/resnet8-cifar10", "user/cifar10-scores"} <= files.keys()
 
 
 CARD = {"README.md", "report.json", "pruning.png"}

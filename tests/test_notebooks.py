@@ -4,6 +4,7 @@ import json
 
 import nbformat
 import pytest
+from nbclient.exceptions import CellExecutionError
 from notebooks import METADATA, NOTEBOOKS, ROOT, execute
 
 MOST = 200_000  # bytes of a notebook with its outputs
@@ -23,9 +24,15 @@ def test_there_are_three():
     assert [path.name[0] for path in NOTEBOOKS] == ["1", "2", "3"]
 
 
+@pytest.fixture(scope="module")
+def executed():
+    return dict(zip(NOTEBOOKS, execute(*NOTEBOOKS), strict=True))
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs_and_shows_what_is_kept(path):
-    kept, made = nbformat.read(path, as_version=4), execute(path)
+def test_a_notebook_runs_and_shows_what_is_kept(path, executed):
+    kept, made = nbformat.read(path, as_version=4), executed[path]
+    assert [cell.source for cell in made.cells] == [cell.source for cell in kept.cells]
     for before, after in zip(code_cells(kept), code_cells(made), strict=True):
         assert kinds(after) == kinds(before), after.source
 
@@ -49,8 +56,12 @@ def test_what_is_kept_is_small_and_of_no_certain_machine(path):
     assert any(cell.outputs for cell in cells)
 
 
-def test_a_cell_that_fails_fails_the_notebook(tmp_path):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("1 / 0")])
-    nbformat.write(notebook, tmp_path / "broken.ipynb")
-    with pytest.raises(Exception, match="ZeroDivisionError"):
-        execute(tmp_path / "broken.ipynb")
+def test_a_notebook_has_no_names_or_files_of_another_and_fails_with_its_cell(tmp_path):
+    for name, source in (
+        ("first", "from pathlib import Path; Path('file').touch()"),
+        ("second", "import os; assert os.listdir() == []; Path('file')"),
+    ):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
+        nbformat.write(notebook, tmp_path / name)
+    with pytest.raises(CellExecutionError, match=r"NameError.*Path"):
+        execute(tmp_path / "first", tmp_path / "second")
