@@ -44,6 +44,7 @@ from .checks import check_count
 from .files import STATE_FILE, load_tensors, save_tensors
 from .observations import Observations
 from .policies import Choice, EpochPlan, PruningPolicy, ScoredPolicy
+from .policies.base import ADDED_FIELDS
 from .policies.guards import guarded_plan, guarded_score
 from .potential import Magnitude, measure
 from .report import (
@@ -668,7 +669,10 @@ class DynamicPruner:
                 f"The pruning state has format_version {metadata.get('format_version')!r}; this "
                 f"version reads {FORMAT_VERSION}. Resume it with the hf_dynprune that wrote it."
             )
-        theirs, ours = metadata["identity"], self._identity()
+        theirs, ours = dict(metadata["identity"]), self._identity()
+        if isinstance(policy := theirs.get("policy"), Mapping):
+            added = {name: v for name, v in ADDED_FIELDS.items() if name in ours["policy"]}
+            theirs["policy"] = {**added, **policy}
         differing = [
             f"{key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
             for key in {**ours, **theirs}

@@ -159,6 +159,6 @@ def test_what_does_not_fit_together(arguments, message):
 def test_help_names_the_policies(capsys):
     with pytest.raises(SystemExit):
         parse("--help")
-    text = " ".join(capsys.readouterr().out.split())
+    text = "".join(capsys.readouterr().out.split())  # a line may end at a hyphen
     assert "--pruning_kwargs" in text
     assert all(name in text for name in POLICIES)

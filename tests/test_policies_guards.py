@@ -71,6 +71,23 @@ def test_a_ramp_in_a_run_by_hand():
     assert chosen == [[5, 6, 7, 8, 9], [4, 5, 6, 7, 8], *[[3, 4, 5, 6, 7]] * 3]
 
 
+def test_a_checkpoint_from_before_the_ramp_is_resumed():
+    policy = UCB(0.5, first=1, exclude_hardest=0.2)
+    pruner = after_full_epoch(policy, RISING)
+    assert trained_in(pruner, 1) == [3, 4, 5, 6, 7]
+    pruner.end_epoch()
+    state = pruner.state_dict()
+    for values in (state["metadata"]["identity"], state["metadata"]["report"]):
+        del values["policy"]["exclude_ramp"]
+    shape = RunShape(10, batch_size=10, num_epochs=6)
+    again = DynamicPruner(policy, shape)
+    assert again.load_state_dict(state) == (2, 0)
+    assert trained_in(again, 2) == trained_in(pruner, 2)
+    other = UCB(0.5, first=1, exclude_hardest=0.2, exclude_ramp=(0.0, 0.5))
+    with pytest.raises(ValueError, match="another run"):
+        DynamicPruner(other, shape).load_state_dict(state)
+
+
 @pytest.mark.parametrize("replacement", [True, False])
 def test_random_draws_leave_the_hardest_out(replacement):
     policy = RandomPruning(0.5, replacement, first=1, exclude_hardest=0.2, exclude_ramp=(0.0, 0.5))

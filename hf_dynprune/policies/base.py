@@ -16,6 +16,9 @@ from ..schedule import RunShape
 from ..selection import keep_count, mask_of
 from ..table import Memories, Memory, SampleTable
 
+# Fields of every policy that checkpoints of earlier versions lack, with what was in force then.
+ADDED_FIELDS: dict[str, Any] = {"exclude_ramp": None}
+
 
 @dataclass(frozen=True, eq=False)
 class EpochPlan:
