@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
@@ -157,7 +158,8 @@ def _wait(processes):
         if hung or any(process.exitcode for process in processes):
             for process in running:
                 # Their stacks go to stderr.
-                os.kill(process.pid, signal.SIGABRT if hung else signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it ended meanwhile
+                    os.kill(process.pid, signal.SIGABRT if hung else signal.SIGTERM)
             for process in running:
                 process.join()
             return hung

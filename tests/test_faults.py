@@ -3,15 +3,15 @@
 import json
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
+from programs import python, torchrun
 from reliability import render
+from tiny import PATIENCE
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
@@ -20,23 +20,6 @@ ENVIRONMENT = {
     "ACCELERATE_USE_CPU": "true",
     "OMP_NUM_THREADS": "1",
 }
-
-
-def run(*command, timeout, environment=ENVIRONMENT):
-    """Run Python: (exit status, output). After `timeout` it is killed with its children."""
-    command = [sys.executable, *map(str, command)]
-    started = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    try:
-        printed, _ = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        launcher = psutil.Process(started.pid)  # killed alone it would leave its ranks behind
-        for process in (*launcher.children(recursive=True), launcher):
-            process.kill()
-        printed, _ = started.communicate()
-        pytest.fail(f"{command} did not end within {timeout} s:\n{printed}")
-    return started.returncode, printed
 
 
 # ---- killed at any moment ------------------------------------------------------------------------
@@ -53,10 +36,11 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
         "--folder",
         tmp_path / "torture",
     ]
-    status, printed = run(
-        TESTS / "torture.py", *options, "--write", tmp_path / "record.json", timeout=400
+    command = [sys.executable, TESTS / "torture.py", *options, "--write", tmp_path / "record.json"]
+    done = subprocess.run(
+        list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
     )
-    assert status == 0, printed
+    assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "record.json").read_text())["torture"]
     assert record["tried"] >= 5
     assert record["in_checkpoint"] >= 2
@@ -84,7 +68,7 @@ folder, fault = Path(sys.argv[1]), sys.argv[2]
 
 
 def happens():
-    (folder / "happened").write_text(str(time.time()))
+    (folder / "happened").touch()
 
 
 class Dies(TrainerCallback):
@@ -128,7 +112,6 @@ run = trainer(
     ddp_find_unused_parameters=False,
     extra={"callbacks": [Dies()]},
 )
-(folder / f"rank{world()[0]}.pid").write_text(str(os.getpid()))
 if world()[0] == 0 and fault == "the folder of a checkpoint is a file":
     (folder / "checkpoint-3").touch()
 if world()[0] == 0 and fault == "our file cannot be written":
@@ -139,17 +122,17 @@ except Exception:
     if not (folder / "happened").exists():
         happens()
     (folder / f"rank{world()[0]}.error").write_text(traceback.format_exc())
-    # The launcher ends the other rank as soon as this one ends. It needs time to write its error.
+    # The other rank is ended as soon as this one ends. It needs time to write its error.
     time.sleep(1)
     raise
 """
 
 
-# Each fault with what the launcher and the ranks must report. Gloo reports a peer that is gone in
-# words that vary.
+# Each fault with the signal that ends the run, or what the ranks must report. Gloo reports a peer
+# that is gone in words that vary.
 FAULTS = {
-    "rank 0 is killed": {"launcher": "SIGKILL"},
-    "rank 1 is killed": {"launcher": "SIGKILL"},
+    "rank 0 is killed": signal.SIGKILL,
+    "rank 1 is killed": signal.SIGKILL,
     "the dataset raises": {1: "OSError: the disk of rank 1 is gone"},
     "the policy raises": {
         0: "ArithmeticError: no plan for epoch 1",
@@ -167,23 +150,16 @@ def test_a_rank_that_dies_ends_the_run(fault, tmp_path, reliability):
     reliability("dying rank")
     script = tmp_path / "run.py"
     script.write_text(DYING)
-    with socket.socket() as free:  # a port that nobody listens on
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", port]
-    status, printed = run(*launch, script, tmp_path, fault, timeout=150)
-    ended = time.time()
-    assert status != 0, printed
+    done = torchrun(script, tmp_path, fault, ranks=2)
+    printed = done.stdout + done.stderr
+    assert done.returncode != 0, printed
     assert (tmp_path / "happened").exists(), printed
-    assert ended - float((tmp_path / "happened").read_text()) < 60, printed
-    for rank in (0, 1):
-        pid = int((tmp_path / f"rank{rank}.pid").read_text())
-        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, (
-            f"rank {rank} still runs"
-        )
-    for who, words in FAULTS[fault].items():
-        said = printed if who == "launcher" else (tmp_path / f"rank{who}.error").read_text()
-        assert words in said
+    expected = FAULTS[fault]
+    if isinstance(expected, signal.Signals):
+        assert done.returncode == -expected, printed
+    else:
+        for rank, words in expected.items():
+            assert words in (tmp_path / f"rank{rank}.error").read_text()
 
 
 # ---- thousands of epochs -------------------------------------------------------------------------
@@ -332,8 +308,8 @@ def test_thousands_of_epochs_leak_nothing_and_keep_the_scores_right(tmp_path, re
     script = tmp_path / "soak.py"
     script.write_text(SOAK)
     folder = tmp_path / "run"
-    status, printed = run(script, folder, epochs, timeout=400)
-    assert status == 0, printed[-5000:]
+    done = python(script, folder, epochs, environment=ENVIRONMENT)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     seen = json.loads((folder / "seen.json").read_text())
     assert seen["epochs"] == epochs
 
@@ -391,10 +367,8 @@ def test_the_session_notes_what_its_tests_tried(workers, tmp_path):
     kept = {"soak": {"tried": 9, "failed": 0}}
     record.write_text(json.dumps({**kept, "resume": {"tried": 1000, "failed": 1}}))
     command = ["-m", "pytest", "-p", "conftest", *workers, tests]
-    status, printed = run(
-        *command, timeout=200, environment={**ENVIRONMENT, "RELIABILITY": str(record)}
-    )
-    assert status == 1, printed
+    done = python(*command, environment={**ENVIRONMENT, "RELIABILITY": str(record)})
+    assert done.returncode == 1, done.stdout
     assert json.loads(record.read_text()) == {
         **kept,
         "resume": {"tried": 22, "failed": 4},
@@ -407,10 +381,8 @@ def test_without_a_file_nothing_is_noted(tmp_path):
     tests = tmp_path / "test_tries.py"
     tests.write_text(TRIES)
     environment = {name: value for name, value in ENVIRONMENT.items() if name != "RELIABILITY"}
-    status, printed = run(
-        "-m", "pytest", "-p", "conftest", tests, timeout=200, environment=environment
-    )
-    assert status == 1, printed
+    done = python("-m", "pytest", "-p", "conftest", tests, environment=environment)
+    assert done.returncode == 1, done.stdout
     assert [path.name for path in tmp_path.glob("*.json")] == []
 
 
