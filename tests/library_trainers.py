@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 # Read when trl.experimental is imported.
@@ -81,12 +81,15 @@ pairs = partial(rows, prompt=(2, 4), chosen=(1, 7), rejected=(1, 7))
 texts = partial(rows, a=(2, 7), b=(2, 7), label=lambda i: (i * 7 % 10) / 10)
 
 
+_TEMPORARY = TemporaryDirectory(prefix="bert-")  # removed when the process ends
+
+
 @cache
 def saved() -> str:
     """The folder of a tiny BERT far from uniform outputs, with a tokenizer."""
     folder = os.environ.get("TINY_BERT")  # the ranks of a run take that of the test
     if folder is None:
-        folder = mkdtemp(prefix="bert-")
+        folder = _TEMPORARY.name
         sharp(bert(num_labels=1)).save_pretrained(folder)
         tokenizer().save_pretrained(folder)
     return folder
