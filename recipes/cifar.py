@@ -38,6 +38,7 @@ from hf_dynprune import (
 from hf_dynprune.checks import check_count, check_number
 from hf_dynprune.data import find_column
 from hf_dynprune.files import SCORES_FILE
+from hf_dynprune.selection import keep_count, mask_of
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
 
@@ -62,6 +63,11 @@ class DataArguments(common.DataArguments):
     train_label_column: str | None = common.option(
         None, "Column of these labels, such as worse_label; default: label."
     )
+    clean_share: float = common.option(
+        0.0,
+        "With --train_labels: this share of the training images, the same in each run, keeps the "
+        "original labels. --score reference trains on these images alone.",
+    )
     imbalance: float = common.option(
         1.0,
         "Train on a long tail: class c of C keeps r^(-c / (C - 1)) times the size of the largest "
@@ -82,6 +88,13 @@ class DataArguments(common.DataArguments):
     )
 
     def __post_init__(self) -> None:
+        expected = "a share of the training images in [0, 1)"
+        check_number("clean_share", self.clean_share, expected, lambda share: 0 <= share < 1)
+        if self.clean_share and self.train_labels is None:
+            raise ValueError(
+                f"clean_share={self.clean_share} without train_labels: all labels are the original "
+                "ones. Give --train_labels, or leave it out."
+            )
         expected = "the largest class over the smallest, 1 or more"
         check_number("imbalance", self.imbalance, expected, lambda ratio: ratio >= 1)
         if self.max_train_samples is not None:
@@ -112,8 +125,9 @@ class RecipeArguments(common.RunArguments):
         None,
         "Do not train a model. Score the training samples, as for static pruning, into "
         "<output_dir>/scores.safetensors: el2n, grand, forgetting, grand-last-layer, loss, margin "
-        "or entropy. reference is for the policy reference-loss: each half is scored by a model "
-        "trained on the other half.",
+        "or entropy. reference is for the policy reference-loss: by a model trained on the images "
+        "of --clean_share, or without it by two models, each trained on the half that it does not "
+        "score.",
     )
     score_runs: int | None = common.option(None, "Runs to combine; default: as published.")
     score_epochs: int | None = common.option(None, "Epochs before scoring; default: as published.")
@@ -159,12 +173,29 @@ class Images:
         test: Images to evaluate on.
         relabelled: (N,) bool, True for training images whose label differs from the original one;
             None if the labels are the original ones.
+        clean: (N,) bool, True for the images of `clean_share`; None without it.
     """
 
     train: ImageCache
     plain: ImageCache
     test: ImageCache
     relabelled: torch.Tensor | None = None
+    clean: torch.Tensor | None = None
+
+    def holdout(self) -> ImageCache | None:
+        """The images of `clean_share`, augmented as the training images; None without it."""
+        if self.clean is None:
+            return None
+        train = self.train
+        return ImageCache(
+            train.images[self.clean],
+            train.labels[self.clean],
+            mean=train.mean,
+            std=train.std,
+            augment=train.augment,
+            shift=train.shift,
+            seed=train.seed,
+        )
 
 
 def load_images(data: DataArguments, seed: int) -> Images:
@@ -176,10 +207,15 @@ def load_images(data: DataArguments, seed: int) -> Images:
     kind = BalancedImages if data.balanced else ImageCache
     train = kind.from_dataset(train_split, augment=True, shift=shift, seed=seed, **options)
     test = ImageCache.from_dataset(test_split, **options)
-    relabelled = None
+    relabelled = clean = None
     if data.train_labels is not None:
         original = train.labels
         train.labels, held_out = other_labels(data, train)
+        if data.clean_share:
+            generator = torch.Generator().manual_seed(data.subset_seed)
+            drawn = torch.randperm(len(train), generator=generator)
+            clean = mask_of(drawn[: keep_count(data.clean_share, len(train))], len(train))
+            train.labels = train.labels.where(~clean, original)
         relabelled = train.labels != original
         if data.validation_share:
             test.labels = held_out
@@ -187,8 +223,9 @@ def load_images(data: DataArguments, seed: int) -> Images:
     if chosen is not None:
         train.images, train.labels = train.images[chosen], train.labels[chosen]
         relabelled = None if relabelled is None else relabelled[chosen]
+        clean = None if clean is None else clean[chosen]
     plain = ImageCache(train.images, train.labels, **statistics)  # shares the images
-    return Images(train, plain, test, relabelled)
+    return Images(train, plain, test, relabelled, clean)
 
 
 def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
@@ -346,6 +383,7 @@ def score(recipe: RecipeArguments, args: CifarTrainingArguments, images: Images)
         lambda: make_model(recipe, images),
         args,
         images.train,
+        holdout=images.holdout() if recipe.score == "reference" else None,
         runs=recipe.score_runs,
         epochs=recipe.score_epochs,
         output_dir=args.output_dir,

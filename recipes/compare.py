@@ -13,7 +13,8 @@ divided by those of the full run. The study has a full run for each seed, and fo
                full-data epochs and charged scores count. A rule that cannot meet the cost is not
                ranked: the table shows it in brackets, with the cost that it had.
     scores     Static pruning by el2n, grand, forgetting and so on, hardest samples first, through a
-               recipe with --score. It is run twice: "charged" subtracts the cost of the scores
+               recipe with --score. The scores reference go to the policy reference-loss instead.
+               It is run twice: "charged" subtracts the cost of the scores
                from the training budget, "given" treats the scores as free.
 
 A rule is the name of a policy. Fields of the policy and options of the recipe may follow; the

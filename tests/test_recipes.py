@@ -16,7 +16,7 @@ from programs import python
 from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
-from hf_dynprune import SampleTable
+from hf_dynprune import SampleTable, Scores
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache  # also for `pipeline`
 from recipes.metrics import accuracy_and_balance, accuracy_of
 
@@ -164,6 +164,19 @@ def test_cifar_with_other_labels(small_cifar, tmp_path, recipe):
     for part in (tuning.train, tuning.test):
         found = [label_of[image.numpy().tobytes()] for image in part.images]
         assert part.labels.tolist() == found
+
+    part = cifar.load_images(cifar.DataArguments(**data, **labels, clean_share=0.25), 0)
+    assert int(part.clean.sum()) == 24
+    expected = torch.from_numpy(noisy).where(~part.clean, own.train.labels)
+    assert part.train.labels.tolist() == part.plain.labels.tolist() == expected.tolist()
+    assert not (part.relabelled & part.clean).any()
+    holdout = part.holdout()
+    assert torch.equal(holdout.images, own.train.images[part.clean])
+    assert torch.equal(holdout.labels, own.train.labels[part.clean])
+    assert (holdout.augment, holdout.shift, holdout.seed) == (True, 4, 0)
+    for value, more in ((1.0, labels), (0.1, {})):
+        with pytest.raises(ValueError, match=f"clean_share={value}"):
+            cifar.DataArguments(**data, **more, clean_share=value)
 
     wrong = cifar.DataArguments(**data, train_labels=str(tmp_path), train_label_column="few")
     with pytest.raises(ValueError, match=r"96 labels from 11 to 11 .*'few'"):
@@ -394,6 +407,24 @@ def test_cifar_scores_and_prunes_statically(small_cifar, tmp_path, recipe):
     report = json.loads((tmp_path / "static" / "report.json").read_text())
     assert report["passes"] == 2 * 48 + 128
     assert report["preparation"]["method"] == "el2n"
+
+
+def test_cifar_by_reference_losses(small_cifar, tmp_path, recipe):
+    noisy = np.random.default_rng(1).integers(0, 10, 96)
+    labels = tmp_path / "labels"
+    datasets.Dataset.from_dict({"label": noisy}).to_parquet(labels / "train.parquet")
+    options = ["--dataset", small_cifar["cifar10"], *LITTLE, "--bf16", False]
+    options += ["--train_labels", labels, "--clean_share", 0.25]
+    score = ["--score", "reference", "--score_epochs", 1, "--output_dir", tmp_path / "reference"]
+    recipe("cifar", *options, *score)
+    scores = Scores.load(tmp_path / "reference" / "scores.safetensors")
+    assert scores.provenance["passes"] == pytest.approx(24 + 96 / 3)
+    rule = json.dumps({"scores": scores.path})
+    pruning = ["--pruning", "reference-loss", "--keep_ratio", 0.5, "--pruning_kwargs", rule]
+    recipe("cifar", *options, *pruning, "--output_dir", tmp_path / "run")
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["passes"] == pytest.approx(2 * 48 + 24 + 32)
+    assert 0 < report["metrics"]["train_relabelled_share"] < 1
 
 
 @pytest.mark.parametrize(

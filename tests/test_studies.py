@@ -167,6 +167,16 @@ def test_static_pruning_with_scores_charged_and_given(tmp_path):
     assert float(given.options["keep_ratio"]) == pytest.approx(0.3, abs=1e-3)
 
 
+def test_reference_losses_go_to_their_policy(tmp_path):
+    file = tmp_path / "scores.safetensors"
+    Scores(np.arange(1000.0), "reference", provenance={"passes": 2000}).save(file)
+    charged, given = static_runs("reference", 0.3, 0, FULL, file)
+    assert charged.options["pruning"] == given.options["pruning"] == "reference-loss"
+    assert str(file) in charged.options["pruning_kwargs"]
+    assert float(charged.options["keep_ratio"]) == pytest.approx(0.2, abs=1e-3)
+    assert float(given.options["keep_ratio"]) == pytest.approx(0.3, abs=1e-3)
+
+
 def test_all_runs_of_a_plan():
     rates = {"learning_rates": [0.1, 0.2], "tuning_seeds": [7], "tune": "first"}
     plan = Plan(["random", "ucb"], ["el2n"], costs=[0.5, 0.3], seeds=[0, 1], **rates)

@@ -82,7 +82,8 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     floats = {"type": float, "nargs": "*"}
     add("output_dir", "folder of the study", type=Path, required=True)
     add("rules", "policies, see above", nargs="*")
-    add("scores", f"for static pruning: {', '.join(METHODS)}", nargs="*")
+    text = f"for static pruning, and reference for reference-loss: {', '.join(METHODS)}"
+    add("scores", text, nargs="*")
     add("costs", "planned costs in (0, 1), in full runs", type=float, nargs="+")
     add("seeds", "seeds of the runs that are compared", type=int, nargs="+")
     add("learning_rates", "rates to choose from; default: the recipe's rate, no tuning", **floats)

@@ -209,10 +209,14 @@ def static_names(text: str) -> dict[str, bool]:
 
 
 def static_runs(text: str, cost: float, seed: int, full: RunShape, file: Path) -> Iterator[Run]:
-    """Static pruning by the scores of a file: with the scores charged, and with them given."""
+    """Static pruning by the scores of a file: with the scores charged, and with them given.
+
+    Of reference losses it is the policy `reference-loss`.
+    """
+    policy = "reference-loss" if own_options(text)[0] == "reference" else "static"
     for name, charge in static_names(text).items():
         fields = {"scores": str(file), "charge": charge}
-        rule = Rule(make_policy("static", keep_ratio=cost, **fields), fields, {})
+        rule = Rule(make_policy(policy, keep_ratio=cost, **fields), fields, {})
         yield replace(rule.run(cost, seed, full), name=name)
 
 
