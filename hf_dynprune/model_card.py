@@ -147,9 +147,10 @@ def facts_of(reports: Reports, *, full: Reports = (), short: Reports = ()) -> di
 
     Returns:
         `policy`, `num_samples`, `num_epochs`, `seeds`, `passes`, `cost_ratio`, `optimizer_steps`,
-        `nonfinite`, `seconds` (by phase), `rollouts` (in reinforcement learning), `spent_seconds` (without evaluation), `results` (metric
-        -> `mean`, `std`, `values` in the order of the seeds; `std` is None for one run),
-        `selection`, `effective_share` (after the last epoch) and `gain` if they were measured,
+        `nonfinite`, `seconds` (by phase), `rollouts` (in reinforcement learning), `spent_seconds`
+        (without evaluation), `results` (metric -> `mean`, `std`, `values` in the order of the
+        seeds; `std` is None for one run), `selection`, `effective_share` (after the last epoch) and
+        `gain` if they were measured,
         `preparation`, `environment`. `full` and `short` hold the same for those runs,
         if given. Every `cost_ratio` is passes / (N * `num_epochs` of the card's run).
 

@@ -109,6 +109,8 @@ def plot_runs(
     for ax, panel in zip(axes, panels, strict=True):
         lines = _draw_curves(_plain(ax), curves[panel], 100 if percent else 1)
         ax.set_xlabel(_AXES[panel])
+        if panel == "rollouts":  # their long numbers would touch
+            ax.xaxis.set_major_formatter(_thousands())
     for ax, panel in zip(axes, panels, strict=True):  # the panels share one vertical axis
         beyond |= _mark_beyond(ax, curves[panel], lines, 100 if percent else 1)
     axes[0].set_ylabel(_label(metric.replace("_", " ")) + (" (%)" if percent else ""))
@@ -471,6 +473,13 @@ def _new_figure(size: tuple[float, float]) -> "Figure":
     except ImportError as error:
         raise missing("hf_dynprune.plots", "matplotlib", "recipes", error) from error
     return Figure(figsize=size, layout="constrained")
+
+
+def _thousands() -> Any:
+    """Writes 20000 as 20k."""
+    from matplotlib.ticker import EngFormatter
+
+    return EngFormatter(sep="")
 
 
 def save_picture(figure: "Figure", path: str | os.PathLike[str], dpi: int = 100) -> None:
