@@ -11,10 +11,10 @@ the three kinds set the effective share of a uniform run.
 
 All runs of a seed train on the same prompts, for the same number of rollouts. The learning rate is
 constant. So the first half of a uniform run is the uniform run with half of the steps. One method
-lets the rate fall to 0 within these. "filter" is the dynamic sampling of DAPO: it drops groups
-without a gradient after the rollout, and rolls out more prompts until the batch is full. Dropped
-rollouts count. Batch and learning rate are tuned for the uniform run on held-out prompts, which are
-not those of the results. All methods have the same.
+lets the rate fall to 0 within these; another one has half of the batch. "filter" is the dynamic
+sampling of DAPO: it drops groups without a gradient after the rollout, and rolls out more prompts
+until the batch is full. Dropped rollouts count. Batch and learning rate are tuned for the uniform
+run on held-out prompts, which are not those of the results. The other methods have the same.
 
 The accuracy is that of two-digit sums: the mean probability, over held-out ones, that a completion
 is right. It is read off the model, not drawn. It moves from step to step, so each value is the mean
@@ -58,7 +58,7 @@ from hf_dynprune.grpo import DynamicPruningGRPOTrainer
 from hf_dynprune.report import describe_environment
 
 from . import rl_results
-from .rl_results import FEWER, FILE, FILTER, TUNING_SEED, UNIFORM, last_accuracy
+from .rl_results import FEWER, FILE, FILTER, SMALLER, TUNING_SEED, UNIFORM, last_accuracy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import grpo  # of the recipes
@@ -83,6 +83,7 @@ METHODS: dict[str, Callable[[], PruningPolicy]] = {
     "LossProportional": lambda: LossProportional(KEEP, signal="reward_std"),
     "GRESO": GRESO,
     FILTER: FullData,
+    SMALLER: FullData,
     FEWER: FullData,
     "EpsilonGreedy": lambda: EpsilonGreedy(KEEP, signal="reward_std"),
     "UCB": lambda: UCB(KEEP, signal="reward_std"),
@@ -113,7 +114,9 @@ def planned(
     for share in shares:
         for group in (names[:FIRST], names[FIRST:]):
             for seed, method in itertools.product(seeds, group):
-                yield Key(share, method, seed, *chosen())
+                prompts, rate = chosen()
+                prompts //= 2 if method == SMALLER else 1
+                yield Key(share, method, seed, prompts, rate)
 
 
 def chosen_setting(rows: Sequence[Mapping[str, Any]]) -> tuple[int, float]:

@@ -23,7 +23,8 @@ from .summarise import markdown, paired, reached
 STUDIES = Path(__file__).resolve().parents[1] / "results" / "studies"
 FILE, PICTURE = STUDIES / "rl_sums.json", STUDIES / "rl_sums.png"
 
-UNIFORM, FILTER, FEWER = "uniform", "filter after the rollout", "uniform, half of the steps"
+UNIFORM, FILTER = "uniform", "filter after the rollout"
+FEWER, SMALLER = "uniform, half of the steps", "uniform, half of the batch"
 TUNING_SEED = 100  # of the runs that batch and rate are chosen by
 WINDOW = 5  # points of a curve that a value of the results is the mean of, an eighth of the run
 LEARNED = 2  # digits of the sums whose accuracy is compared
