@@ -14,8 +14,10 @@ import datasets
 import peft
 import pytest
 import torch
+import transformers
+from programs import torchrun
 from test_tasks import Some, assert_same_gradient
-from tiny import VOCAB, assert_same_run, llama, same_weights, torchrun
+from tiny import VOCAB, assert_same_run, llama, same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -704,6 +706,19 @@ def test_an_unknown_loss_type_is_refused(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules["hf_dynprune.sft"].TOKEN_LOSSES, "dft")
     with pytest.raises(ValueError, match=r"loss_type='dft'.*nll"):
         trainer(tmp_path, pruning=UCB(0.5), loss_type="dft")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl about Liger
+def test_liger_keeps_the_loss_of_each_token(tmp_path, monkeypatch):
+    """trl applies Liger's kernels without its fused loss. Here no kernel is applied."""
+    applied = []
+    monkeypatch.setattr(
+        transformers.trainer, "apply_liger_kernel", lambda model, config: applied.append(config)
+    )
+    run = trainer(tmp_path, pruning=UCB(0.5), use_liger_kernel=True, max_steps=2)
+    run.train()
+    assert applied == [{"fused_linear_cross_entropy": False}]
+    assert run.pruner.table.observed.sum() == 15
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of trl about label smoothing
