@@ -65,8 +65,8 @@ def test_rows_are_paired_by_seed():
     assert fast["saving"]["seeds"] == 2
     assert math.exp(fast["saving"]["mean"]) == pytest.approx(rl_results.saving(runs[2], runs[0]))
     assert (mixed["saving"], mixed["reached"], mixed["paired"]) == (None, 1, 2)
-    lines = rl_results.table(runs).splitlines()
-    assert len(lines) == 5
+    lines = rl_results.table([*runs, run_of(UNIFORM, 0, SLOW, share=0.4)], 0.2).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| uniform", "| fast", "| mixed"]
     assert "1 of 2" in lines[-1]
     (panel,) = rl_results.plot(runs).axes
     assert len(panel.lines) == 3

@@ -128,10 +128,11 @@ def summarise(runs: Sequence[Row]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(runs: Sequence[Row]) -> str:
-    """The rows as Markdown, for each share the uniform run first."""
+def table(runs: Sequence[Row], share: float) -> str:
+    """The rows of a share as Markdown: the uniform run, then the others, the best first."""
     cells = []
-    for row in summarise(runs):
+    rows = [row for row in summarise(runs) if row["share"] == share]
+    for row in sorted(rows, key=lambda row: (row["method"] != UNIFORM, -row["accuracy"])):
         cells.append(
             [
                 row["method"],
@@ -228,7 +229,7 @@ def plot(runs: Sequence[Row]) -> Figure:
 
 def main() -> None:
     runs = stored()
-    print(tuning_table(runs), table(runs), sep="\n\n")
+    print(tuning_table(runs), *(table(runs, share) for share in compared(runs)), sep="\n\n")
     save_picture(plot(runs), PICTURE, dpi=110)
 
 
