@@ -299,6 +299,7 @@ def main() -> None:
         task="text-generation",
         metric="perplexity",
         advise=recipe.advise,
+        after=recipe.after,
     )
 
 

@@ -425,6 +425,7 @@ def main() -> None:
         metric="accuracy",
         evaluate_also=evaluate_also,
         advise=recipe.advise,
+        after=recipe.after,
     )
 
 

@@ -92,6 +92,11 @@ class RunArguments:
         "Do not train. Train a few batches, and print how long the run would take on all data and "
         "pruned.",
     )
+    after: str | None = option(
+        None,
+        "With --advise True: a finished run on the same data, best a short one. The advice then "
+        "says whether pruning can pay.",
+    )
 
 
 @dataclass
@@ -252,6 +257,8 @@ def check_output(args: Any, run: RunArguments) -> None:
     """
     if run.advise and not isinstance(args, TrainingArguments):
         raise ValueError("--advise True needs a Trainer, and this recipe has none: leave it out.")
+    if run.after is not None and not run.advise:
+        raise ValueError(f"--after {run.after} is for the advice: add --advise True.")
     folder, can_resume = Path(args.output_dir), hasattr(args, "resume_from_checkpoint")
     # The Trainer takes True for the newest checkpoint; the command line gives a string.
     if can_resume and args.resume_from_checkpoint in ("True", "true"):
@@ -300,6 +307,7 @@ def train(
     metric: str,
     evaluate_also: Callable[[], None] | None = None,
     advise: bool = False,
+    after: str | None = None,
 ) -> None:
     """Train, evaluate, and write the model, its card, report.json and table.safetensors.
 
@@ -313,10 +321,11 @@ def train(
         metric: The metric to print, without `eval_`.
         evaluate_also: Called after the last evaluation. What it adds to the report is in all files.
         advise: Train and write nothing, but print how long the run would take.
+        after: A finished run, for the advice.
     """
     args = trainer.args
     if advise:
-        advice = hf_dynprune.advise(trainer)
+        advice = hf_dynprune.advise(trainer, after=after)
         if trainer.is_world_process_zero():
             print(advice)
         return

@@ -143,6 +143,7 @@ def main() -> None:
         task="text-generation",
         metric="rewards/accuracies",
         advise=run.advise,
+        after=run.after,
     )
 
 

@@ -394,6 +394,7 @@ def main() -> None:
         metric="accuracy",
         evaluate_also=evaluate_also,
         advise=recipe.advise,
+        after=recipe.after,
     )
 
 

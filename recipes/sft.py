@@ -99,6 +99,7 @@ def main() -> None:
         task="text-generation",
         metric="mean_token_accuracy",
         advise=run.advise,
+        after=run.after,
     )
 
 

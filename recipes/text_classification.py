@@ -203,6 +203,7 @@ def main() -> None:
         task="text-classification",
         metric="accuracy",
         advise=recipe.advise,
+        after=recipe.after,
     )
 
 

@@ -46,18 +46,23 @@ def test_advice_on_texts_as_json(texts, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_advice_after_a_short_run(images, tmp_path, capsys):
-    model, data = images
-    short = PruningReport(
+def leave_a_short_run(folder, **given):
+    report = PruningReport(
         FullData().to_dict(),
         24,
         0,
         0,
         num_epochs=1.0,
         epochs=[EpochRecord(0, True, 24, 24, 24, effective_share=0.8)],
-        provenance={"dataset": {"fingerprint": "24 samples, of another kind"}},
+        **given,
     )
-    short.save(tmp_path / "short" / "report.json")
+    report.save(folder / "report.json")
+
+
+def test_advice_after_a_short_run(images, tmp_path, capsys):
+    model, data = images
+    other = {"dataset": {"fingerprint": "24 samples, of another kind"}}
+    leave_a_short_run(tmp_path / "short", provenance=other)
     where = ["--model", model, "--dataset", data, "--output_dir", tmp_path / "new"]
     after = ["--after", tmp_path / "short", "--from_scratch", True]
     assert main(["advise", *map(str, [*where, *RUN, *after])]) == 2
@@ -118,11 +123,12 @@ def test_help():
 
 def test_a_recipe_advises(images, tmp_path):
     """Nothing is trained or written, even if the output folder contains a run."""
-    (tmp_path / "report.json").write_text("{}")
+    leave_a_short_run(tmp_path)
     root = Path(__file__).parents[1]
     data = ["--dataset", images[1], "--eval_split", "train[:8]", "--model", "resnet8_cifar"]
     run = ["--num_train_epochs", 2, "--output_dir", tmp_path, "--advise", "True"]
-    done = python(root / "recipes/cifar.py", *data, *run)
+    done = python(root / "recipes/cifar.py", *data, *run, "--after", tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "1.25" in done.stdout.splitlines()[0]  # G
     assert "FullData()" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
