@@ -17,8 +17,9 @@ A mean over the tokens of a batch with labels to ignore is a weighted mean of sa
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -31,7 +32,7 @@ from .losses import RULES, LossRule, SampleLosses
 from .pruner import DynamicPruner
 from .trainer import DynamicPruningMixin
 
-_MEANS = (Tensor.mean, torch.mean, Tensor.nanmean, torch.nanmean)
+_MEANS = frozenset([Tensor.mean, torch.mean, Tensor.nanmean, torch.nanmean])
 _WITH_IGNORED = (F.cross_entropy, F.nll_loss)
 
 
@@ -44,7 +45,7 @@ class _Mean(NamedTuple):
 
 
 class Averages(TorchFunctionMode):
-    """Sees what is averaged over a batch while a loss is computed. Use it as a context.
+    """Sees what is averaged over a batch while a loss is computed. Use it as a context, once.
 
     It sees `x.mean()` and the losses of `torch.nn.functional` with `reduction="mean"` (or
     `"batchmean"`). The numbers of a sample must be those at its place in the first dimension. A
@@ -55,26 +56,48 @@ class Averages(TorchFunctionMode):
         alone: Whether the forward pass has no gradient. Then the means are made the leaves of a
             graph of their own, so that the factors are known nevertheless.
 
-    Cost: a Python call for each torch function. A loss of `torch.nn.functional` is computed once,
-    without its reduction.
+    Cost: a Python call for each torch function, some microseconds; none between `pause` and
+    `resume`. A loss of `torch.nn.functional` is computed once, without its reduction.
     """
 
     def __init__(self, size: int, *, alone: bool = False) -> None:
         super().__init__()
         self.size, self.alone = size, alone
         self._seen: list[_Mean] = []
+        self._watches = False
+
+    def resume(self) -> None:
+        """Watch."""
+        if not self._watches:
+            self._watches = True
+            super().__enter__()
+
+    def pause(self) -> None:
+        """Do not watch, as in the forward pass of a model."""
+        if self._watches:
+            self._watches = False
+            super().__exit__(None, None, None)
+
+    def __enter__(self) -> "Averages":
+        self.resume()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.pause()  # already, if a forward pass failed
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         mean = None
-        if func in _MEANS and len(args) == 1 and not kwargs and args[0].is_floating_point():
-            mean = self._of_rows(func(args[0]), args[0])
+        if not kwargs:
+            if func not in _MEANS:  # nearly all functions of a forward pass
+                return func(*args)
+            if len(args) == 1 and args[0].is_floating_point():
+                mean = self._of_rows(func(args[0]), args[0])
         elif kwargs.get("reduction") in ("mean", "batchmean") and kwargs.get("reduce") is None:
             mean = self._of_loss(func, args, dict(kwargs))
         if mean is None:
-            return func(*args, **kwargs)
+            return func(*args, **(kwargs or {}))
         if self.alone and torch.is_grad_enabled() and not mean.value.requires_grad:
             mean = mean._replace(value=mean.value.detach().requires_grad_())
             self._seen.append(mean)
@@ -141,22 +164,33 @@ class Averages(TorchFunctionMode):
 
 
 @contextmanager
-def without_gradient(model: nn.Module) -> Iterator[None]:
-    """Forward passes of the model have no gradient, what follows them has."""
+def around(
+    models: Iterable[nn.Module], before: Callable[[], Any], after: Callable[[], Any]
+) -> Iterator[None]:
+    """Call something before and after each forward pass of some models."""
 
-    def off(*_: Any) -> None:
-        torch.set_grad_enabled(False)
+    def begin(*_: Any) -> None:
+        before()
 
-    def on(*_: Any) -> None:
-        torch.set_grad_enabled(True)
+    def end(*_: Any) -> None:
+        after()
 
-    hooks = model.register_forward_pre_hook(off), model.register_forward_hook(on)
+    hooks: list[Any] = []
+    for model in models:
+        hooks += model.register_forward_pre_hook(begin), model.register_forward_hook(end)
     try:
-        with torch.enable_grad():
-            yield
+        yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def without_gradient(model: nn.Module) -> Iterator[None]:
+    """Forward passes of the model have no gradient, what follows them has."""
+    switches = (partial(torch.set_grad_enabled, on) for on in (False, True))
+    with torch.enable_grad(), around([model], *switches):
+        yield
 
 
 # ---- a trainer of a library ----------------------------------------------------------------------
@@ -187,6 +221,8 @@ class AveragedLossMixin(DynamicPruningMixin):
 
     # What compute_loss adds to for the next log. A scoring pass leaves it as it was.
     _logged: tuple[str, ...] = ()
+    # Other models that compute_loss calls.
+    _references: tuple[str, ...] = ()
 
     # ---- what a subclass says ----
 
@@ -241,8 +277,10 @@ class AveragedLossMixin(DynamicPruningMixin):
         batch = dict(inputs)  # compute_loss may change its inputs
         passes: list[Any] = []
         hook = model.register_forward_hook(lambda module, given, outputs: passes.append(outputs))
+        averages = Averages(self._rows_in(batch), alone=alone)
+        others = [vars(self)[name] for name in self._references if vars(self).get(name) is not None]
         try:
-            with Averages(self._rows_in(batch), alone=alone) as averages:
+            with around([model, *others], averages.pause, averages.resume), averages:
                 # return_outputs=True may cost another forward pass.
                 loss = cast(Tensor, super(SampleLossMixin, self).compute_loss(model, inputs))
         finally:

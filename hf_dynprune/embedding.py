@@ -13,15 +13,14 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .averages import AveragedLossMixin, Averages, without_gradient
+from .checks import missing
 from .scoring import scoring_state
 
 try:
     from sentence_transformers import CrossEncoderTrainer, SentenceTransformerTrainer
     from sentence_transformers.base.sampler import BatchSamplers
 except ImportError as error:
-    raise ImportError(
-        "hf_dynprune.embedding needs sentence-transformers: pip install hf-dynprune[embedding]"
-    ) from error
+    raise missing("hf_dynprune.embedding", "sentence-transformers", "embedding", error) from error
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -247,17 +247,27 @@ def part_of(
 ) -> tuple[dict[str, Any], int]:
     """At most so many samples of a batch that have a label, and how many these are.
 
-    The whole batch if not all of its tensors have one row for each sample.
+    The whole batch if not all of its tensors and lists have one row for each sample.
     """
-    tensors = {n: v for n, v in batch.items() if isinstance(v, Tensor) and v.ndim}
-    device = next((tensor.device for tensor in tensors.values()), None)
+    rowed = {
+        name: value
+        for name, value in batch.items()
+        if isinstance(value, list) or (isinstance(value, Tensor) and value.ndim)
+    }
+    device = next((value.device for value in rowed.values() if isinstance(value, Tensor)), None)
     valid = torch.arange(size, device=device)
     if rule.terms is not None:
         valid = valid[rule.terms(batch).to(valid.device) > 0]
-    if len(valid) == 0 or any(len(tensor) != size for tensor in tensors.values()):
+    if len(valid) == 0 or any(len(value) != size for value in rowed.values()):
         return batch, size if len(valid) else 0
     rows = valid[:samples]
-    return {**batch, **{n: v[rows.to(v.device)] for n, v in tensors.items()}}, len(rows)
+    taken = {
+        name: value[rows.to(value.device)]
+        if isinstance(value, Tensor)
+        else [value[i] for i in rows]
+        for name, value in rowed.items()
+    }
+    return {**batch, **taken}, len(rows)
 
 
 class LossCheck:

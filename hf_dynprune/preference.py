@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from .averages import BATCH_MEAN, AveragedLossMixin, check_given
+from .checks import missing
 from .loss_side import LossFunction, asks_for_losses
 from .policies import PruningPolicy
 from .trl_card import TrlCardMixin
@@ -20,7 +21,7 @@ from .trl_card import TrlCardMixin
 try:
     from trl import DPOTrainer, KTOTrainer, RewardTrainer
 except ImportError as error:
-    raise ImportError("hf_dynprune.preference needs trl: pip install hf-dynprune[llm]") from error
+    raise missing("hf_dynprune.preference", "trl", "llm", error) from error
 
 # The names of trl that this file leans on, private or not documented. Reason for each:
 SEAMS = {
@@ -28,6 +29,7 @@ SEAMS = {
     "adds the means with their weights; so do the other trainers",
     "DPOTrainer._metrics": "what trl adds to the next log; a scoring pass must not add to it",
     "DPOTrainer._total_train_tokens": "the same",
+    "DPOTrainer.ref_model": "the reference model, or None; its passes need not be watched",
     "DPOTrainer._tag_names": "the tags of trl's own card",
     "DPOTrainer.aux_loss_enabled": "whether the loss contains the router's, of the outputs' "
     "aux_loss and with the factor router_aux_loss_coef",
@@ -75,6 +77,7 @@ class PreferencePruningMixin(TrlCardMixin, AveragedLossMixin):
     """
 
     _logged: tuple[str, ...] = ("_metrics", "_total_train_tokens")
+    _references = ("ref_model",)
 
     def __init__(
         self,

@@ -7,15 +7,14 @@ so that the import of that file does not.
 from collections.abc import Mapping
 from typing import Any
 
+from .checks import missing
 from .preference import PreferencePruningMixin
 
 try:
     from trl.experimental.cpo import CPOTrainer
     from trl.experimental.orpo import ORPOTrainer
 except ImportError as error:
-    raise ImportError(
-        "hf_dynprune.preference_experimental needs trl: pip install hf-dynprune[llm]"
-    ) from error
+    raise missing("hf_dynprune.preference_experimental", "trl", "llm", error) from error
 
 # The names of trl that this file leans on, private or not documented. Reason for each:
 SEAMS = {

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hf_dynprune.averages import Averages, without_gradient
+from hf_dynprune.averages import Averages, around, without_gradient
 
 B, T, C = 6, 5, 4
 
@@ -123,6 +123,29 @@ def test_passes_without_gradient():
             loss = -out.squeeze(1).mean()
         assert not torch.is_grad_enabled()
     torch.testing.assert_close(averages.parts_of(loss).plain, -out.squeeze(1))
-    model(torch.ones(3, 2))
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
+
+
+def test_a_pass_is_not_watched():
+    class Model(nn.Linear):
+        def forward(self, x):
+            seen.append(len(torch.overrides._get_current_function_mode_stack()))
+            if fails:
+                raise KeyError("in a pass")
+            return super().forward(x)
+
+    model, seen, fails, x = Model(2, 1), [], False, torch.ones(3, 2)
+    averages = Averages(3)
+    with around([model], averages.pause, averages.resume), averages:
+        loss = (model(x).squeeze(1) * model(x).squeeze(1)).mean()
+    torch.testing.assert_close(averages.parts_of(loss).train, model(x).squeeze(1) ** 2)
+    fails, averages = True, Averages(3)
+    with (
+        pytest.raises(KeyError),
+        around([model], averages.pause, averages.resume),
+        averages,
+    ):
+        model(x)
+    assert seen == [0] * 4
+    assert torch.overrides._get_current_function_mode_stack() == []

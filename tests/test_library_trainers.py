@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from library_trainers import CASES, N, saved
-from tiny import assert_same_run, learning_rates, same_weights, torchrun
+from programs import torchrun
+from tiny import assert_same_run, learning_rates, same_weights
 
 from hf_dynprune import UCB, EpochPlan, FullData, PruningPolicy
 from hf_dynprune.table import Last
