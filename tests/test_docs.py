@@ -145,6 +145,33 @@ def language(folder):
     }
 
 
+def preferred(folder):
+    """Tiny models, and arguments and rows for the trainers of other libraries."""
+    from library_trainers import CASES, SETTINGS, cross, pairs, rows, sentences, texts
+
+    def settings(name):
+        case = CASES[name]
+        return case.arguments(str(folder), **{**SETTINGS, **case.settings})
+
+    return {
+        "dpo_config": settings("dpo"),
+        "reward_config": settings("reward"),
+        "kto_config": settings("kto"),
+        "orpo_config": settings("orpo"),
+        "sentence_arguments": settings("sentences"),
+        "cross_encoder_arguments": settings("cross-encoder"),
+        "language_model": tiny.llama(),
+        "reference_model": tiny.llama(),
+        "reward_model": tiny.llama("SequenceClassification", num_labels=1),
+        "sentence_model": sentences(),
+        "cross_encoder": cross(),
+        "tokenizer": language(folder)["tokenizer"],
+        "pairs": pairs(),
+        "labelled": rows(prompt=(2, 4), completion=(1, 7), label=lambda i: i % 3 > 0),
+        "similar_texts": texts(),
+    }
+
+
 def reinforced(folder):
     """A tiny language model, prompts, and a reward function."""
     import test_grpo
@@ -193,6 +220,7 @@ CONTEXTS = {
     "docs/loop.md": a_loop,
     "docs/pays.md": a_loop,
     "docs/text.md": language,
+    "docs/preference.md": preferred,
     "docs/rl.md": reinforced,
     "docs/report.md": trained,
     "docs/hub.md": on_the_hub,
