@@ -241,7 +241,7 @@ def test_errors_have_the_wrong_value(runs, monkeypatch):
     with pytest.raises(ValueError, match="reports is empty"):
         plot_runs({})
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install hf-dynprune\[recipes\]"):
+    with pytest.raises(ImportError, match=r"pip install '\.\[recipes\]'"):
         plot_runs(runs)
 
 
