@@ -33,6 +33,7 @@ SEAMS = {
     "SentenceTransformerTrainer.accum_loss_components": "what is added to the next log; a scoring "
     "pass must not add to it",
     "SentenceTransformerTrainer.data_collator": "the trainer's loader uses it as it is",
+    "Trainer._prepare_inputs": "moves a batch to the device",
     "BatchSamplers.BATCH_SAMPLER": "the batches that are drawn at random",
     "uses_gradient_cache": "a loss with this attribute goes through the model again in the "
     "backward pass, so its samples cannot be weighted",

@@ -27,6 +27,7 @@ from .potential import Magnitude
 from .pruner import DynamicPruner
 from .sampler import SAMPLE_INDEX, IndexedRows, RepeatingSampler
 from .schedule import RunShape
+from .trl_card import TrlCardMixin
 from .upstream import UpstreamMends
 
 try:
@@ -51,7 +52,6 @@ SEAMS = {
     "GRPOTrainer._buffered_inputs": "the rollouts that are still to be trained on. trl does not "
     "save them",
     "GRPOTrainer._metrics": "what trl adds to the next log, as averages",
-    "GRPOTrainer._tag_names": "the tags of trl's own card",
     "GRPOTrainer.reward_weights": "the weights of the reward functions",
     "GRPOTrainer.reward_func_names": "for the message if there is no reward",
     "GRPOTrainer.num_generations": "completions of a prompt in training",
@@ -206,7 +206,7 @@ def _differ(grouped: Tensor) -> Tensor:
 # ---- the trainers --------------------------------------------------------------------------------
 
 
-class PromptPruningMixin(PrunedDataMixin):
+class PromptPruningMixin(TrlCardMixin, PrunedDataMixin):
     """Adds `pruning=` to trl's GRPOTrainer and RLOOTrainer.
 
     An epoch is what lies between two choices: round(keep_ratio * N) prompts. With a smaller
@@ -463,30 +463,11 @@ class PromptPruningMixin(PrunedDataMixin):
             )
         return send_to_device(cast(Any, saved)["batches"], self.args.device)
 
-    # ---- logs and card ----
+    # ---- logs ----
 
     def floating_point_ops(self, inputs: Any) -> int:
         """The Trainer's count: a batch of trl is a list of rows, not a dict."""
         return super(UpstreamMends, self).floating_point_ops(inputs)
-
-    def create_model_card(  # type: ignore[override]  # trl's has other arguments
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **words: Any,
-    ) -> None:
-        """Write the card.
-
-        Takes trl's arguments, and for a pruned run those of `Trainer.create_model_card` by name.
-        """
-        if not self._has_record():
-            return super().create_model_card(model_name, dataset_name, tags, **words)
-        # trl writes a card before each checkpoint, in the middle of an epoch.
-        cast(DynamicPruner, self.pruner).update_record(step=self.state.global_step)
-        given = [tags] if isinstance(tags, str) else tags or []
-        words = {"dataset": dataset_name, **words, "tags": [*given, *cast(Any, self)._tag_names]}
-        super().create_model_card(model_name=model_name, **words)
 
 
 class DynamicPruningGRPOTrainer(PromptPruningMixin, GRPOTrainer):

@@ -30,7 +30,6 @@ SEAMS = {
     "DPOTrainer._metrics": "what trl adds to the next log; a scoring pass must not add to it",
     "DPOTrainer._total_train_tokens": "the same",
     "DPOTrainer.ref_model": "the reference model, or None; its passes need not be watched",
-    "DPOTrainer._tag_names": "the tags of trl's own card",
     "DPOTrainer.aux_loss_enabled": "whether the loss contains the router's, of the outputs' "
     "aux_loss and with the factor router_aux_loss_coef",
     "DPOConfig.loss_type": "which losses are one number for each pair",

@@ -26,6 +26,7 @@ from .losses import IGNORED, RULES, LossRule, SampleLosses
 from .policies import PruningPolicy
 from .sampler import IndexedCollator
 from .trainer import DynamicPruningMixin
+from .trl_card import TrlCardMixin
 
 try:
     import trl
@@ -40,7 +41,6 @@ SEAMS = {
     "its own",
     "DataCollatorForLanguageModeling": "joins the samples of a batch in their order; positions "
     "begin at 0 with each text, and its first label is ignored",
-    "SFTTrainer._tag_names": "the tags of trl's own card",
     "SFTConfig.loss_type": "says what the loss of a token is",
     "FusedCausalLMOutput.log_probs": "the log-probability of each label, 0 at ignored labels",
     "FusedCausalLMOutput.label_mask": "which labels are trained on",
@@ -61,7 +61,7 @@ _WAY_OUT = "hf_dynprune.sft was made for trl >= 1.16, < 2: install that, and rep
 LENGTHS = "sample_lengths"
 
 
-class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
+class DynamicPruningSFTTrainer(TrlCardMixin, DynamicPruningMixin, SFTTrainer):
     """trl's SFTTrainer with one new argument, `pruning=`; see [`DynamicPruningMixin`].
 
     ```python
@@ -154,25 +154,6 @@ class DynamicPruningSFTTrainer(DynamicPruningMixin, SFTTrainer):
         # from all ranks, which score different numbers of batches.
         inputs = {name: value for name, value in inputs.items() if name != LENGTHS}
         return model(**inputs, fused_lm_head=True)
-
-    def create_model_card(  # type: ignore[override]  # trl's has other arguments
-        self,
-        model_name: str | None = None,
-        dataset_name: str | None = None,
-        tags: str | list[str] | None = None,
-        **words: Any,
-    ) -> None:
-        """Write the card.
-
-        Takes trl's arguments, and for a pruned run those of `Trainer.create_model_card` by name.
-        """
-        if self.pruner is None or not self.pruner.report.epochs:
-            return SFTTrainer.create_model_card(self, model_name, dataset_name, tags, **words)
-        # The SFTTrainer writes a card before each checkpoint, in the middle of an epoch.
-        self.pruner.update_record(step=self.state.global_step)
-        given = [tags] if isinstance(tags, str) else tags or []
-        words = {"dataset": dataset_name, **words, "tags": [*given, *self._tag_names]}
-        super().create_model_card(model_name=model_name, **words)
 
 
 # ---- the losses of samples -----------------------------------------------------------------------

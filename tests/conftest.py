@@ -14,6 +14,7 @@ from pathlib import Path
 # Read once, when huggingface_hub is imported. Child processes inherit it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"  # or importing trl.experimental warns
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # or tokenizers warn in each forked worker
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; several test processes share the cores
 

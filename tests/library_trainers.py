@@ -8,9 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-# Read when trl.experimental is imported.
-os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
-
 import datasets
 import torch
 from sentence_transformers import (

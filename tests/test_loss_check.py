@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.modeling_outputs import CausalLMOutput, SequenceClassifierOutput
 
 from hf_dynprune import UCB, DynamicPruningMixin, FullData
-from hf_dynprune.loss_check import LossCheck, agree, places_of, slope
+from hf_dynprune.loss_check import LossCheck, agree, part_of, places_of, slope
 from hf_dynprune.losses import RULES, derive_rule
 
 CLASS_WEIGHTS = torch.tensor([1.0, 10.0, 1.0])
@@ -419,6 +419,20 @@ def test_without_gradients_the_values_are_compared():
 def test_a_loss_that_is_not_finite_is_the_trainers_matter():
     one = slope(torch.tensor(float("nan")), {})
     assert agree(one, slope(torch.tensor(1.0), {}), 1, False, multiple=False) is None
+
+
+def test_a_part_of_a_batch():
+    """Also of texts, which a cross-encoder has in lists; the whole if something has other rows."""
+    rows = {"text": list("abcd"), "labels": torch.tensor([0, -100, 1, 2]), "prompt": "p"}
+    part, taken = part_of(rows, 4, RULES["single_label"], 2)
+    assert (part["text"], part["labels"].tolist(), part["prompt"], taken) == (
+        ["a", "c"],
+        [0, 1],
+        "p",
+        2,
+    )
+    for other in ({"more": ["x"] * 8}, {"more": torch.zeros(8)}):
+        assert part_of({**rows, **other}, 4, RULES["single_label"], 2)[1] == 4
 
 
 def test_batches_1_2_4_are_compared():

@@ -7,11 +7,12 @@ import re
 
 import pytest
 import torch
+from sentence_transformers import SentenceTransformerTrainer
 from tiny import images, learning_rates, recorded, same_weights, trainer, vit
 from transformers import Trainer, TrainerCallback, trainer_pt_utils
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging
-from trl import GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, SFTTrainer
 
 from hf_dynprune import UCB, FullData, RandomPruning
 from hf_dynprune.checkpoints import logger
@@ -139,7 +140,8 @@ def test_global_random_states_are_the_stock_trainers(tmp_path):
 # seams do is tested where they act: lengths, rates and resuming in test_data_side.py and
 # test_checkpoints.py, losses in test_loss_side.py, names of weights in test_upstream.py.
 MODULES = ("upstream", "checkpoints", "data_side", "loss_side", "trainer", "scoring_runs")
-MODULES += ("sft", "grpo")
+MODULES += ("sft", "grpo", "trl_card", "preference", "preference_experimental", "embedding")
+MODULES += ("averages",)
 
 
 def seams(module):
@@ -153,7 +155,8 @@ def foreign(tmp_path_factory):
     """The private names of the objects that we lean on, with those of their attributes."""
     run = trainer(tmp_path_factory.mktemp("stock"), cls=Trainer)
     run.train()
-    owners = (run, run.lr_scheduler, run.model, SFTTrainer, GRPOTrainer)
+    libraries = (SFTTrainer, GRPOTrainer, DPOTrainer, KTOTrainer, SentenceTransformerTrainer)
+    owners = (run, run.lr_scheduler, run.model, *libraries)
     names = {name for owner in owners for name in dir(owner)}
     return {name for name in names if name.startswith("_") and not name.startswith("__")}
 
