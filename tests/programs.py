@@ -1,10 +1,13 @@
 """Runs programs in forks of a process that has imported what they import.
 
-    python tests/programs.py    # that process: a JSON request on each line of stdin
+    python tests/programs.py serve SOCKET           that process, the server
+    python tests/programs.py run [options] program  what `sys.executable` is in its forks
 
 Importing torch and transformers takes seconds, and the tests start hundreds of programs. A program
 runs as `python program.py arguments` runs it: as `__main__`, with arguments, environment, folder
 and output of its own. Only what is read from the environment at an import is the server's.
+
+    test ──request──▶ server ──fork──▶ one process per request ──fork──▶ the programs
 """
 
 import faulthandler
@@ -13,6 +16,8 @@ import json
 import multiprocessing
 import os
 import runpy
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -28,6 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 3600  # seconds after which a program hangs
+SOCKET = "HF_DYNPRUNE_TESTS_SOCKET"  # an environment variable, for `run`
 
 # What most programs import. Nothing may start a thread: a fork loses it.
 IMPORTED = (
@@ -87,22 +93,13 @@ def torchrun(*command, ranks, environment=None, cwd=ROOT):
 def _run(command, environments, cwd):
     """Run one program in as many processes as there are environments, at the same time."""
     command = [str(part) for part in command]
+    path = _server()
+    environments = [{**environment, SOCKET: path} for environment in environments]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [[f"{folder}/{i}.out", f"{folder}/{i}.err"] for i in range(len(environments))]
-        request = {
-            "command": command,
-            "cwd": str(cwd),
-            "environments": [dict(environment) for environment in environments],
-            "outputs": outputs,
-        }
-        server = _server()
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        answer = server.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"The server of programs ended with {server.wait()}.")
-        answer = json.loads(answer)
-        texts = [[Path(path).read_text(errors="replace") for path in pair] for pair in outputs]
+        names = [(f"{folder}/{i}.out", f"{folder}/{i}.err") for i in range(len(environments))]
+        streams = [[os.devnull, *pair] for pair in names]
+        answer = _ask(path, command, str(cwd), environments, streams)
+        texts = [[Path(name).read_text(errors="replace") for name in pair] for pair in names]
     if answer["hung"]:
         printed = "\n".join(out + err for out, err in texts)
         raise AssertionError(f"{command} was not done after {PATIENCE} s.\n{printed}")
@@ -112,18 +109,44 @@ def _run(command, environments, cwd):
     ]
 
 
+def _ask(path, command, cwd, environments, streams):
+    """The server's answer to a request, when the programs have ended.
+
+    `streams` are the files for the input and the two outputs of each program.
+    """
+    request = {"command": command, "cwd": cwd, "environments": environments, "streams": streams}
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(path)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        answer = connection.makefile().readline()
+    if not answer:
+        raise RuntimeError(f"The server of programs gave no answer to {command}.")
+    return json.loads(answer)
+
+
 @cache
 def _server():
-    """The server of this process. It ends with it, when its input does."""
-    return subprocess.Popen(
-        [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    """The socket of this process's server. The server ends with it, when its input does."""
+    path = str(Path(tempfile.mkdtemp(prefix="programs"), "socket"))
+    command = [sys.executable, __file__, "serve", path]
+    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    if not server.stdout.readline():
+        raise RuntimeError(f"The server of programs ended with {server.wait()}.")
+    _server.process = server  # or its input would close
+    return path
+
+
+def run(command):
+    """Run a program that a forked program starts, with the streams of this process."""
+    streams = [[f"/proc/{os.getpid()}/fd/{number}" for number in range(3)]]
+    answer = _ask(os.environ[SOCKET], command, os.getcwd(), [dict(os.environ)], streams)
+    return answer["statuses"][0]
 
 
 # ---- the server ----------------------------------------------------------------------------------
 
 
-def serve():
+def serve(path):
     for module in IMPORTED:
         import_module(module)
     gc.collect()
@@ -134,18 +157,38 @@ def serve():
     lost = names - {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}
     if lost:
         raise RuntimeError(f"Threads run after the imports, and a fork loses them: {lost}.")
+    launcher = Path(path).with_name("python")
+    launcher.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, __file__, "run"])} "$@"\n')
+    launcher.chmod(0o700)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of requests
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        print("ready", flush=True)
+        while listener in wait([listener, sys.stdin]):
+            connection, _ = listener.accept()
+            if os.fork() == 0:
+                listener.close()
+                _answer(connection, str(launcher))
+            connection.close()
+    shutil.rmtree(launcher.parent)
+
+
+def _answer(connection, launcher):
+    """Carry out the request of a connection in this process, and end it."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    request = json.loads(connection.makefile().readline())
     fork = multiprocessing.get_context("fork")
-    for line in sys.stdin:
-        request = json.loads(line)
-        processes = [
-            fork.Process(target=_become, args=(request["command"], request["cwd"], *each))
-            for each in zip(request["environments"], request["outputs"], strict=True)
-        ]
-        for process in processes:
-            process.start()
-        hung = _wait(processes)
-        answer = {"statuses": [process.exitcode for process in processes], "hung": hung}
-        print(json.dumps(answer), flush=True)
+    processes = [
+        fork.Process(target=_become, args=(request["command"], request["cwd"], launcher, *each))
+        for each in zip(request["environments"], request["streams"], strict=True)
+    ]
+    for process in processes:
+        process.start()
+    hung = _wait(processes)
+    answer = {"statuses": [process.exitcode for process in processes], "hung": hung}
+    connection.sendall(json.dumps(answer).encode() + b"\n")
+    os._exit(0)
 
 
 def _wait(processes):
@@ -166,12 +209,11 @@ def _wait(processes):
     return False
 
 
-def _become(command, cwd, environment, outputs):
+def _become(command, cwd, launcher, environment, streams):
     """Run a program in this process."""
     sys.stdout.flush()
-    for number, (path, flags) in enumerate(
-        [(os.devnull, os.O_RDONLY), *((path, os.O_WRONLY | os.O_CREAT) for path in outputs)]
-    ):
+    write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, write, write), strict=True)):
         os.dup2(os.open(path, flags), number)
     faulthandler.enable()
     sys.stdin = os.fdopen(0, closefd=False)
@@ -179,12 +221,15 @@ def _become(command, cwd, environment, outputs):
     os.environ.clear()
     os.environ.update(environment)
     more = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
+    sys.executable = launcher  # what it starts is forked, too
+    if command[:1] == ["-u"]:
+        command = command[1:]
     if command[:2] == ["-W", "ignore"]:
         warnings.simplefilter("ignore")
         command = command[2:]
     kind, *rest = command
     if kind in ("-m", "-c"):
-        sys.path[:1], sys.argv[1:] = [cwd, *more], rest[1:]
+        sys.path[:1], sys.argv[:] = [cwd, *more], [kind, *rest[1:]]
         if kind == "-m":
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
@@ -195,4 +240,4 @@ def _become(command, cwd, environment, outputs):
 
 
 if __name__ == "__main__":
-    serve()
+    sys.exit(serve(sys.argv[2]) if sys.argv[1] == "serve" else run(sys.argv[2:]))
