@@ -39,7 +39,7 @@ def main() -> None:
         common.check_output(args, args)
         policy = pruning.policy() or FullData()
         accelerator = Accelerator(mixed_precision=args.mixed_precision)
-        splits = args.load_splits()
+        splits = args.load_both_splits()
         train = ImageCache.from_dataset(splits[0], augment=True, seed=args.seed, **statistics)
         test = ImageCache.from_dataset(splits[1], **statistics)
         shape = RunShape(len(train), args.batch_size, num_epochs=args.epochs)

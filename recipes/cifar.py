@@ -200,7 +200,7 @@ class Images:
 
 def load_images(data: DataArguments, seed: int) -> Images:
     """Decode the images and replace their labels if the arguments say so."""
-    train_split, test_split = data.load_splits()
+    train_split, test_split = data.load_both_splits()
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     options = {**statistics, "label_column": data.label_column, "image_size": data.image_size}
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels

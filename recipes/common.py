@@ -79,6 +79,16 @@ class DataArguments:
             validation_share=self.validation_share,
         )
 
+    def load_both_splits(self) -> tuple[datasets.Dataset, datasets.Dataset]:
+        """The same for a recipe that always evaluates."""
+        train, evaluation = self.load_splits()
+        if evaluation is None:
+            raise ValueError(
+                f"The dataset {self.dataset!r} has no validation or test split: name one with "
+                "--eval_split, or hold out a part of the training split with --validation_share."
+            )
+        return train, evaluation
+
 
 @dataclass
 class RunArguments:

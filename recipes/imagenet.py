@@ -309,11 +309,7 @@ def make_model_and_images(
     data: DataArguments, recipe: RecipeArguments, seed: int
 ) -> tuple[torch.nn.Module, Images]:
     """Load the splits; make a model for their classes and transforms for its images."""
-    train_split, eval_split = data.load_splits()
-    if eval_split is None:
-        raise ValueError(
-            f"The dataset {data.dataset!r} has no validation or test split: name one, --eval_split."
-        )
+    train_split, eval_split = data.load_both_splits()
     image_column = find_column(train_split.features, "image", data.image_column)
     label_column = find_column(train_split.features, "label", data.label_column)
     names = class_names(train_split, label_column)

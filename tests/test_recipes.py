@@ -101,6 +101,14 @@ def small_cifar(tmp_path_factory):
     }
 
 
+def test_a_dataset_without_an_evaluation_split_is_refused(small_cifar, recipe, tmp_path, capsys):
+    train = "train-00000-of-00001.parquet"
+    (tmp_path / train).write_bytes((small_cifar["cifar10"] / train).read_bytes())
+    with pytest.raises(SystemExit, match="2"):
+        recipe("cifar", "--dataset", tmp_path, "--output_dir", tmp_path / "run")
+    assert "--eval_split" in capsys.readouterr().err
+
+
 LITTLE = ["--model", "resnet8_cifar", "--num_train_epochs", "2"]
 LITTLE += ["--per_device_train_batch_size", "16"]
 
