@@ -84,9 +84,9 @@ def test_tuning_comes_before_all_other_runs():
     def chosen():
         raise AssertionError
 
-    keys = list(islice(rl.planned([0.2], [0], chosen), len(rl.TRIED)))
+    keys = list(islice(rl.planned([0.2], [0], rl.METHODS, chosen), len(rl.TRIED)))
     assert {key.seed for key in keys} == {TUNING_SEED}
-    keys = list(rl.planned([0.4, 0.1], [0, 1], lambda: (4, 1e-4)))[len(rl.TRIED) :]
+    keys = list(rl.planned([0.4, 0.1], [0, 1], rl.METHODS, lambda: (4, 1e-4)))[len(rl.TRIED) :]
     assert len(set(keys)) == len(keys) == 2 * 2 * len(rl.METHODS)
     assert [key.share for key in keys] == sorted((key.share for key in keys), reverse=True)
 

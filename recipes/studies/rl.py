@@ -1,7 +1,7 @@
 """A study of choosing prompts before the rollout: sums, and a small Llama that was taught a little.
 
     python -m recipes.studies.rl                     carries out what is left
-    python -m recipes.studies.rl --seeds 0 1 2 3 4   the same with more seeds
+    python -m recipes.studies.rl --seeds 0 1 2 3 4   the same with more seeds; see --help
     python -m recipes.studies.rl_results             draws the picture of the finished runs
 
 The task is that of recipes/grpo.py: a reward of 1 for a right answer, 0 otherwise. The first model
@@ -31,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -105,15 +106,18 @@ class Key(NamedTuple):
 
 
 def planned(
-    shares: Iterable[float], seeds: Iterable[int], chosen: Callable[[], tuple[int, float]]
+    shares: Iterable[float],
+    seeds: Sequence[int],
+    methods: Iterable[str],
+    chosen: Callable[[], tuple[int, float]],
 ) -> Iterator[Key]:
     """All runs in their order. `chosen` is asked after the tuning runs."""
     for setting in TRIED:
         yield Key(TUNING_SHARE, UNIFORM, TUNING_SEED, *setting)
-    names = list(METHODS)
+    names, wanted = list(METHODS), set(methods)
     for share in shares:
         for group in (names[:FIRST], names[FIRST:]):
-            for seed, method in itertools.product(seeds, group):
+            for seed, method in itertools.product(seeds, filter(wanted.__contains__, group)):
                 prompts, rate = chosen()
                 prompts //= 2 if method == SMALLER else 1
                 yield Key(share, method, seed, prompts, rate)
@@ -314,8 +318,14 @@ def carry_out(
     }
 
 
-def study(file: Path, folder: Path, shares: Sequence[float], seeds: Sequence[int]) -> None:
-    """Carry out the runs that are not in the file."""
+def study(file: Path, folder: Path, keys: Callable[..., Iterable[Key]]) -> None:
+    """Carry out the runs that are not in the file.
+
+    Args:
+        file: Where the finished runs are.
+        folder: Where the first model is.
+        keys: Gives the runs, see [`planned`], from a function that gives batch and rate.
+    """
     torch.set_num_threads(1)  # two threads are slower with so small a model
     keep_freed_memory()
     tokenizer = grpo.make_tokenizer()
@@ -324,7 +334,7 @@ def study(file: Path, folder: Path, shares: Sequence[float], seeds: Sequence[int
     rows = stored["runs"]
     done = {Key(*(row[name] for name in Key._fields)) for row in rows}
     model = first_model(folder, tokenizer, taken)
-    for key in planned(shares, seeds, lambda: chosen_setting(rows)):
+    for key in keys(lambda: chosen_setting(rows)):
         if key in done:
             continue
         row = carry_out(key, first_model(folder, tokenizer, taken), tokenizer, parts, taken)
@@ -345,10 +355,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shares", type=float, nargs="+", choices=LEVELS, default=list(LEVELS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--file", type=Path, default=FILE, help="where the finished runs are")
     parser.add_argument("--folder", type=Path, default=Path("runs/rl_sums"), help="first model")
     options = parser.parse_args(argv)
-    study(options.file, options.folder, options.shares, options.seeds)
+    keys = partial(planned, options.shares, options.seeds, options.methods)
+    study(options.file, options.folder, keys)
     if options.file == FILE:
         rl_results.main()
 

@@ -25,6 +25,7 @@ FILE, PICTURE = STUDIES / "rl_sums.json", STUDIES / "rl_sums.png"
 
 UNIFORM, FILTER = "uniform", "filter after the rollout"
 FEWER, SMALLER = "uniform, half of the steps", "uniform, half of the batch"
+OPPONENTS = (FILTER, SMALLER, FEWER)  # they do not choose prompts either
 TUNING_SEED = 100  # of the runs that batch and rate are chosen by
 WINDOW = 5  # points of a curve that a value of the results is the mean of, an eighth of the run
 LEARNED = 2  # digits of the sums whose accuracy is compared
@@ -194,9 +195,12 @@ def plot(runs: Sequence[Row]) -> Figure:
     """
     shares = compared(runs)
     names = list(dict.fromkeys(name for methods in shares.values() for name in methods))
-    others = [name for name in names if name != UNIFORM]
-    colors = {UNIFORM: "black", **{name: COLORS[i % 6] for i, name in enumerate(others)}}
-    markers = {UNIFORM: "X", **{name: MARKERS[i % 6] for i, name in enumerate(others)}}
+    styles: dict[str, dict[str, Any]] = {UNIFORM: {"color": "black", "marker": "X"}}
+    rules = [name for name in names if name not in (UNIFORM, *OPPONENTS)]
+    for i, name in enumerate(rules):
+        styles[name] = {"color": COLORS[i % 6], "marker": MARKERS[(i + i // 6) % 6]}
+    for name, line in zip(OPPONENTS, ("--", ":", "-."), strict=True):
+        styles[name] = {"color": GREY, "linestyle": line}
     figure = Figure((2.2 + 3.9 * len(shares), 4.2), layout="constrained")
     axes = figure.subplots(1, len(shares), squeeze=False, sharey=True)[0]
     lines: dict[str, Any] = {}
@@ -211,8 +215,7 @@ def plot(runs: Sequence[Row]) -> Figure:
                 band: dict[str, Any] = {"color": GREY, "alpha": 0.2, "linewidth": 0}
                 ax.fill_between(at / 1000, values.min(0), values.max(0), **band)
             style: dict[str, Any] = {"markevery": 6, "markersize": 5, "linewidth": 1.5}
-            style |= {"color": colors[name], "marker": markers[name]}
-            style |= {"linestyle": "--"} if name in (FILTER, FEWER) else {}
+            style |= styles[name]
             (lines[name],) = ax.plot(at / 1000, values.mean(0), **style)
         seeds = max(map(len, methods.values()))
         uniform = methods.get(UNIFORM, {}).values()
