@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 
 from .loss_side import LossFunction, SampleLossMixin
 from .losses import RULES, LossRule, SampleLosses
+from .potential import Kind, Magnitude
 from .pruner import DynamicPruner
 from .trainer import DynamicPruningMixin
 
@@ -242,7 +243,15 @@ class AveragedLossMixin(DynamicPruningMixin):
         """Why the loss does not average one number for each sample; empty if it does."""
         return ""
 
+    def _kind(self) -> Kind | None:
+        """How the size of a sample's gradient follows from its number; None if that is unknown."""
+        return None
+
     # ---- the losses of samples ----
+
+    def _magnitude(self) -> Magnitude | None:
+        kind = self._kind() if self.loss_rule is AVERAGED else None
+        return None if kind is None else Magnitude("loss", kind)
 
     def _prepare_observation(self, pruner: DynamicPruner) -> None:
         super()._prepare_observation(pruner)

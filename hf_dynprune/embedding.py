@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .averages import AveragedLossMixin, Averages, without_gradient
 from .checks import missing
+from .potential import Kind
 from .scoring import scoring_state
 
 try:
@@ -43,6 +44,16 @@ SEAMS = {
 
 # So many rows are looked at. Losses that draw negatives at random take all of so few.
 _ROWS = 4
+
+# What the size of a row's gradient follows from, as in [`hf_dynprune.potential.Magnitude`].
+_KINDS: dict[str, Kind] = {
+    "CosineSimilarityLoss": "error",
+    "MSELoss": "error",
+    "MarginMSELoss": "error",
+    "SoftmaxLoss": "likelihood",
+    "CrossEntropyLoss": "likelihood",
+    "MultipleNegativesRankingLoss": "likelihood",
+}
 
 
 class EmbeddingPruningMixin(AveragedLossMixin):
@@ -117,6 +128,9 @@ class EmbeddingPruningMixin(AveragedLossMixin):
             for number, value in enumerate(found)
             if isinstance(value, Tensor) and value.requires_grad
         }
+
+    def _kind(self) -> Kind | None:
+        return _KINDS.get(type(cast(Any, self).loss).__name__)
 
     def _unknown_loss(self) -> str:
         loss = cast(Any, self).loss

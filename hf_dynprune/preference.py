@@ -16,6 +16,7 @@ from .averages import BATCH_MEAN, AveragedLossMixin, check_given
 from .checks import missing
 from .loss_side import LossFunction, asks_for_losses
 from .policies import PruningPolicy
+from .potential import Kind
 from .trl_card import TrlCardMixin
 
 try:
@@ -53,6 +54,9 @@ PAIR_LOSSES = (
     "discopop",
     "sigmoid_norm",
 )
+
+# What the size of a pair's gradient follows from, as in [`hf_dynprune.potential.Magnitude`].
+_KINDS: dict[str, Kind] = {"sigmoid": "likelihood", "sigmoid_norm": "likelihood", "ipo": "error"}
 
 
 class PreferencePruningMixin(TrlCardMixin, AveragedLossMixin):
@@ -177,6 +181,12 @@ class DynamicPruningDPOTrainer(PreferencePruningMixin, DPOTrainer):
             f"{', '.join(PAIR_LOSSES)})"
         )
 
+    def _kind(self) -> Kind | None:
+        # -log sigmoid(z) has the slope 1 - exp(-loss) in z, and a squared error that of the error.
+        args: Any = self.args
+        kinds = {_KINDS.get(name) for name in args.loss_type}
+        return kinds.pop() if len(kinds) == 1 and not args.use_weighting else None
+
 
 class DynamicPruningRewardTrainer(PreferencePruningMixin, RewardTrainer):
     """trl's RewardTrainer with one new argument, `pruning=`; see [`PreferencePruningMixin`].
@@ -186,6 +196,10 @@ class DynamicPruningRewardTrainer(PreferencePruningMixin, RewardTrainer):
 
     def _rows_in(self, inputs: Mapping[str, Any]) -> int:
         return len(inputs["input_ids"]) // 2
+
+    def _kind(self) -> Kind | None:
+        args: Any = self.args
+        return "likelihood" if args.center_rewards_coefficient is None else None
 
 
 class DynamicPruningKTOTrainer(PreferencePruningMixin, KTOTrainer):

@@ -117,6 +117,21 @@ def test_losses_of_single_rows(name, tmp_path):
     assert alone.std() > 1e-3 * alone.abs().mean()
 
 
+def test_what_the_size_of_a_gradient_follows_from(tmp_path):
+    cases = {name: OWN[name] for name in ("mse", "softmax", "triplet")}
+    cases["negatives"] = IN_BATCH["negatives"]
+    found = {
+        name: str(each.make(tmp_path, pruning=UCB(0.5), **STILL)._magnitude())
+        for name, each in cases.items()
+    }
+    assert found == {
+        "mse": "sqrt(loss)",
+        "softmax": "1 - exp(-loss)",
+        "triplet": "None",
+        "negatives": "1 - exp(-loss)",
+    }
+
+
 @pytest.mark.parametrize("name", IN_BATCH)
 def test_losses_that_depend_on_the_batch_say_so(name, tmp_path, caplog):
     """Row i has its number in the batch, wherever it stands in it."""

@@ -115,6 +115,21 @@ def test_a_loss_of_a_batch_can_be_trained(pruning, tmp_path):
         assert len(set(run.pruner.table["mean"].tolist())) == run.state.global_step == 3
 
 
+@pytest.mark.parametrize(
+    ("settings", "formula"),
+    [
+        ({}, "1 - exp(-loss)"),
+        ({"loss_type": "ipo"}, "sqrt(loss)"),
+        ({"loss_type": "hinge"}, "None"),
+        ({"loss_type": ["sigmoid", "ipo"]}, "None"),
+        ({"use_weighting": True}, "None"),
+    ],
+)
+def test_what_the_size_of_a_gradient_follows_from(settings, formula, tmp_path):
+    run = dpo().make(tmp_path, pruning=UCB(0.5), **settings)
+    assert str(run._magnitude()) == formula
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_the_loss_of_the_router_is_kept(accumulation, tmp_path):
     case = dpo(model=lambda: sharp(mixtral()))
