@@ -299,7 +299,7 @@ def _check_loss(
         )
     if padding_free and getattr(peft_config, "is_prompt_learning", False):
         raise ValueError(
-            f"{peft_config.peft_type} puts one prompt in front of a batch that is one row, and "
-            "PEFT ignores the position_ids then, so its samples attend to each other and none has "
-            "a loss of its own: set padding_free=False, and packing=False."
+            f"{peft_config.peft_type} puts one prompt in front of a batch that is one row. Then "
+            "the model does not keep its samples apart. They attend to each other, and none has a "
+            "loss of its own: set padding_free=False, and packing=False."
         )

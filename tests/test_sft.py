@@ -543,6 +543,27 @@ def test_scores_behind_a_learned_prompt(config, tmp_path):
     torch.testing.assert_close(run.pruner.table["mean"], alone, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of peft about position_ids
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "config", [None, *PROMPTS], ids=lambda config: str(config and config.peft_type)
+)
+def test_behind_a_learned_prompt_the_texts_of_a_row_are_not_kept_apart(config):
+    """Why it is refused. If this fails, peft or transformers was mended: support it."""
+    model = base = sharp()
+    if config is not None:
+        model = peft.get_peft_model(base, copy.deepcopy(config))
+    add_fused_lm_head(base)
+    rows = [{"input_ids": [5, 6, 7, 8]}, {"input_ids": [11, 12, 13, 14]}]
+    collator = DataCollatorForLanguageModeling(PAD, padding_free=True)
+    with torch.no_grad():
+        joined, alone = (
+            model.eval()(**collator(each), fused_lm_head=True).log_probs[0, -3:]
+            for each in (rows, rows[1:])
+        )
+    assert torch.allclose(joined, alone, atol=1e-5) == (config is None)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("given", [True, False])
 def test_a_learned_prompt_in_front_of_a_joined_row_is_refused(given, tmp_path):
