@@ -43,7 +43,7 @@ def test_quickstart(tmp_path):
         name: json.loads((tmp_path / f"{name}.json").read_text())
         for name in ("report", "full", "short")
     }
-    assert reports["report"]["policy"]["name"] == "ucb"
+    assert reports["report"]["policy"]["name"] == "loss-proportional"
     assert reports["report"]["cost_ratio"] == pytest.approx(0.4, abs=0.01)
     assert reports["full"]["cost_ratio"] == 1
     assert reports["short"]["passes"] == pytest.approx(reports["report"]["passes"], rel=0.05)
