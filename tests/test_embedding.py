@@ -62,7 +62,18 @@ IN_BATCH = {
         cross_losses.MultipleNegativesRankingLoss, kind="cross-encoder", a=None, b=None
     ),
 }
+
+
+class Regularised(losses.CosineSimilarityLoss):
+    """Adds what no row has, as the losses of sparse encoders do."""
+
+    def compute_loss_from_embeddings(self, embeddings, labels):
+        flops = embeddings[0].mean(0).square().sum()
+        return super().compute_loss_from_embeddings(embeddings, labels) + flops
+
+
 SHARED = {
+    "regularised": case(Regularised, a=None, b=None, label=number),
     "cosent": case(losses.CoSENTLoss, a=None, b=None, label=number),
     "angle": case(losses.AnglELoss, a=None, b=None, label=number),
     "online": case(losses.OnlineContrastiveLoss, a=None, b=None, label=either),
