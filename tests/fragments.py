@@ -177,6 +177,27 @@ def tiny_imagenet():
     return markdown(["run", "top-5", "accuracy", "cost", "optimizer steps", "report"], rows)
 
 
+def packing():
+    """Batches of SFT in four layouts, on all data and on half of it."""
+    rows = []
+    for row in json.loads((RESULTS / "benchmarks" / "packing.json").read_text())["rows"]:
+        full = row["token_ratio"] == 1
+        low, high = row["epoch_ratio_95"]
+        seconds = f"{row['epoch_ratio']:.2f} (95 %: {low:.2f} to {high:.2f})"
+        rows.append(
+            [
+                row["layout"],
+                row["data"],
+                f"{100 * row['padding_all']:.0f} %",
+                f"{row['ratio']:.2f}",
+                "" if full else f"{row['token_ratio']:.2f}",
+                "" if full else seconds,
+            ]
+        )
+    heads = ["layout", "data", "padding", "tokens a second, to padded", "tokens an epoch, to all"]
+    return markdown([*heads, "seconds an epoch, to all"], rows)
+
+
 TABLES = {
     "overview": studies.overview,
     "claims": studies.claims,
@@ -184,6 +205,7 @@ TABLES = {
     "noise": studies.noise,
     "tiny_imagenet": tiny_imagenet,
     "potential": potential,
+    "packing": packing,
     "speed": speed.render,
     "reliability": lambda: reliability.render(reliability.read()),
 }

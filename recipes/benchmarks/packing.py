@@ -10,19 +10,21 @@
 
 In each round every layout trains the same texts twice: the stock SFTTrainer for one epoch on all of
 them, and a UCB that keeps half of the samples for two epochs. A batch of packed rows has about as
-many tokens as the other batches. Only real tokens count as tokens. The figures of a row:
+many tokens as the other batches. All runs of a round take turns step by step, so that disturbances
+of the machine affect all. Only real tokens count as tokens. The figures of a row:
 
     tokens_a_second   trained tokens a second, from the first step to the end of training
     padding           the share of padding in the positions that are computed
+    padding_all       the same for all texts of the dataset, or a random half, which are collated
+                      and not trained: groups by length need many texts
     ratio             tokens a second, to those of the stock SFTTrainer in padded batches
     epoch_ratio       seconds of an epoch, to those of an epoch on all data in the same layout
     token_ratio       the same of trained tokens; the saving survives if both are alike
 
-Ratios are within one round. On a CPU the seconds are those of the process, which has one thread
-unless OMP_NUM_THREADS says otherwise, so that other programs do not count. A CPU has no attention
-for one long row of many texts: it masks what belongs to other texts, but computes it. So the
-layouts without padding are slower there than on a GPU with FlashAttention. Pruned and full runs of
-one layout are alike in this.
+Ratios are within one round. On a CPU the seconds are those of the run's thread, so that other
+programs do not count. A CPU has no attention for one long row of many texts: it masks what belongs
+to other texts, but computes it. So the layouts without padding are slower there than on a GPU with
+FlashAttention. Pruned and full runs of one layout are alike in this.
 
 Without `--dataset` the texts are random tokens. Their lengths are spread as those of conversations
 (log-normal).
@@ -35,6 +37,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +46,7 @@ import datasets
 import measure
 import torch
 from datasets.utils import disable_progress_bars
+from tqdm import trange
 from transformers import (
     GPT2Tokenizer,
     LlamaConfig,
@@ -55,7 +59,7 @@ from transformers import (
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from hf_dynprune import UCB
+from hf_dynprune import UCB, FullData
 from hf_dynprune.data import load_splits
 from hf_dynprune.sft import DynamicPruningSFTTrainer
 
@@ -80,7 +84,7 @@ def load_texts(options: argparse.Namespace) -> tuple[datasets.Dataset, PreTraine
     """Tokenized texts, and their tokenizer. Only completions are trained, if there are prompts."""
     if not options.dataset:
         generator = torch.Generator().manual_seed(0)
-        lengths = torch.empty(options.samples).log_normal_(4.5, 0.7, generator=generator)
+        lengths = torch.empty(10 * options.samples).log_normal_(4.5, 0.7, generator=generator)
         rows = [
             torch.randint(3, VOCABULARY, (int(length),), generator=generator).tolist()
             for length in lengths.clamp(8, options.max_length)
@@ -88,7 +92,7 @@ def load_texts(options: argparse.Namespace) -> tuple[datasets.Dataset, PreTraine
         tokenizer = GPT2Tokenizer().train_new_from_iterator(["no text"], 300)
         data = datasets.Dataset.from_dict({"input_ids": rows, "labels": rows})
     else:
-        train, _ = load_splits(options.dataset, train=f"train[:{options.samples}]")
+        train, _ = load_splits(options.dataset)
         texts = sft.prompts(train)
         names = [name for name in ("prompt", "completion", "text") if name in texts.column_names]
         words = (row[name] for row in texts for name in names)
@@ -106,19 +110,27 @@ def load_texts(options: argparse.Namespace) -> tuple[datasets.Dataset, PreTraine
 
 
 class Clock(TrainerCallback):
-    """Seconds from the begin of the first step to the end of training."""
+    """Seconds of a run, from its first step to the end of training, without the others' turns."""
+
+    def __init__(self, pass_on: Callable[[], None]) -> None:
+        self.pass_on, self.seconds = pass_on, 0.0
 
     def now(self) -> float:
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
             return time.perf_counter()
-        return time.process_time()
+        return time.thread_time()
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.begun = self.now()
 
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.seconds += self.now() - self.begun
+        self.pass_on()
+        self.begun = self.now()
+
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        self.seconds = self.now() - self.begun
+        self.seconds += self.now() - self.begun
 
 
 def counting(cls: type[SFTTrainer]) -> type[Any]:
@@ -128,35 +140,38 @@ def counting(cls: type[SFTTrainer]) -> type[Any]:
         tokens = positions = 0
 
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            places = inputs["input_ids"].numel()
-            mask = inputs.get("attention_mask")
-            self.tokens += places if mask is None else int(mask.sum())
-            self.positions += places
+            tokens, positions = sizes(inputs)
+            self.tokens += tokens
+            self.positions += positions
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     return Counting
 
 
-def run(
+def sizes(batch: Mapping[str, Any]) -> tuple[int, int]:
+    """The tokens and the positions of a batch."""
+    positions, mask = batch["input_ids"].numel(), batch.get("attention_mask")
+    return positions if mask is None else int(mask.sum()), positions
+
+
+def make_trainer(
+    cls: type[Any],
     layout: str,
-    policy: str,
     data: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
     options: argparse.Namespace,
     folder: str,
-) -> dict[str, float]:
-    """Seconds, tokens and positions of an epoch."""
-    pruned = policy != POLICIES[0]
-    settings = dict(LAYOUTS[layout])
+    epochs: int = 1,
+    **own: Any,
+) -> Any:
     batch, length = options.batch_size, None
     if layout == "packed":
         length = options.max_length
         tokens = batch * statistics.mean(map(len, data["input_ids"]))
         batch = max(1, round(tokens / length))
-    epochs = math.ceil(1 / KEEP_RATIO) if pruned else 1
     set_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=VOCABULARY, num_attention_heads=4))
+    shape = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=VOCABULARY, num_attention_heads=4))
     args = SFTConfig(
         folder,
         num_train_epochs=epochs,
@@ -171,14 +186,25 @@ def run(
         bf16=options.bf16,
         dataloader_pin_memory=DEVICE.type == "cuda",
         activation_checkpointing=False,
-        **settings,
+        **LAYOUTS[layout],
     )
+    trainer = cls(model, args, train_dataset=data, processing_class=tokenizer, **own)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def run(
+    make: Callable[..., Any], layout: str, policy: str, pass_on: Callable[[], None]
+) -> dict[str, float]:
+    """Seconds, tokens and positions of an epoch."""
+    pruned = policy != POLICIES[0]
+    epochs = math.ceil(1 / KEEP_RATIO) if pruned else 1
     cls = counting(DynamicPruningSFTTrainer if pruned else SFTTrainer)
     own = {"pruning": UCB(KEEP_RATIO)} if pruned else {}
-    trainer = cls(model, args, train_dataset=data, processing_class=tokenizer, **own)
-    clock = Clock()
+    trainer, clock = make(cls, layout, epochs=epochs, **own), Clock(pass_on)
     trainer.add_callback(clock)
-    trainer.remove_callback(PrinterCallback)
+    # All are made before the first one trains: making a Trainer resets the state of accelerate.
+    pass_on()
     trainer.train()
     return {
         "seconds": clock.seconds / epochs,
@@ -187,14 +213,22 @@ def run(
     }
 
 
-def rows_of(layouts: list[str], rounds: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+def padding_of(trainer: Any) -> float:
+    """The share of padding in an epoch of a trainer, whose batches are only collated."""
+    found = [sizes(batch) for batch in trainer.get_train_dataloader()]
+    return 1 - sum(tokens for tokens, _ in found) / sum(positions for _, positions in found)
+
+
+def rows_of(
+    layouts: list[str], rounds: list[dict[str, dict[str, float]]], padding_all: dict[str, float]
+) -> list[dict[str, Any]]:
     """A row for each layout and policy."""
 
     def values(name: str, of: str) -> list[float]:
-        return [one[of] for one in rounds[name]]
+        return [one[name][of] for one in rounds]
 
     def speeds(name: str) -> list[float]:
-        return [one["tokens"] / one["seconds"] for one in rounds[name]]
+        return [one[name]["tokens"] / one[name]["seconds"] for one in rounds]
 
     base, rows = f"{layouts[0]}, {POLICIES[0]}", []
     for layout in layouts:
@@ -211,11 +245,12 @@ def rows_of(layouts: list[str], rounds: dict[str, list[dict[str, float]]]) -> li
                     "data": policy,
                     "tokens_a_second": statistics.median(speeds(name)),
                     "padding": padding,
+                    "padding_all": padding_all[name],
                     **found,
                     "epoch_ratio": epoch["ratio"],
                     "epoch_ratio_95": epoch["ratio_95"],
                     "token_ratio": tokens["ratio"],
-                    "rounds": rounds[name],
+                    "rounds": [one[name] for one in rounds],
                 }
             )
     return rows
@@ -247,18 +282,30 @@ def main() -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     common.keep_freed_memory()  # as the recipes do
     data, tokenizer = load_texts(options)
+    half = data.shuffle(seed=0).select(range(round(KEEP_RATIO * len(data))))
+    names = {
+        f"{layout}, {policy}": (layout, policy) for layout in options.layouts for policy in POLICIES
+    }
     with tempfile.TemporaryDirectory() as folder:
-        turns = {
-            f"{layout}, {policy}": partial(run, layout, policy, data, tokenizer, options, folder)
-            for layout in options.layouts
-            for policy in POLICIES
-        }
-        next(iter(turns.values()))()  # warms up
-        rounds = measure.in_turns(turns, options.rounds)
-    shown = {"layout": "", "data": "", "tokens_a_second": ",.0f", "padding": ".3f"}
-    shown |= dict.fromkeys(("ratio", "epoch_ratio", "token_ratio"), ".3f")
+        few = data.select(range(min(options.samples, len(data))))
+        more = {"tokenizer": tokenizer, "options": options, "folder": folder}
+        make = partial(make_trainer, data=few, **more)
+        turns = {name: partial(run, make, *which) for name, which in names.items()}
+        rounds = []
+        for number in trange(options.rounds, desc="rounds"):
+            order = list(turns) if number % 2 == 0 else list(reversed(turns))
+            rounds.append(measure.step_by_step({name: turns[name] for name in order}))
+        padding_all = {}
+        for name, (layout, policy) in names.items():
+            texts = data if policy == POLICIES[0] else half
+            trainer = make_trainer(
+                DynamicPruningSFTTrainer, layout, data=texts, pruning=FullData(), **more
+            )
+            padding_all[name] = padding_of(trainer)
+    shown = {"layout": "", "data": "", "tokens_a_second": ",.0f"}
+    shown |= dict.fromkeys(("padding", "padding_all", "ratio", "epoch_ratio", "token_ratio"), ".3f")
     title = "Trained tokens a second, and the seconds of an epoch"
-    measure.report(title, rows_of(options.layouts, rounds), shown, options)
+    measure.report(title, rows_of(options.layouts, rounds, padding_all), shown, options)
 
 
 if __name__ == "__main__":
