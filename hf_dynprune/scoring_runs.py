@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -182,13 +183,8 @@ def score_dataset(
     if model is not None:
         _check_given(model, model_init, runs, epochs, seeds)
         epochs, seeds = 0, [args.seed]
-    elif isinstance(model_init, nn.Module) or not callable(model_init):
-        raise TypeError(
-            f"model_init is a {type(model_init).__name__}: expected a function that makes a new "
-            "model for each run, such as `lambda: "
-            "AutoModelForImageClassification.from_config(config)`."
-        )
     else:
+        _check_init(model_init)
         epochs = _epochs(method, how, epochs, args)
         seeds = _seeds(how, runs, seeds, args.seed)
     folder = Path(args.output_dir or ".") / method if output_dir is None else Path(output_dir)
@@ -223,14 +219,8 @@ def score_dataset(
     parts = []
     for seed in _bar(seeds, f"{method}, runs", not args.disable_tqdm):
         path = folder / f"run-{seed}.safetensors"
-        if distributed.from_rank_0(path.is_file):
-            part = Scores.load(path)
-            _compare(part.provenance.get("settings", {}), settings, path)
-        else:
-            part = run_of(seed)
-            distributed.from_rank_0(lambda part=part, path=path: part.save(path))  # type: ignore[misc]
+        parts.append(_read_or_made(path, settings, partial(run_of, seed)))
         made.clear()
-        parts.append(part)
     scores = _combined(method, how, parts, seeds)
     distributed.from_rank_0(lambda: scores.save(folder / SCORES_FILE))
     scores.path = str(folder / SCORES_FILE)
@@ -281,6 +271,15 @@ def _seeds(how: Method, runs: int | None, seeds: Sequence[int] | None, first: in
     if runs is not None and runs != len(seeds):
         raise ValueError(f"runs={runs} and {len(seeds)} seeds: give one of the two.")
     return list(seeds)
+
+
+def _check_init(model_init: Any) -> None:
+    if isinstance(model_init, nn.Module) or not callable(model_init):
+        raise TypeError(
+            f"model_init is a {type(model_init).__name__}: expected a function that makes a new "
+            "model for each run, such as `lambda: "
+            "AutoModelForImageClassification.from_config(config)`."
+        )
 
 
 def _arguments(args: TrainingArguments, seed: int, folder: Path) -> TrainingArguments:
@@ -608,6 +607,17 @@ def _joined(parts: Sequence[Scores], folds: Sequence[_Fold]) -> Scores:
         values[cast(Tensor, fold.scored)] = part.values
     first = parts[0]
     return Scores(values, first.method, first.fingerprint, {**first.provenance, **_sums(parts)})
+
+
+def _read_or_made(path: Path, settings: Mapping[str, Any], run: Callable[[], Scores]) -> Scores:
+    """The scores of a finished run, or those of a new one, which are saved. Collective."""
+    if distributed.from_rank_0(path.is_file):
+        part = Scores.load(path)
+        _compare(part.provenance.get("settings", {}), settings, path)
+        return part
+    part = run()
+    distributed.from_rank_0(lambda: part.save(path))
+    return part
 
 
 def _combined(method: str, how: Method, parts: Sequence[Scores], seeds: Sequence[int]) -> Scores:
