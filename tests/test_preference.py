@@ -14,7 +14,15 @@ import torch
 from library_trainers import CASES, SETTINGS, N, dpo, pairs
 from test_sft import calls_of, mixtral, sharp, tokenizer
 from tiny import assert_same_run, llama, same_weights
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardTrainer
+from trl import (
+    DistillationConfig,
+    DistillationTrainer,
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardTrainer,
+)
 from trl.experimental.gkd import GKDConfig, GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -28,6 +36,7 @@ pytestmark = [
 ]
 
 STILL = {"learning_rate": 0.0, "num_train_epochs": 1}
+CPU = {"use_cpu": True, "bf16": False}
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 
@@ -43,8 +52,8 @@ def test_the_seams_of_trl():
         assert list(card) == ["self", "model_name", "dataset_name", "tags"]
     assert "_get_train_sampler" in vars(KTOTrainer)
     assert {"log_probs", "aux_loss"} <= set(FusedCausalLMOutput.__dataclass_fields__)
-    assert DPOConfig("out", use_cpu=True, bf16=False).loss_type == ["sigmoid"]
-    assert KTOConfig("out", use_cpu=True, bf16=False).loss_type == "kto"
+    assert DPOConfig("out", **CPU).loss_type == ["sigmoid"]
+    assert KTOConfig("out", **CPU).loss_type == "kto"
 
 
 @pytest.fixture(scope="module")
@@ -319,3 +328,9 @@ def test_distillation_takes_the_loss_of_a_batch(tmp_path):
     assert same_weights(full.model, stock.model)
     assert pruned.pruner.table.observed.all()
     assert pruned.pruning_report.cost_ratio == pytest.approx(0.75)
+
+
+def test_distillation_that_chooses_its_data_is_refused(tmp_path):
+    mixed = type("Mixed", (DynamicPruningMixin, DistillationTrainer), {})
+    with pytest.raises(ValueError, match=r"DistillationTrainer\._get_train_sampler"):
+        mixed(model=llama(), args=DistillationConfig(str(tmp_path), **CPU), pruning=UCB(0.5))
