@@ -214,3 +214,21 @@ def test_loss_proportional_never_prefers_a_prompt_that_taught_nothing():
 
 def chosen_by(policy, table, seed):
     return kept(policy.plan(choice_of(policy, table, policy.score(table), seed=seed)))
+
+
+@pytest.mark.parametrize("rule", [UCB, LossProportional])
+def test_prompts_of_equal_rewards_return_only_with_max_age(rule):
+    equal = torch.arange(16) % 2 == 0
+
+    def times_kept(**settings):
+        policy = rule(0.25, signal="reward_std", **settings)
+        pruner = DynamicPruner(policy, RunShape(16, batch_size=4, num_epochs=20))
+        for epoch in range(20):
+            pruner.begin_epoch(epoch)
+            index = torch.tensor(list(pruner.sampler))
+            pruner.observe(index, {"reward_std": (~equal[index]).float()})
+        pruner.end_epoch()
+        return pruner.table["times_kept"]
+
+    assert times_kept()[equal].tolist() == [1] * 8
+    assert times_kept(max_age=6)[equal].min() > 1

@@ -8,7 +8,8 @@ advantages are 0, and the rollouts taught nothing. The signals are those of one 
     completions                number of these completions
 
 `hf_dynprune.grpo` observes them. `UCB`, `EpsilonGreedy` and `LossProportional` choose prompts too,
-with `signal="reward_std"`.
+with `signal="reward_std"`. The score of a prompt whose rewards were equal at its first visit is 0.
+`UCB` and `LossProportional` return to it only if `max_age` is set, or if too few prompts have more.
 """
 
 from dataclasses import dataclass
