@@ -88,6 +88,8 @@ METHODS: dict[str, Callable[[], PruningPolicy]] = {
     FEWER: FullData,
     "EpsilonGreedy": lambda: EpsilonGreedy(KEEP, signal="reward_std"),
     "UCB": lambda: UCB(KEEP, signal="reward_std"),
+    # Added when the two rules that do not explore were seen to stay with few prompts.
+    "LossProportional, max_age=40": lambda: LossProportional(KEEP, signal="reward_std", max_age=40),
 }
 FIRST = 5  # methods that are run with all seeds before the others are
 # (prompts of a step, learning rate), tried with the uniform run at the first share.
