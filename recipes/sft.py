@@ -1,13 +1,15 @@
 """Supervised fine-tuning with trl's SFTTrainer, on all data or on a changing subset.
 
     python recipes/sft.py --pruning infobatch --output_dir runs/sft
+    python recipes/sft.py recipes/configs/sft_pruned.yaml
     accelerate launch recipes/sft.py --dataset path/to/conversations --pruning ucb \\
         --keep_ratio 0.3 --use_peft True --lora_target_modules all-linear --learning_rate 2e-4
 
 `--dataset` is a Hub id or a local path. It contains conversations, prompts with completions, or
 texts, as the SFTTrainer takes them; questions with answers become prompts with completions. All
-arguments of SFTConfig and of trl's ModelConfig are accepted. Writes report.json, model, tokenizer
-and card to `--output_dir`.
+arguments of SFTConfig and of trl's ModelConfig are accepted. The configurations train without
+padding; `--packing True` packs texts into rows, of which each is a sample. Writes report.json,
+model, tokenizer and card to `--output_dir`.
 """
 
 from dataclasses import dataclass
