@@ -60,8 +60,8 @@ SEAMS = {
     "Trainer._get_train_sampler": "a class that overrides it chooses the data and is refused",
     "LengthGroupedSampler.lengths": "the lengths by which the Trainer groups samples; its "
     "batch_size is the number of samples of an optimizer step on one rank",
-    "trainer_pt_utils.get_length_grouped_indices": "the Trainer's order by length; it gets the kept "
-    "samples and our generator",
+    "trainer_pt_utils.get_length_grouped_indices": "the Trainer's order by length; it gets the "
+    "kept samples and our generator",
     "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
     "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
     "Trainer.is_fsdp_enabled": "a warning says that FSDP was not verified",
@@ -232,10 +232,10 @@ class PrunedDataMixin(CardMixin):
         self._prepare_observation(self.pruner)
         if pruning.looks_once(self.pruner.shape, self.pruner.num_epochs):
             logger.warning(
-                "%s chooses by scores, and %d epochs are too few for them: never observed samples "
-                "come first, so nearly all samples are trained once before any is trained twice. "
-                "The choice is then as random as RandomPruning's. To let scores decide, train "
-                "longer, keep more, or begin with full-data epochs (first=1).",
+                "%s chooses by scores, and the run is too short for them (epochs: %d): never "
+                "observed samples come first, so nearly all samples are trained once before any is "
+                "trained twice. The choice is then as random as RandomPruning's. To let scores "
+                "decide, train longer, keep more, or begin with full-data epochs (first=1).",
                 pruning,
                 self.pruner.num_epochs,
             )
