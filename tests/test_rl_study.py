@@ -43,13 +43,14 @@ def test_accuracy_is_a_mean_of_five_points():
     assert found[-1] == (4000, pytest.approx(SLOW * 3900))
 
 
-def test_saving_by_hand():
-    """Each reaches 0.8 of what the slow run gains. A value stands 100 rollouts behind its mean."""
+@pytest.mark.parametrize("part", rl_results.PARTS)
+def test_saving_by_hand(part):
+    """Each reaches a part of what the slow run gains. A mean is the value 100 rollouts before."""
     slow, fast = run_of(UNIFORM, 0, SLOW), run_of("rule", 0, FAST)
-    expected = (0.8 * 3900 + 100) / (0.4 * 3900 + 100)
-    assert rl_results.saving(fast, slow) == pytest.approx(expected)
-    assert rl_results.saving(slow, slow) == pytest.approx(1)
-    assert rl_results.saving(run_of("rule", 0, SLOW / 2), slow) is None
+    expected = (part * 3900 + 100) / (part / 2 * 3900 + 100)
+    assert rl_results.saving(fast, slow, part) == pytest.approx(expected)
+    assert rl_results.saving(slow, slow, part) == pytest.approx(1)
+    assert rl_results.saving(run_of("rule", 0, SLOW / 3), slow, part) is None
 
 
 def test_rows_are_paired_by_seed():
@@ -58,13 +59,14 @@ def test_rows_are_paired_by_seed():
     runs += [run_of("mixed", 0, FAST), run_of("mixed", 1, SLOW / 2)]
     runs += [run_of(UNIFORM, TUNING_SEED, FAST)]
     uniform, fast, mixed = rl_results.summarise(runs)
-    assert (uniform["seeds"], fast["seeds"], fast["paired"]) == (2, 3, 2)
+    saved = fast["savings"][0.8]
+    assert (uniform["seeds"], fast["seeds"], saved["seeds"]) == (2, 3, 2)
     assert (uniform["effective_share"], fast["effective_share"]) == pytest.approx((0.2, 0.8))
     assert uniform["to_uniform"] is None
     assert fast["to_uniform"]["mean"] == pytest.approx(SLOW * 3900)
-    assert fast["saving"]["seeds"] == 2
-    assert math.exp(fast["saving"]["mean"]) == pytest.approx(rl_results.saving(runs[2], runs[0]))
-    assert (mixed["saving"], mixed["reached"], mixed["paired"]) == (None, 1, 2)
+    expected = rl_results.saving(runs[2], runs[0], 0.8)
+    assert math.exp(saved["log"]["mean"]) == pytest.approx(expected)
+    assert mixed["savings"][0.8] == {"seeds": 2, "reached": 1, "log": None}
     lines = rl_results.table([*runs, run_of(UNIFORM, 0, SLOW, share=0.4)], 0.2).splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| uniform", "| fast", "| mixed"]
     assert "1 of 2" in lines[-1]

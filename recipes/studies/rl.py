@@ -77,6 +77,7 @@ TAUGHT = grpo.TaskArguments(level_shares=[0.5, 0.5], warm_steps=900, width=64, l
 SPOILED = replace(TAUGHT, warm_steps=200, warm_learning_rate=1e-3)
 WRONG = (0.0, 0.7)  # shares of the wrong answers of each level in the second part of the teaching
 
+HALVED_THOMPSON = "ThompsonPrompts, half of the batch"
 KEEP = 0.1  # a choice for each tenth of a uniform epoch
 METHODS: dict[str, Callable[[], PruningPolicy]] = {
     UNIFORM: FullData,
@@ -90,6 +91,8 @@ METHODS: dict[str, Callable[[], PruningPolicy]] = {
     "UCB": lambda: UCB(KEEP, signal="reward_std"),
     # Added when the two rules that do not explore were seen to stay with few prompts.
     "LossProportional, max_age=40": lambda: LossProportional(KEEP, signal="reward_std", max_age=40),
+    # Added when twice as many groups with a gradient were seen not to help at the same batch.
+    HALVED_THOMPSON: lambda: ThompsonPrompts(KEEP),
 }
 FIRST = 5  # methods that are run with all seeds before the others are
 # (prompts of a step, learning rate), tried with the uniform run at the first share.
@@ -121,7 +124,7 @@ def planned(
         for group in (names[:FIRST], names[FIRST:]):
             for seed, method in itertools.product(seeds, filter(wanted.__contains__, group)):
                 prompts, rate = chosen()
-                prompts //= 2 if method == SMALLER else 1
+                prompts //= 2 if method in (SMALLER, HALVED_THOMPSON) else 1
                 yield Key(share, method, seed, prompts, rate)
 
 

@@ -29,7 +29,7 @@ OPPONENTS = (FILTER, SMALLER, FEWER)  # they do not choose prompts either
 TUNING_SEED = 100  # of the runs that batch and rate are chosen by
 WINDOW = 5  # points of a curve that a value of the results is the mean of, an eighth of the run
 LEARNED = 2  # digits of the sums whose accuracy is compared
-PART = 0.8  # of what the uniform run gains: the accuracy to reach
+PARTS = (0.5, 0.8)  # of what the uniform run gains: the accuracies to reach
 
 Row = Mapping[str, Any]
 
@@ -59,14 +59,14 @@ def effective_share(row: Row) -> float:
     return row["rollouts"]["effective_prompts"] / row["rollouts"]["prompts"]
 
 
-def saving(row: Row, uniform: Row) -> float | None:
+def saving(row: Row, uniform: Row, part: float) -> float | None:
     """How many times fewer rollouts a run needs than the uniform run of its seed.
 
-    Both must reach the accuracy at which the uniform run has `PART` of what it gains. None if the
-    run does not reach it. A run that needs more than all of its rollouts has no number.
+    Both must reach the accuracy at which the uniform run has a part of what it gains. None if the
+    run does not reach it.
     """
     points = accuracies(uniform)
-    value = points[0][1] + PART * (points[-1][1] - points[0][1])
+    value = points[0][1] + part * (points[-1][1] - points[0][1])
     own, theirs = (reached(accuracies(each), value) for each in (row, uniform))
     return None if own is None or theirs is None else theirs[0] / own[0]
 
@@ -105,9 +105,6 @@ def summarise(runs: Sequence[Row]) -> list[dict[str, Any]]:
         base = {seed: last_accuracy(row) for seed, row in uniform.items()}
         for method, by_seed in methods.items():
             own = {seed: last_accuracy(row) for seed, row in by_seed.items()}
-            factors = {seed: saving(by_seed[seed], uniform[seed]) for seed in own if seed in base}
-            logs = {seed: math.log(f) for seed, f in factors.items() if f is not None}
-            whole = len(logs) == len(factors)
             rows.append(
                 {
                     "share": share,
@@ -120,13 +117,21 @@ def summarise(runs: Sequence[Row]) -> list[dict[str, Any]]:
                     ),
                     "accuracy": statistics.fmean(own.values()),
                     "to_uniform": None if method == UNIFORM else paired(own, base),
-                    "reached": len(logs),
-                    "paired": len(factors),
-                    # The logarithm of the factor; only if all seeds reach the accuracy.
-                    "saving": paired(logs, dict.fromkeys(logs, 0.0)) if whole else None,
+                    "savings": {part: _savings(by_seed, uniform, part) for part in PARTS},
                 }
             )
     return rows
+
+
+def _savings(runs: Mapping[int, Row], uniform: Mapping[int, Row], part: float) -> dict[str, Any]:
+    """How many of the seeds with a uniform run reach the accuracy, and how much they save.
+
+    `log` is the logarithm of the factor; None unless all of these seeds reach the accuracy.
+    """
+    found = {seed: saving(runs[seed], uniform[seed], part) for seed in runs if seed in uniform}
+    logs = {seed: math.log(factor) for seed, factor in found.items() if factor is not None}
+    log = paired(logs, dict.fromkeys(logs, 0.0)) if len(logs) == len(found) else None
+    return {"seeds": len(found), "reached": len(logs), "log": log}
 
 
 def table(runs: Sequence[Row], share: float) -> str:
@@ -142,12 +147,13 @@ def table(runs: Sequence[Row], share: float) -> str:
                 f"{row['steps']:,.0f}",
                 f"{100 * row['accuracy']:.1f}",
                 difference_in_words(row["to_uniform"]),
-                "1" if row["method"] == UNIFORM else factor_in_words(row),
+                *("1" if row["method"] == UNIFORM else factor_in_words(row, p) for p in PARTS),
                 str(row["seeds"]),
             ]
         )
     heads = ["method", "prompts with a gradient", "rollouts", "steps", "accuracy (%)"]
-    return markdown([*heads, "to uniform (points)", "rollouts saved (factor)", "seeds"], cells)
+    saved = [f"rollouts saved, {100 * part:.0f} % of the gain" for part in PARTS]
+    return markdown([*heads, "to uniform (points)", *saved, "seeds"], cells)
 
 
 def difference_in_words(found: Mapping[str, Any] | None) -> str:
@@ -161,11 +167,12 @@ def difference_in_words(found: Mapping[str, Any] | None) -> str:
     return f"{text} ({low} to {high})"
 
 
-def factor_in_words(row: Mapping[str, Any]) -> str:
-    """The saving of a row, with its 95 % interval, or how many seeds reached the accuracy."""
-    found = row["saving"]
+def factor_in_words(row: Mapping[str, Any], part: float) -> str:
+    """A saving of a row, with its 95 % interval, or how many seeds reached the accuracy."""
+    savings = row["savings"][part]
+    found = savings["log"]
     if found is None:
-        return f"reached by {row['reached']} of {row['paired']}" if row["paired"] else ""
+        return f"reached by {savings['reached']} of {savings['seeds']}" if savings["seeds"] else ""
     text = f"{math.exp(found['mean']):.2f}"
     if found["interval"] is None:
         return text
@@ -189,11 +196,11 @@ def tuning_table(runs: Sequence[Row]) -> str:
 
 
 def plot(runs: Sequence[Row]) -> Figure:
-    """Draw accuracy against rollouts: a panel for each share, a line for each method.
+    """Draw accuracy against rollouts: a panel for each share, the largest first.
 
     A line is the mean of the seeds. The band reaches from the lowest to the highest uniform run.
     """
-    shares = compared(runs)
+    shares = dict(sorted(compared(runs).items(), reverse=True))
     names = list(dict.fromkeys(name for methods in shares.values() for name in methods))
     styles: dict[str, dict[str, Any]] = {UNIFORM: {"color": "black", "marker": "X"}}
     rules = [name for name in names if name not in (UNIFORM, *OPPONENTS)]
