@@ -29,6 +29,7 @@ from reliability import ROOT, put_into
 
 from hf_dynprune.potential import predicted_saving
 from hf_dynprune.report import PruningReport
+from recipes.studies import rl_results
 from recipes.studies.summarise import Metric, markdown
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -135,6 +136,19 @@ def _rows(rule, ahead):
     return str(sum(found) if ahead else len(found))
 
 
+def _prompts(share, method, what):
+    """A number of the study of prompts, see recipes/studies/rl_results.py."""
+    rows = rl_results.summarise(rl_results.stored())
+    (row,) = (row for row in rows if (row["share"], row["method"]) == (float(share), method))
+    if what == "effective share":
+        return f"{100 * row['effective_share']:.0f} %"
+    if what == "bound":
+        return f"{1 / row['effective_share']:.1f}"
+    if what.startswith("saving at "):
+        return rl_results.factor_in_words(row, float(what.removeprefix("saving at ")))
+    return rl_results.difference_in_words(row["to_uniform"])
+
+
 def value(words):
     """The text between the markers of a value."""
     match [part.strip() for part in " ".join(words.split()).split(";")]:
@@ -142,6 +156,8 @@ def value(words):
             return _advice(what)
         case ["potential", what]:
             return _potential(what)
+        case ["prompts", share, method, what]:
+            return _prompts(share, method, what)
         case [rule, "rows" | "rows ahead" as what]:
             return _rows(rule, what == "rows ahead")
         case [study, "tuning", method, which]:
@@ -206,6 +222,10 @@ TABLES = {
     "tiny_imagenet": tiny_imagenet,
     "potential": potential,
     "packing": packing,
+    "prompts 0.2": lambda: rl_results.table(rl_results.stored(), 0.2),
+    "prompts 0.4": lambda: rl_results.table(rl_results.stored(), 0.4),
+    "prompts 0.1": lambda: rl_results.table(rl_results.stored(), 0.1),
+    "prompts tuning": lambda: rl_results.tuning_table(rl_results.stored()),
     "speed": speed.render,
     "reliability": lambda: reliability.render(reliability.read()),
 }
