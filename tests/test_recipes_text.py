@@ -6,6 +6,7 @@ The loop trains what the Trainer trains.
 import json
 import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,12 +38,13 @@ LAUNCH = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1"]
 
 def child(*command, environment=None):
     """Run Python in a new process. An assertion error contains the output."""
-    environment = {
-        **(environment or os.environ),
-        "PYTHONPATH": str(ROOT),
-        "ACCELERATE_USE_CPU": "true",
-    }
-    done = python("-W", "ignore", *command, environment=environment)
+    settings = {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    if environment is None:
+        done = python("-W", "ignore", *command, environment={**os.environ, **settings})
+    else:  # of another hub, which is read when huggingface_hub is imported: not by a fork
+        command = [sys.executable, "-W", "ignore", *map(str, command)]
+        environment = {**environment, **settings}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
