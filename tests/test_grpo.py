@@ -14,8 +14,9 @@ import peft
 import pytest
 import torch
 from huggingface_hub import ModelCardData
+from programs import torchrun
 from test_sft import tokenizer
-from tiny import every_checkpoint, learning_rates, llama, same_weights, torchrun
+from tiny import every_checkpoint, learning_rates, llama, same_weights
 from torch.utils.data import SequentialSampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
