@@ -77,7 +77,7 @@ def carries_tags(collator: Collator, data: Any, tag: str) -> bool:
     return _same(rest, {name: value for name, value in plain.items() if name != tag})
 
 
-def moves_rows(collator: Collator, data: Any) -> bool | None:
+def moves_rows(collator: Collator, data: Any, blocks: int = 1) -> bool | None:
     """Whether the rows of a batch have another order than its samples. None if that is unknown.
 
     Row i must change if sample i is replaced by another sample. The batch holds each sample twice,
@@ -86,6 +86,8 @@ def moves_rows(collator: Collator, data: Any) -> bool | None:
     Args:
         collator: Samples -> batch.
         data: A list of samples.
+        blocks: Entries of B * blocks rows are looked at, too. They have a row of each sample, then
+            another row of each, as the chosen and the rejected completions of B pairs.
 
     Cost: m + 2 calls with 2 m samples, m at most 6.
     """
@@ -97,15 +99,16 @@ def moves_rows(collator: Collator, data: Any) -> bool | None:
         before = _call(collator, twice)
         if not isinstance(before, Mapping) or not _same(before, _call(collator, twice)):
             return None
-        names = rowed(before, len(twice))
+        names = [name for k in {1, blocks} for name in rowed(before, k * len(twice))]
         for i in range(len(rows)):
             others = [*twice[:i], rows[(i + 1) % len(rows)], *twice[i + 1 :]]
             after = _call(collator, others)
             changed = [
-                row
+                row % len(twice)
                 for name in names
-                for row in range(len(twice))
-                if len(after[name]) != len(twice) or not _same(before[name][row], after[name][row])
+                for row in range(len(before[name]))
+                if len(after[name]) != len(before[name])
+                or not _same(before[name][row], after[name][row])
             ]
             if changed and i not in changed:
                 return True

@@ -148,7 +148,19 @@ class PreferencePruningMixin(TrlCardMixin, AveragedLossMixin):
 # ---- the trainers --------------------------------------------------------------------------------
 
 
-class DynamicPruningDPOTrainer(PreferencePruningMixin, DPOTrainer):
+class _Halves(PreferencePruningMixin):
+    """A batch of B pairs has 2 B rows: the chosen completions, then the rejected ones."""
+
+    def _rows_in(self, inputs: Mapping[str, Any]) -> int:
+        return len(inputs["input_ids"]) // 2
+
+    def _indexed(self, collator: Any) -> Any:
+        indexed: Any = super()._indexed(collator)
+        indexed.blocks = 2
+        return indexed
+
+
+class DynamicPruningDPOTrainer(_Halves, DPOTrainer):
     """trl's DPOTrainer with one new argument, `pruning=`; see [`PreferencePruningMixin`].
 
     ```python
@@ -166,9 +178,6 @@ class DynamicPruningDPOTrainer(PreferencePruningMixin, DPOTrainer):
     The loss types `"aot"` and `"aot_unpaired"` sort the pairs of a batch, and `"sft"` is a mean
     over the tokens of a batch. They are refused if the policy needs the loss of a pair.
     """
-
-    def _rows_in(self, inputs: Mapping[str, Any]) -> int:
-        return len(inputs["input_ids"]) // 2  # the chosen completions, then the rejected ones
 
     def _wrong_loss(self, config: Any) -> str:
         types = getattr(config, "loss_type", "sigmoid")
@@ -188,14 +197,11 @@ class DynamicPruningDPOTrainer(PreferencePruningMixin, DPOTrainer):
         return kinds.pop() if len(kinds) == 1 and not args.use_weighting else None
 
 
-class DynamicPruningRewardTrainer(PreferencePruningMixin, RewardTrainer):
+class DynamicPruningRewardTrainer(_Halves, RewardTrainer):
     """trl's RewardTrainer with one new argument, `pruning=`; see [`PreferencePruningMixin`].
 
     A sample is a pair. Its loss has its margin and its part of `center_rewards_coefficient`.
     """
-
-    def _rows_in(self, inputs: Mapping[str, Any]) -> int:
-        return len(inputs["input_ids"]) // 2
 
     def _kind(self) -> Kind | None:
         args: Any = self.args

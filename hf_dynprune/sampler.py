@@ -286,7 +286,10 @@ class IndexedCollator:
     Attributes:
         marks: Whether it adds `sample_index`; if not, it is the user's collator. Set it before the
             workers of the loader start.
+        blocks: How many rows of its batch belong to a sample, see `collating.moves_rows`.
     """
+
+    blocks = 1
 
     def __init__(self, collator: Callable[[Any], Any], *, any_order: bool = False) -> None:
         self.collator, self.marks = collator, True
@@ -329,7 +332,9 @@ class IndexedCollator:
         self._batches += 1
         worker = get_worker_info()
         power = self._batches & (self._batches - 1) == 0
-        if power and (worker is None or worker.id == 0) and moves_rows(self.collator, data):
+        if not power or (worker is not None and worker.id != 0):
+            return
+        if moves_rows(self.collator, data, self.blocks):
             raise ValueError(
                 "The data collator changes the order of its samples, so a row of the batch would "
                 f"be taken for another sample: let it keep the order. {_HAND_ON}"

@@ -24,7 +24,16 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from test_sft import sharp, tokenizer
 from tiny import VOCAB, bert, llama
-from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer, RewardConfig, RewardTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.experimental.cpo import CPOConfig, CPOTrainer
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -41,6 +50,7 @@ from hf_dynprune.preference_experimental import (
     DynamicPruningCPOTrainer,
     DynamicPruningORPOTrainer,
 )
+from hf_dynprune.sft import DynamicPruningSFTTrainer
 
 N = 20
 SETTINGS = {
@@ -75,6 +85,7 @@ def rows(n=N, **columns: Any):
 
 
 pairs = partial(rows, prompt=(2, 4), chosen=(1, 7), rejected=(1, 7))
+completions = partial(rows, prompt=(2, 4), completion=(1, 7))
 texts = partial(rows, a=(2, 7), b=(2, 7), label=lambda i: (i * 7 % 10) / 10)
 
 
@@ -101,14 +112,29 @@ def cross():
     return CrossEncoder(saved(), device="cpu")
 
 
+# What does not hold for every trainer. docs/preference.md has the same table.
+ACCUMULATION = "small batches that add up train as large ones"
+BITWISE = "`FullData()` is the stock trainer bit for bit"
+SCORING = "scoring passes on several ranks"
+LAST = "the last batch of several ranks"
+
+BY_TOKENS = {
+    ACCUMULATION: "trl divides by the tokens of each small batch",
+    LAST: "the tokens of the copies that fill it count in its mean",
+}
+ROUNDED = {BITWISE: "we add up the same losses in another order"}
+TALKING = {SCORING: "refused: the library communicates in each pass"}
+DROPPED = {LAST: "sentence-transformers drops it if it is not full"}
+
+
 @dataclass(frozen=True)
 class Case:
     """A trainer of another library, ours in its place, and what it trains.
 
     Attributes:
         more: Makes further arguments of the trainer from the model.
-        by_tokens: Whether a part of the loss is a mean over the tokens of a batch.
-        rounds: Whether the library's mean is rounded in another order than ours.
+        cannot: Promises that do not hold, and why.
+        label: The trainer in docs/preference.md, if not the name of its class.
     """
 
     pruned: type
@@ -118,8 +144,8 @@ class Case:
     data: Callable[[], Any] = pairs
     settings: dict[str, Any] = field(default_factory=dict)
     more: Callable[[Any], dict[str, Any]] = lambda model: {"processing_class": tokenizer()}
-    by_tokens: bool = False
-    rounds: bool = False
+    cannot: dict[str, str] = field(default_factory=dict)
+    label: str = ""
 
     def make(self, folder: Path, *, pruning=None, stock=False, extra=None, **settings):
         """A trainer. `settings` are of its arguments, `extra` the trainer's own."""
@@ -147,7 +173,15 @@ def with_reference(model):
     return {"processing_class": tokenizer(), "ref_model": sharp(llama(seed=1))}
 
 
-dpo = partial(Case, DynamicPruningDPOTrainer, DPOTrainer, DPOConfig, more=with_reference)
+dpo = partial(
+    Case,
+    DynamicPruningDPOTrainer,
+    DPOTrainer,
+    DPOConfig,
+    more=with_reference,
+    cannot=TALKING,
+)
+sft = partial(Case, DynamicPruningSFTTrainer, SFTTrainer, SFTConfig, data=completions)
 CASES = {
     "dpo": dpo(),
     "reward": Case(
@@ -156,6 +190,7 @@ CASES = {
         RewardConfig,
         model=lambda: sharp(llama("SequenceClassification", num_labels=1)),
         settings={"center_rewards_coefficient": 0.25, "learning_rate": 1e-4},
+        cannot=TALKING,
     ),
     "kto": Case(
         DynamicPruningKTOTrainer,
@@ -164,22 +199,21 @@ CASES = {
         data=partial(rows, prompt=(2, 4), completion=(1, 7), label=lambda i: i % 3 > 0),
         settings={"loss_type": "apo_zero_unpaired", "train_sampling_strategy": "random"},
         more=with_reference,
+        cannot=TALKING,
     ),
     "orpo": Case(
         DynamicPruningORPOTrainer,
         ORPOTrainer,
         ORPOConfig,
         settings={"max_length": 64},
-        by_tokens=True,
-        rounds=True,
+        cannot={**BY_TOKENS, **ROUNDED, **TALKING},
     ),
     "cpo": Case(
         DynamicPruningCPOTrainer,
         CPOTrainer,
         CPOConfig,
         settings={"max_length": 64},
-        by_tokens=True,
-        rounds=True,
+        cannot={**BY_TOKENS, **ROUNDED, **TALKING},
     ),
     "sentences": Case(
         DynamicPruningSentenceTransformerTrainer,
@@ -188,6 +222,7 @@ CASES = {
         model=sentences,
         data=texts,
         more=lambda model: {"loss": losses.CosineSimilarityLoss(model)},
+        cannot={**TALKING, **DROPPED},
     ),
     "cross-encoder": Case(
         DynamicPruningCrossEncoderTrainer,
@@ -196,6 +231,16 @@ CASES = {
         model=cross,
         data=texts,
         more=lambda model: {"loss": cross_losses.BinaryCrossEntropyLoss(model)},
-        rounds=True,
+        cannot={**ROUNDED, **TALKING, **DROPPED},
+    ),
+    "sft": sft(cannot=ROUNDED, label="SFTTrainer with padding"),
+    "sft-padding-free": sft(
+        settings={"padding_free": True, "max_length": None},
+        label="SFTTrainer with `padding_free`",
+    ),
+    "sft-bfd": sft(
+        data=partial(completions, 3 * N),
+        settings={"packing": True, "max_length": 24},
+        label="SFTTrainer with `bfd`",
     ),
 }

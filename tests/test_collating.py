@@ -115,6 +115,30 @@ def test_a_collator_that_keeps_the_order_is_not_refused(collator, n):
     assert samples == rows(n)
 
 
+def pairs_of(collator):
+    """Two rows of each sample, as trl's collator for preference data joins them."""
+
+    def collate(samples):
+        batch = collator(samples)
+        ids = batch["input_ids"]
+        return {"input_ids": torch.cat([ids, ids + 1])}
+
+    return collate
+
+
+def interleaved(samples):
+    ids = padded(samples)["input_ids"]
+    return {"input_ids": torch.stack([ids, ids + 1], 1).flatten(0, 1)}
+
+
+def test_the_order_of_two_rows_of_each_sample():
+    assert moves_rows(pairs_of(padded), rows(), 2) is False
+    assert moves_rows(pairs_of(backwards), rows(), 2) is True
+    assert moves_rows(interleaved, rows(), 2) is True
+    for collator in (pairs_of(backwards), interleaved):  # nobody said how they are joined
+        assert moves_rows(collator, rows()) is None
+
+
 @pytest.mark.parametrize("collator", [joined, own_numbers])
 def test_what_cannot_be_known_is_not_refused(collator):
     assert moves_rows(collator, rows()) is None

@@ -3,6 +3,7 @@
 Under torchrun this file is the program of each rank.
 """
 
+import gc
 import os
 import sys
 from dataclasses import dataclass
@@ -10,14 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from library_trainers import CASES, N, saved
-from programs import torchrun
-from tiny import assert_same_run, learning_rates, same_weights
+from library_trainers import ACCUMULATION, BITWISE, CASES, LAST, SCORING, saved
+from programs import ROOT, torchrun
+from tiny import every_checkpoint, learning_rates, same_weights
 
 from hf_dynprune import UCB, EpochPlan, FullData, PruningPolicy
 from hf_dynprune.table import Last
-
-KEPT = 12
 
 pytestmark = [
     # peft reads it, transformers renamed it.
@@ -27,14 +26,22 @@ pytestmark = [
 
 @dataclass(frozen=True)
 class Some(PruningPolicy):
-    """A fixed number of rows with different weights, drawn again in each epoch."""
+    """A share of the rows with different weights, drawn again in each epoch."""
+
+    share: float = 0.7
 
     memory = Last("loss")
     weighs = True
 
     def plan(self, choice):
-        indices = torch.randperm(choice.n, generator=choice.generator)[:KEPT]
+        order = torch.randperm(choice.n, generator=choice.generator)
+        indices = order[: round(self.share * choice.n)]
         return EpochPlan(indices, 0.25 + (indices * 7 % 5) / 2)
+
+
+def for_ranks(case):
+    """So that the last batch of the second rank has rows and copies, or copies alone."""
+    return Some(0.6 if LAST in case.cannot else 0.7)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,10 +52,11 @@ def test_each_score_is_the_loss_of_its_own_row(name, tmp_path):
     alone = case.alone(run)
     scores = run.pruner.table["mean"]
     torch.testing.assert_close(scores, alone, rtol=1e-4, atol=1e-6)
-    assert len(set(scores.tolist())) == N  # each its own
-    records = run.pruning_report.epochs
-    assert [record.samples for record in records] == [N, 8, 8]
-    assert run.pruning_report.totals["forward_passes"] == N + 16
+    n = len(run.train_dataset)
+    assert len(set(scores.tolist())) == n  # each its own
+    kept = [n, round(0.4 * n), round(0.4 * n)]
+    assert [record.samples for record in run.pruning_report.epochs] == kept
+    assert run.pruning_report.totals["forward_passes"] == sum(kept)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -60,7 +68,7 @@ def test_full_data_is_the_stock_trainer(name, tmp_path):
     for run in (stock, full):
         run.train()
     assert learning_rates(full) == learning_rates(stock)
-    if case.rounds:
+    if BITWISE in case.cannot:
         for one, other in zip(full.model.parameters(), stock.model.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)
     else:
@@ -72,34 +80,24 @@ def test_full_data_is_the_stock_trainer(name, tmp_path):
     assert logs[0]["loss"] == pytest.approx(logs[1]["loss"], rel=1e-4)
 
 
+SMALL = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_accumulation_and_resuming(name, tmp_path):
     """Small batches that add up train as large ones. A resumed run is the uninterrupted one."""
     case = CASES[name]
-    whole = case.make(
-        tmp_path / "whole",
-        pruning=Some(),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        save_strategy="steps",
-        save_steps=3,  # in the middle of the second epoch
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    *_, small = every_checkpoint(
+        lambda folder: case.make(folder, pruning=Some(), **SMALL, **saving), tmp_path
     )
-    whole.train()
-    assert whole.state.global_step == 4
-    assert whole.lr_scheduler.get_last_lr() == [0.0] * len(whole.optimizer.param_groups)
-    if not case.by_tokens:  # trl divides by the tokens of each small batch
-        large = case.make(tmp_path / "large", pruning=Some())
-        large.train()
-        for one, other in zip(whole.model.parameters(), large.model.parameters(), strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    part = case.make(
-        tmp_path / "part",
-        pruning=Some(),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-    )
-    part.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
-    assert_same_run(part, whole)
+    assert small.state.global_step == 4  # the ends of two epochs, and two within
+    assert small.lr_scheduler.get_last_lr() == [0.0] * len(small.optimizer.param_groups)
+    large = case.make(tmp_path / "large", pruning=Some())
+    large.train()
+    pairs = zip(small.model.parameters(), large.model.parameters(), strict=True)
+    same = all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in pairs)
+    assert same == (ACCUMULATION not in case.cannot)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -109,7 +107,7 @@ def test_scoring_passes_leave_the_logs_of_the_library_alone(name, tmp_path):
     run = case.make(tmp_path, pruning=UCB(1.0, scoring="all"), **settings)
     run.train()
     torch.testing.assert_close(run.pruner.table["mean"], case.alone(run), rtol=1e-4, atol=1e-6)
-    assert run.pruning_report.totals["scoring_passes"] == N
+    assert run.pruning_report.totals["scoring_passes"] == len(run.train_dataset)
     stock = case.make(tmp_path, stock=True, **settings)
     stock.train()
     speed = ("runtime", "second", "pruning")
@@ -118,12 +116,33 @@ def test_scoring_passes_leave_the_logs_of_the_library_alone(name, tmp_path):
         assert own == pytest.approx(theirs, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_collator_that_reorders_is_refused_or_followed(name, tmp_path):
+    case = CASES[name]
+    run = case.make(tmp_path, pruning=UCB(1.0), learning_rate=0.0, num_train_epochs=1)
+    plain = type(run.data_collator)
+    run.data_collator.__class__ = type(
+        plain.__name__, (plain,), {"__call__": lambda self, rows: plain.__call__(self, rows[::-1])}
+    )
+    if name in ("orpo", "cpo", "cross-encoder"):  # its batch says which samples it holds
+        run.train()
+        scores = run.pruner.table["mean"]
+        torch.testing.assert_close(scores, case.alone(run), rtol=1e-4, atol=1e-6)
+        return
+    with pytest.raises((ValueError, RuntimeError), match="sample"):
+        run.train()
+    assert run.state.global_step == 0
+
+
 def test_two_ranks_train_as_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_BERT", saved())
     done = torchrun(__file__, tmp_path, ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in RANKED:
-        one = CASES[name].make(tmp_path, pruning=Some(), dataloader_drop_last=name in DROPPING)
+    for name, case in CASES.items():
+        # Two ranks have the same small batches as one rank that accumulates.
+        by_tokens = ACCUMULATION in case.cannot
+        shape = SMALL if by_tokens else {"dataloader_drop_last": LAST in case.cannot}
+        one = case.make(tmp_path, pruning=for_ranks(case), **shape)
         one.train()
         for rank in range(2):
             seen = torch.load(tmp_path / f"{name}{rank}.pt")
@@ -133,25 +152,30 @@ def test_two_ranks_train_as_one(tmp_path, monkeypatch):
             )
             for weight, other in zip(seen["weights"], one.model.parameters(), strict=True):
                 torch.testing.assert_close(weight, other.detach(), rtol=1e-4, atol=1e-6)
-            assert seen["refused"] is not None
-            assert "scoring='all'" in seen["refused"]
+            assert ("scoring='all'" in seen["refused"]) == (SCORING in case.cannot)
 
 
-RANKED = ("dpo", "kto", "sentences", "cross-encoder")
-# sentence-transformers sets dataloader_drop_last on several ranks.
-DROPPING = ("sentences", "cross-encoder")
+def test_the_documentation_says_what_does_not_hold():
+    shown = (ROOT / "docs" / "preference.md").read_text().splitlines()
+    reasons = {fact for case in CASES.values() for fact in case.cannot.items()}
+    for promise, why in reasons:
+        cases = [case for case in CASES.values() if case.cannot.get(promise) == why]
+        without = [case.label or case.stock.__name__ for case in cases]
+        assert f"| {promise} | {', '.join(without)} | {why} |" in shown
+
 
 if __name__ == "__main__":
+    gc.freeze()  # as conftest.py does
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
-    for name in RANKED:
+    for name, case in CASES.items():
         # Of a cross-encoder on several ranks, sentence-transformers itself trains with False only.
         unused = {"ddp_find_unused_parameters": name != "cross-encoder"}
         settings = {"per_device_train_batch_size": 4, **unused}
-        run = CASES[name].make(folder, pruning=Some(), **settings)
+        run = case.make(folder, pruning=for_ranks(case), **settings)
         run.train()
-        refused = None
+        refused = ""
         try:
-            CASES[name].make(folder, pruning=UCB(0.5, scoring="all"), **settings)
+            case.make(folder, pruning=UCB(0.5, scoring="all"), **settings)
         except ValueError as error:
             refused = str(error)
         seen = {
