@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -374,6 +375,11 @@ def render(template: Path, **values: Any) -> str:
     [`escape.Markdown`]. The template marks metadata and code with filters: `raw`, `code`,
     `code_cell`, `literal`, `target`.
     """
+    return _template(template.read_text(encoding="utf-8")).render(**values)
+
+
+@cache  # compiling takes longer than filling, and trl writes a card at each checkpoint
+def _template(text: str) -> jinja2.Template:
     jinja = jinja2.Environment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -383,7 +389,7 @@ def render(template: Path, **values: Any) -> str:
     )
     filters = {"raw": Markdown, "code": code, "code_cell": code_cell}
     jinja.filters.update(filters, literal=literal, target=target)
-    return jinja.from_string(template.read_text(encoding="utf-8")).render(**values)
+    return jinja.from_string(text)
 
 
 def _finalize(value: Any) -> Any:
@@ -679,19 +685,24 @@ def _loading(trainer: Any, is_timm: bool, source: str | None) -> dict[str, Any]:
     cls, config = type(model), getattr(model, "config", None)
     if getattr(transformers, cls.__name__, None) is not cls:
         return {}
-    autos = [
-        name for name in dir(transformers) if re.fullmatch("AutoModelFor(?!PreTraining).+", name)
-    ]
     vision = sys.modules.get("hf_dynprune.vision")
     architecture = getattr(config, "architecture", None)
     return {
-        "model": next((name for name in autos if cls in _made_by(name, config)), cls.__name__),
+        "model": next((name for name in _autos() if cls in _made_by(name, config)), cls.__name__),
         "processor": _processor(trainer.processing_class, cls),
         "source": source,  # the repository, or None for the card's folder
         "is_timm": is_timm,
         # An architecture of ours, which timm knows only after an import.
         "architecture": architecture if architecture in getattr(vision, "__all__", ()) else None,
     }
+
+
+@cache  # dir(transformers) takes a tenth of a second
+def _autos() -> list[str]:
+    """The names of transformers' Auto classes of models with a head."""
+    return [
+        name for name in dir(transformers) if re.fullmatch("AutoModelFor(?!PreTraining).+", name)
+    ]
 
 
 def _made_by(auto_name: str, config: Any) -> tuple[type, ...]:
