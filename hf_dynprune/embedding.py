@@ -1,8 +1,8 @@
 """sentence-transformers' trainers with `pruning=`: embedding models and cross-encoders.
 
 The loss is a module of its own. We see the numbers of its rows when it averages them
-(`averages.py`). Whether they are those of single rows is found out at construction, by computing
-the loss of a few rows in two orders, and of half of them.
+(`averages.py`). At construction we find out whether each number depends on its own row alone: the
+loss of a few rows is computed, then again in another order, then for half of them.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 SEAMS = {
     "SentenceTransformerTrainer.compute_loss": "calls `loss` with the model in it, and adds up its "
     "parts if it returns a dict",
-    "SentenceTransformerTrainer.loss": "the loss module, or a dict of them for several datasets",
+    "SentenceTransformerTrainer.loss": "the loss module; for several datasets a dict of them",
     "SentenceTransformerTrainer.accum_loss_components": "what is added to the next log; a scoring "
     "pass must not add to it",
     "SentenceTransformerTrainer.data_collator": "the trainer's loader uses it as it is",

@@ -247,7 +247,7 @@ class IndexedDataset(Dataset):
 
 
 def _tensor_of(indices: list[int]) -> Tensor:
-    """(B,) int64. By NumPy, which reads a list of numbers five times as fast as torch."""
+    """(B,) int64. NumPy reads a list in a third of torch's time (B = 32 to 1,000, timeit)."""
     return torch.from_numpy(np.array(indices, dtype=np.int64))
 
 

@@ -159,10 +159,8 @@ class ModelArguments(RunArguments):
 
 
 @dataclass
-class TrainerArguments(TrainingArguments):
-    """The Trainer's arguments, with defaults that also work on a CPU."""
-
-    _argument_group_name = "all arguments of the Trainer"
+class CPUDefaults:
+    """Defaults of a trainer's arguments that also work on a CPU. Put it before their class."""
 
     # transformers allows bf16 on a CPU only if this is set.
     use_cpu: bool = option(
@@ -175,6 +173,13 @@ class TrainerArguments(TrainingArguments):
     save_strategy: SaveStrategy | str = option(
         "no", "When to write checkpoints: no, epoch or steps."
     )
+
+
+@dataclass
+class TrainerArguments(CPUDefaults, TrainingArguments):
+    """The Trainer's arguments, with defaults that also work on a CPU."""
+
+    _argument_group_name = "all arguments of the Trainer"
 
 
 def keep_freed_memory() -> None:

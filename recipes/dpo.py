@@ -22,57 +22,23 @@ from decimal import Decimal
 
 import common
 import datasets
-import torch
-from transformers.trainer_utils import SaveStrategy
-from trl import DPOConfig, ModelConfig, get_peft_config
+from sft import DataArguments, ModelArguments, TextDefaults
+from trl import DPOConfig, get_peft_config
 
 from hf_dynprune import FullData, PruningArguments
 from hf_dynprune.preference import DynamicPruningDPOTrainer
-
-GSM8K = "openai/gsm8k"
 
 # Such as 72, 1,250 or 3.5.
 NUMBER = r"\d[\d,]*\d(?:\.\d+)?|\d(?:\.\d+)?"
 
 
 @dataclass
-class DataArguments(common.DataArguments):
-    dataset: str = common.option(GSM8K, f"Hub id or local path of the dataset, such as {GSM8K}.")
-
-    def __post_init__(self) -> None:
-        if self.dataset == GSM8K:
-            self.dataset_config = self.dataset_config or "main"
-
-
-@dataclass
-class ModelArguments(ModelConfig):
-    _argument_group_name = "model"
-
-    model_name_or_path: str | None = common.option(
-        "HuggingFaceTB/SmolLM2-135M", "Hub id or local path of the model."
-    )
-
-
-@dataclass
-class DPOArguments(DPOConfig):
+class DPOArguments(TextDefaults, DPOConfig):
     """DPOConfig, with defaults that also work on a CPU."""
 
     _argument_group_name = "all arguments of DPOConfig"
 
     output_dir: str | None = common.option("runs/dpo", "Output folder.")
-    # transformers allows bf16 on a CPU only if this is set.
-    use_cpu: bool = common.option(
-        not torch.accelerator.is_available(),
-        "Train on the CPU; default: True if there is no accelerator.",
-    )
-    bf16: bool | None = common.option(
-        None if common.computes_in_bf16() else False,
-        "bfloat16 autocast; default: True if the hardware computes in it (not by emulation) and "
-        "--fp16 is not set.",
-    )
-    save_strategy: SaveStrategy | str = common.option(
-        "no", "When to write checkpoints: no, epoch or steps."
-    )
 
 
 def wrong_answer(answer: str, seed: int) -> str | None:
@@ -122,7 +88,6 @@ def main() -> None:
     data, run, model, pruning, args = common.parse(
         __doc__, DataArguments, common.RunArguments, ModelArguments, PruningArguments, DPOArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     with common.user_mistakes():
         policy = pruning.policy() or FullData()
         common.check_output(args, run)

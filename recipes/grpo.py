@@ -34,7 +34,6 @@ from transformers import (
     PreTrainedTokenizerFast,
     set_seed,
 )
-from transformers.trainer_utils import SaveStrategy
 from trl import GRPOConfig
 
 from hf_dynprune import FullData, PruningArguments
@@ -79,16 +78,12 @@ class TaskArguments(common.RunArguments):
 
 
 @dataclass
-class GRPOArguments(GRPOConfig):
+class GRPOArguments(common.CPUDefaults, GRPOConfig):
     """GRPOConfig, with defaults for this task that also work on a CPU."""
 
     _argument_group_name = "all arguments of GRPOConfig"
 
     output_dir: str | None = common.option("runs/grpo", "Output folder.")
-    use_cpu: bool = common.option(
-        not torch.accelerator.is_available(),
-        "Train on the CPU; default: True if there is no accelerator.",
-    )
     bf16: bool | None = common.option(False, "bfloat16 autocast.")
     activation_checkpointing: bool = common.option(False, "Save memory, and compute more.")
     num_train_epochs: float = common.option(12.0, "Number of epochs.")
@@ -101,12 +96,6 @@ class GRPOArguments(GRPOConfig):
     max_completion_length: int | None = common.option(LONGEST_LEVEL + 2, "Tokens of a completion.")
     learning_rate: float = common.option(2e-4, "Peak learning rate.")
     logging_steps: float = common.option(10, "Steps between two log entries.")
-    save_strategy: SaveStrategy | str = common.option(
-        "no", "When to write checkpoints: no, epoch or steps."
-    )
-    dataloader_pin_memory: bool = common.option(
-        torch.cuda.is_available(), "Load into pinned memory, from which CUDA copies faster."
-    )
 
 
 # ---- the task ------------------------------------------------------------------------------------

@@ -34,19 +34,23 @@ class Accuracy(evaluate.Metric):
         }
 
 
+def _of_classes(description: str) -> evaluate.MetricInfo:
+    """Of a metric of predicted classes and labels."""
+    return evaluate.MetricInfo(
+        description=description,
+        citation="",
+        inputs_description="predictions: the predicted class of each sample; references: its label",
+        features=datasets.Features(
+            {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        ),
+    )
+
+
 class MacroF1(evaluate.Metric):
     """The mean F1 score of the classes that are predicted or present. Rare ones count the same."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions: the predicted class of each sample; "
-            "references: its label",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
+        return _of_classes(self.__doc__)
 
     def _compute(self, predictions, references) -> dict[str, float]:
         return {"macro_f1": float(f1_score(references, predictions, average="macro"))}
@@ -56,15 +60,7 @@ class BalancedAccuracy(evaluate.Metric):
     """The mean over the classes that are present of the share classified correctly."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions: the predicted class of each sample; "
-            "references: its label",
-            features=datasets.Features(
-                {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
-            ),
-        )
+        return _of_classes(self.__doc__)
 
     def _compute(self, predictions, references) -> dict[str, float]:
         # balanced_accuracy_score warns if a class is predicted that is not present.

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 
 import common
 import datasets
-import torch
-from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, SFTConfig, get_peft_config
 
 from hf_dynprune import FullData, PruningArguments
@@ -45,25 +43,23 @@ class ModelArguments(ModelConfig):
 
 
 @dataclass
-class SFTArguments(SFTConfig):
-    """SFTConfig, with defaults that also work on a CPU."""
+class TextDefaults(common.CPUDefaults):
+    """Also with bfloat16 where it is fast."""
 
-    _argument_group_name = "all arguments of SFTConfig"
-
-    output_dir: str | None = common.option("runs/sft", "Output folder.")
-    # transformers allows bf16 on a CPU only if this is set.
-    use_cpu: bool = common.option(
-        not torch.accelerator.is_available(),
-        "Train on the CPU; default: True if there is no accelerator.",
-    )
     bf16: bool | None = common.option(
         None if common.computes_in_bf16() else False,
         "bfloat16 autocast; default: True if the hardware computes in it (not by emulation) and "
         "--fp16 is not set.",
     )
-    save_strategy: SaveStrategy | str = common.option(
-        "no", "When to write checkpoints: no, epoch or steps."
-    )
+
+
+@dataclass
+class SFTArguments(TextDefaults, SFTConfig):
+    """SFTConfig, with defaults that also work on a CPU."""
+
+    _argument_group_name = "all arguments of SFTConfig"
+
+    output_dir: str | None = common.option("runs/sft", "Output folder.")
 
 
 def prompts(split: datasets.Dataset) -> datasets.Dataset:
@@ -80,7 +76,6 @@ def main() -> None:
     data, run, model, pruning, args = common.parse(
         __doc__, DataArguments, common.RunArguments, ModelArguments, PruningArguments, SFTArguments
     )
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     with common.user_mistakes():
         policy = pruning.policy() or FullData()
         common.check_output(args, run)

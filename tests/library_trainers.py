@@ -23,7 +23,7 @@ from sentence_transformers.cross_encoder import losses as cross_losses
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.modules import Pooling
 from test_sft import sharp, tokenizer
-from tiny import VOCAB, bert, llama
+from tiny import QUIET, VOCAB, bert, llama
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -53,21 +53,7 @@ from hf_dynprune.preference_experimental import (
 from hf_dynprune.sft import DynamicPruningSFTTrainer
 
 N = 20
-SETTINGS = {
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 0.01,
-    "optim": "sgd",
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "bf16": False,
-    "activation_checkpointing": False,
-    "dataloader_pin_memory": False,
-}
+SETTINGS = {**QUIET, "learning_rate": 0.01, "max_grad_norm": 0.0}
 
 
 def rows(n=N, **columns: Any):

@@ -7,7 +7,7 @@ Importing torch and transformers takes seconds, and the tests start hundreds of 
 runs as `python program.py arguments` runs it: as `__main__`, with arguments, environment, folder
 and output of its own. Only what is read from the environment at an import is the server's.
 
-    test ──request──▶ server ──fork──▶ one process per request ──fork──▶ the programs
+    test --request--> server --fork--> one process per request --fork--> the programs
 """
 
 import faulthandler
@@ -93,7 +93,7 @@ def torchrun(*command, ranks, environment=None, cwd=ROOT):
 def _run(command, environments, cwd):
     """Run one program in as many processes as there are environments, at the same time."""
     command = [str(part) for part in command]
-    path = _server()
+    path, _ = _server()
     environments = [{**environment, SOCKET: path} for environment in environments]
     with tempfile.TemporaryDirectory() as folder:
         names = [(f"{folder}/{i}.out", f"{folder}/{i}.err") for i in range(len(environments))]
@@ -126,14 +126,13 @@ def _ask(path, command, cwd, environments, streams):
 
 @cache
 def _server():
-    """The socket of this process's server. The server ends with it, when its input does."""
+    """The socket of this process's server, and the server, which ends when its input does."""
     path = str(Path(tempfile.mkdtemp(prefix="programs"), "socket"))
     command = [sys.executable, __file__, "serve", path]
     server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     if not server.stdout.readline():
         raise RuntimeError(f"The server of programs ended with {server.wait()}.")
-    _server.process = server  # or its input would close
-    return path
+    return path, server
 
 
 def run(command):

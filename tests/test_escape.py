@@ -100,7 +100,7 @@ def test_what_is_markdown_already_stays():
         ("C:\\Users\\me\\x.pt", "path/to/x.pt"),
         ("C:/Users/me/x", "path/to/x"),
         ("\\\\server\\share\\x", "path/to/x"),
-        ("/tmp/", "path/to/tmp"),
+        ("/srv/", "path/to/srv"),
         ('{"scores": "/home/me/s.parquet", "c": 2}', '{"scores": "path/to/s.parquet", "c": 2}'),
         ("--model=../m/resnet", "--model=path/to/resnet"),
         ("see /home/me/a and /etc/b", "see path/to/a and path/to/b"),

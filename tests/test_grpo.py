@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import ModelCardData
 from programs import torchrun
 from test_sft import tokenizer
-from tiny import every_checkpoint, learning_rates, llama, same_weights
+from tiny import QUIET, every_checkpoint, learning_rates, llama, same_weights
 from torch.utils.data import SequentialSampler
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 from trl.trainer.utils import RepeatSampler
@@ -100,21 +100,11 @@ def trainer(
     if memory is not None:
         pruned = type(pruned.__name__, (pruned,), {"memory": memory})
     defaults = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
+        **QUIET,
         "num_generations": G,
         "max_completion_length": 3,
         "learning_rate": 0.5,
-        "optim": "sgd",
         "beta": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
     }
     return (behind if stock else pruned)(
         llama() if model is None else model,

@@ -334,6 +334,27 @@ def test_weights_are_1_on_full_data():
         assert pruner.lr_scale == lr_scale
 
 
+@pytest.mark.parametrize(
+    ("weights", "ranks", "fills_one", "expected"),
+    [
+        (None, 1, False, True),
+        ([2.0, 1.0, 1.0], 1, False, False),
+        (None, 2, False, False),  # a copy fills the last batch
+        (None, 1, True, False),  # so it does for a BatchNorm
+    ],
+)
+def test_unweighted_only_if_every_weight_is_1(weights, ranks, fills_one, expected):
+    def found():
+        shape = RunShape(4, batch_size=2 // ranks, num_epochs=1, ranks=ranks)
+        pruner = DynamicPruner(Given((plan_of(3, 1, 0, weights=weights),)), shape)
+        pruner.sampler.fills_one = fills_one
+        pruner.begin_epoch(0)
+        index = torch.tensor(list(pruner.sampler)).clamp(min=-1)
+        return pruner.unweighted, bool((pruner.weights(index) == 1).all())
+
+    assert on_ranks(ranks, found) == [(expected, expected)] * ranks
+
+
 # ---- what is counted -----------------------------------------------------------------------------
 
 

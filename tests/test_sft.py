@@ -17,7 +17,7 @@ import torch
 import transformers
 from programs import torchrun
 from test_tasks import Some, assert_same_gradient
-from tiny import VOCAB, assert_same_run, llama, same_weights
+from tiny import QUIET, VOCAB, assert_same_run, llama, same_weights
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -78,19 +78,9 @@ def trainer(
 ):
     """An SFTTrainer of a tiny Llama; `settings` are of the SFTConfig, `extra` the trainer's own."""
     defaults = {
-        "num_train_epochs": 2,
-        "per_device_train_batch_size": 8,
+        **QUIET,
         "learning_rate": 0.05,
-        "optim": "sgd",
         "max_grad_norm": 0.0,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "activation_checkpointing": False,
-        "dataloader_pin_memory": False,
     }
     return cls(
         model=sharp() if model is None else model,

@@ -228,6 +228,22 @@ def trainer(
     )
 
 
+# Of the arguments of trl's and sentence-transformers' trainers, whose defaults differ.
+QUIET = {
+    "num_train_epochs": 2,
+    "per_device_train_batch_size": 8,
+    "optim": "sgd",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+    "bf16": False,
+    "activation_checkpointing": False,
+    "dataloader_pin_memory": False,
+}
+
+
 def torchrun(script, *arguments, ranks, timeout=PATIENCE):
     """Run a program by torchrun on that many processes that talk by gloo.
 
