@@ -29,11 +29,15 @@ at each learning rate. --tune first tunes only the first rule, for all rules. Th
 out --validation_share of the training data, always the same part, and are evaluated on it. If the
 best rate of a method is the lowest or highest, the next one beyond is tried, too. All other runs
 use the best rates, and see the test set once, at their end. The runs that make scores use the rate
-of the full run. --batch_sizes tunes the batch size with it: each method, the short run too, takes
-the batch size and rate that are best for it. Fewer samples a step are more steps at the same cost,
-so the batch size is part of the budget. A method that was not tuned uses the rate of the same
-policy without fields, or of the first rule. --rates_of takes the rates and batch sizes that another
-study chose, for example those of short runs for a study of long runs.
+of the full run. A method that was not tuned uses the rate of the same policy without fields, or of
+the first rule. --rates_of takes the rates and batch sizes that another study chose, for example
+those of short runs for a study of long runs.
+
+Fewer samples a step are more steps at the same cost, so the batch size is part of the budget.
+--batch_sizes tunes it, too: each method, the short run as well, takes the batch size and the rate
+that are best for it. The full run keeps the recipe's batch size, and only its rate is tuned: it is
+not compared at equal cost. If the study was tuned without --batch_sizes before, the recipe's batch
+size is one of those to choose from.
 
 For choices other than learning rates give --validation_share to the recipe. Then all runs of the
 study are evaluated on the part that is held out.

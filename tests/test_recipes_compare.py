@@ -225,7 +225,6 @@ def test_batch_sizes_are_tuned_with_the_rates(study):
     status, out = study("batches", ["random", "ucb"], "--learning_rates", "1", "2", *sizes)
     assert status == 0
     for name, cost, batch, rate in (
-        ("full run", 1.0, 8, 1.0),
         ("short run", 0.5, 8, 1.0),
         ("random", 0.5, 4, 1.0),  # 2.0 at 8
         ("ucb", 0.5, 16, 8.0),
@@ -233,6 +232,8 @@ def test_batch_sizes_are_tuned_with_the_rates(study):
         options = options_of("batches", name, cost, 1)
         assert int(options["per_device_train_batch_size"]) == batch
         assert rate_of("batches", name, cost) == rate
+    assert "per_device_train_batch_size" not in options_of("batches", "full run", 1.0, 1)
+    assert rate_of("batches", "full run", 1.0) == 1
     assert "ucb, cost 0.5, batch 16" in Path("batches/tuning.md").read_text()
     assert "ucb, cost 0.5: the best batch size is 16, the lowest or highest" in out
     assert study("taken", ["random", "ucb"], "--rates_of", "batches")[0] == 0

@@ -198,12 +198,16 @@ def test_batch_sizes_are_tuned_for_the_short_run_as_for_every_rule():
     tuned = {"learning_rates": [0.1, 0.2], "batch_sizes": [8, 4], "tuning_seeds": [7]}
     plan = Plan(["random", "ucb"], costs=[0.5], seeds=[0], **tuned)
     settings = [Setting(0.1, 8), Setting(0.2, 8), Setting(0.1, 4), Setting(0.2, 4)]
-    assert plan.settings == settings
+    assert plan.settings_of("short run") == plan.settings_of("ucb") == settings
+    assert plan.settings_of("full run") == [Setting(0.1), Setting(0.2)]
     tried = {run for run in plan.without_options() if run.rate is not None}
     assert tried == {
-        Run(name, cost, 7, rate, batch=batch)
-        for name, cost in (("full run", 1.0), ("short run", 0.5), ("random", 0.5), ("ucb", 0.5))
-        for rate, batch in settings
+        *(Run("full run", 1.0, 7, rate) for rate in (0.1, 0.2)),
+        *(
+            Run(name, 0.5, 7, rate, batch=batch)
+            for name in ("short run", "random", "ucb")
+            for rate, batch in settings
+        ),
     }
     assert len({run.folder for run in plan.without_options()}) == len(tried) + 4
     assert Run("ucb", 0.5, 7, 0.1, batch=8).folder == "ucb_0.5_tuning_0.1_batch_8_seed7"
@@ -227,6 +231,10 @@ def test_the_best_batch_size_is_that_of_the_best_rate(lower):
     assert [row["batch_size"] for row in rows] == [256, 128, 64]
     assert [row["chosen"] for row in rows] == [0.1, 0.1, 0.2]
     assert best_settings(rows, lower) == {("ucb", 0.3): Setting(0.2, 64)}
+    # The recipe's batch size, of a study that was tuned without batch sizes before.
+    more = tuned_rates({**values, Run("ucb", 0.3, 0, 0.4): sign * 20.0}, lower=lower)
+    assert "batch_size" not in more[-1]
+    assert best_settings(more, lower) == {("ucb", 0.3): Setting(0.4)}
     alone = tuned_rates({Run("ucb", 0.3, 0, 0.1): 1.0}, lower=lower)
     assert "batch_size" not in alone[0]
     assert best_settings(alone, lower) == {("ucb", 0.3): Setting(0.1)}

@@ -279,10 +279,13 @@ class Plan:
                 "batch size, so give the rates to try, too."
             )
 
-    @property
-    def settings(self) -> list[Setting]:
-        """What tuning tries first: each learning rate at each batch size."""
-        batches: Sequence[int | None] = self.batch_sizes or (None,)
+    def settings_of(self, name: str) -> list[Setting]:
+        """What tuning tries first for a method: each learning rate at each batch size.
+
+        The full run keeps the recipe's batch size. It is not compared at equal cost, and to tune it
+        costs the most.
+        """
+        batches = [None] if name == FULL or not self.batch_sizes else self.batch_sizes
         return [Setting(rate, batch) for batch in batches for rate in self.learning_rates]
 
     def methods(self, cost: float) -> list[Method]:
@@ -305,11 +308,11 @@ class Plan:
         for cost, seed in product(self.costs, self.seeds):
             names = [*map(str, self.methods(cost)), *chain(*map(static_names, self.scores))]
             yield from (Run(name, cost, seed) for name in names)
-        for (rate, batch), seed in product(self.settings, self.tuning_seeds):
-            yield replace(full_run(seed), rate=rate, batch=batch)
-            for cost in self.costs:
-                names = map(str, self.tuned_methods(cost))
-                yield from (Run(name, cost, seed, rate, batch=batch) for name in names)
+        keys = [(FULL, 1.0)]
+        keys += [(str(method), cost) for cost in self.costs for method in self.tuned_methods(cost)]
+        for (name, cost), seed in product(keys, self.tuning_seeds):
+            for rate, batch in self.settings_of(name):
+                yield Run(name, cost, seed, rate, batch=batch)
 
     def at_best_setting(self, run: Run, tuned: Mapping[Key, Setting]) -> Run:
         """The run at the learning rate, and batch size, that were tuned for its method.

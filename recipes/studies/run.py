@@ -230,11 +230,11 @@ class Sitting:
             return replace(run, **setting._asdict(), options={**run.options, **options})
 
         runs = [full_run(seed) for seed in plan.tuning_seeds]
-        full = self._first([at(setting, run) for run in runs for setting in plan.settings])
+        full = self._first([at(setting, run) for run in runs for setting in plan.settings_of(FULL)])
         for seed, cost in product(plan.tuning_seeds, plan.costs):
             runs += [method.run(cost, seed, full) for method in plan.tuned_methods(cost)]
         keys = {run.key for run in runs}
-        left = dict.fromkeys(keys, plan.settings)
+        left = {(name, cost): plan.settings_of(name) for name, cost in keys}
         found: dict[Key, Setting] = {}
         for _ in range(1 + MOST_RATES):
             for run in runs:
