@@ -8,11 +8,13 @@
         --pruning full --num_train_epochs 6
     python recipes/cifar.py --train_labels path/to/cifar10n --train_label_column worse_label
     python recipes/cifar.py --imbalance 100 --pruning class-budget --keep_ratio 0.5
+    python recipes/cifar.py --model resnet8_cifar --pretrained runs/cifar100 --learning_rate 0.1
 
 `--dataset` is a Hub id or a local path that `datasets.load_dataset` understands. The short run, the
 baseline to beat, is `--pruning full` with fewer epochs. The fourth command trains on the noisy
-labels of human annotators. The last one trains on a long tail: the last class keeps a hundredth of
+labels of human annotators. The fifth one trains on a long tail: the last class keeps a hundredth of
 what the first one keeps. A fair baseline there also samples the classes evenly, `--balanced True`.
+The last one continues from the weights of another run, with a new classifier.
 The report has the fingerprint of what was trained. The optimizer is SGD with Nesterov momentum,
 without weight decay on norms and biases; the learning rate warms up, then falls linearly to zero.
 Writes report.json, the model and its card to `--output_dir`.
@@ -26,7 +28,7 @@ import numpy as np
 import timm.optim
 import torch
 from metrics import accuracy_and_balance, best_classes
-from transformers import SchedulerType, set_seed
+from transformers import AutoModelForImageClassification, SchedulerType, set_seed
 
 from hf_dynprune import (
     DynamicPruningTrainer,
@@ -117,6 +119,11 @@ class RecipeArguments(common.RunArguments):
     model: str = common.option(
         "resnet18_cifar",
         "Any timm architecture. With a CIFAR stem: resnet8_cifar, 20, 56, 18, 34, 50.",
+    )
+    pretrained: str | None = common.option(
+        None,
+        "Hub id or local path of a trained model of this architecture. The run starts from its "
+        "weights, with a new classifier. Scores of --score are made from them, too.",
     )
     augmented_scoring: bool = common.option(
         False, "Augment the images in scoring passes, as in training."
@@ -339,11 +346,22 @@ def note_relabelled(trainer: DynamicPruningTrainer, relabelled: torch.Tensor) ->
 
 
 def make_model(recipe: RecipeArguments, images: Images) -> torch.nn.Module:
-    """Make an untrained model for the images."""
+    """Make a model for the images: untrained, or with the weights of `pretrained`."""
     size, names = images.train.images.shape[-1], images.train.label_names
-    return create_timm_model(
+    model = create_timm_model(
         recipe.model, label_names=names, image_size=size, mean=CIFAR_MEAN, std=CIFAR_STD
     )
+    if recipe.pretrained is not None:
+        trained = AutoModelForImageClassification.from_pretrained(recipe.pretrained)
+        found = trained.config.architecture
+        if found != recipe.model:
+            raise ValueError(
+                f"pretrained={recipe.pretrained!r} is a {found}: expected a {recipe.model}. "
+                f"Give --model {found}."
+            )
+        trained.timm_model.reset_classifier(model.config.num_labels)
+        model.timm_model.load_state_dict(trained.timm_model.state_dict())
+    return model
 
 
 def make_trainer(
@@ -414,7 +432,8 @@ def main() -> None:
         args.eval_strategy, args.eval_steps = "steps", max(1, steps)
     if recipe.score:
         return score(recipe, args, images)
-    trainer = make_trainer(recipe, policy, args, images)
+    with common.user_mistakes():
+        trainer = make_trainer(recipe, policy, args, images)
     evaluate_also = None
     if images.relabelled is not None:
         evaluate_also = partial(note_relabelled, trainer, images.relabelled)

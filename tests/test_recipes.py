@@ -239,6 +239,23 @@ def test_the_profile_of_a_long_tail(recipe, sizes, ratio, expected):
     assert recipe("cifar").long_tail(torch.tensor(sizes), ratio).tolist() == expected
 
 
+def test_cifar_from_trained_weights(small_cifar, recipe, tmp_path):
+    cifar = recipe("cifar")
+    images = cifar.load_images(cifar.DataArguments(dataset=str(small_cifar["cifar10"])), 0)
+    statistics = {"image_size": 32, "mean": [0.5] * 3, "std": [0.25] * 3}
+    trained = cifar.create_timm_model("resnet8_cifar", num_labels=3, **statistics)
+    trained.save_pretrained(tmp_path)
+    settings = {"model": "resnet8_cifar", "pretrained": str(tmp_path)}
+    model = cifar.make_model(cifar.RecipeArguments(**settings), images)
+    weights, expected = model.state_dict(), trained.state_dict()
+    own = {name for name, value in weights.items() if not torch.equal(value, expected[name])}
+    assert own == {"timm_model.fc.weight", "timm_model.fc.bias"}
+    assert model.config.id2label[9] == "label 9"
+    wrong = cifar.RecipeArguments(**{**settings, "model": "resnet20_cifar"})
+    with pytest.raises(ValueError, match=r"resnet8_cifar.*resnet20_cifar"):
+        cifar.make_model(wrong, images)
+
+
 def test_cifar_on_a_part_of_the_images(small_cifar, recipe):
     cifar = recipe("cifar")
     data = {"dataset": str(small_cifar["cifar10"])}
