@@ -23,7 +23,7 @@ from hf_dynprune.potential import (
 )
 from hf_dynprune.report import EpochRecord, PruningReport
 from hf_dynprune.table import Counts, History, Last, Memories, MovingMean
-from recipes.studies.potential import main, points_of, saving_of
+from recipes.studies.potential import compared, main, plot_predicted, points_of, saving_of
 
 NAN, INF = math.nan, math.inf
 STORED = Path(__file__).parents[1] / "recipes" / "results" / "potential.json"
@@ -351,17 +351,61 @@ def test_shipped_line_is_the_stored_one():
 
 def test_predictions_are_written_before_a_study(tmp_path):
     report_of(0.8, 0.8).save(tmp_path / "short" / "report.json")
-    command = ["--predict", f"cifar={tmp_path / 'short'}", "--output", str(tmp_path / "out.json")]
+    output = ["--output", str(tmp_path / "out.json")]
+    command = ["--predict", f"cifar@0.3={tmp_path / 'short'}", *output]
     main(command)
-    (setting,) = json.loads((tmp_path / "out.json").read_text())["settings"].values()
+    (setting,) = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert (setting["study"], setting["cost"]) == ("cifar", 0.3)
     assert setting["gain"] == pytest.approx(1.25)
     assert [setting["saving"]["factor"], *setting["saving"]["interval"]] == pytest.approx(
         predicted_saving(1.25)
     )
+    # Further settings are added, and those in the file replaced.
+    report_of(1.0).save(tmp_path / "other" / "report.json")
+    other = tmp_path / "other"
+    main(["--predict", f"cifar@0.3={other}", f"cifar@0.5={other}", *output])
+    settings = json.loads((tmp_path / "out.json").read_text())["settings"]
+    assert [(row["study"], row["cost"], row["gain"]) for row in settings] == [
+        ("cifar", 0.3, 1.0),
+        ("cifar", 0.5, 1.0),
+    ]
     report_of(None).save(tmp_path / "short" / "report.json")
-    for wrong in (command, ["--predict", "cifar", *command[2:]], command[:2]):
+    for wrong in (command, ["--predict", "cifar=runs", *output], command[:2]):
         with pytest.raises(SystemExit):
             main(wrong)
+
+
+def test_predictions_beside_what_was_measured(tmp_path):
+    def row(name, cost, mean, interval=None):
+        to_short = interval and {"mean": mean - 0.6, "interval": interval}
+        known = {"name": name, "wanted": cost, "mean": mean, "ranked": True}
+        return {**known, "to_short_run": to_short or {"interval": None}}
+
+    def study(name, reached, interval):
+        rows = [row("full run", 1.0, 0.7), row("short run", 0.5, 0.6)]
+        rows.append(row("loss-proportional", 0.5, reached, interval))
+        folder = tmp_path / name
+        report_of(0.5).save(folder / "loss_proportional_0.5_seed0" / "report.json")
+        (folder / "summary.json").write_text(json.dumps({"metric": "accuracy", "rows": rows}))
+        return folder
+
+    folders = [study("a", 0.65, [0.0, 0.1]), study("b", 0.6, None), study("c", 0.55, [-0.1, 0.0])]
+    predicted = [
+        {"study": name, "cost": cost, "saving": {"factor": factor, "interval": [0.9, 1.5]}}
+        for name, cost, factor in (("a", 0.5, 1.3), ("b", 0.5, 1.2), ("c", 0.5, 1.0), ("a", 0.3, 1))
+    ] + [{"study": "unfinished", "cost": 0.5, "saving": {"factor": 1, "interval": [1, 1]}}]
+    found = compared(folders, predicted)
+    measured = [setting["measured"] for setting in found["settings"]]
+    assert [point["study"] for point in measured] == ["a", "b", "c"]
+    assert [point["saving"] for point in measured] == pytest.approx([2**0.5, 1, 2**-0.5])
+    # 0.1 is what the full run has more, at twice the cost.
+    assert measured[0]["interval"] == pytest.approx([1, 2])
+    assert measured[1]["interval"] is None
+    assert measured[0]["gain"] == 2
+    assert found["within"] == 2
+    assert found["rank_correlation"] == pytest.approx(1)
+    assert compared(folders[:2], predicted)["rank_correlation"] is None
+    assert len(plot_predicted(found["settings"]).axes[0].containers) == 3
 
 
 def test_stored_points_are_those_of_the_reports():

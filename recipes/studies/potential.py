@@ -1,14 +1,16 @@
 """What the effective share says of the studies: a line through G and the measured savings.
 
-    python -m recipes.studies.potential                 writes recipes/results/potential.json
-    python -m recipes.studies.potential --predict NAME=runs/short ... --output predicted.json
+    python -m recipes.studies.potential        writes recipes/results/potential.json and .png
+    python -m recipes.studies.potential --predict STUDY@COST=runs/short ... --output predicted.json
 
 With --predict it writes what the line says of new settings, each by the report of a short run, so
-that the prediction can be committed before the study is made.
+that the prediction can be committed before the study is made. Settings in the file are replaced or
+added. The studies named in recipes/results/predicted.json are not used for the line. Their savings
+are compared with the predicted ones.
 
 G of a study is the mean over epochs and seeds of 1 / effective share of its loss-proportional runs.
-Their reports were written before the effective share was measured. They hold five quantiles of the
-mean losses, between which this program interpolates.
+Reports that were written before the effective share was measured hold five quantiles of the mean
+losses, between which this program interpolates.
 
 The measured saving is a cost ratio: that of a short run which would reach the result of
 loss-proportional, over the cost of both. Results of runs on all data are interpolated linearly in
@@ -18,6 +20,7 @@ the logarithm of the cost, between the two nearest costs.
 import argparse
 import json
 import math
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,25 +28,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 from scipy import stats
 
 from hf_dynprune import PruningReport
 from hf_dynprune.files import REPORT_FILE, save_json
+from hf_dynprune.plots import save_picture
 from hf_dynprune.potential import STUDIES, effective_share, fit_line, predicted_saving
 
+from .draw import COLORS, GREY, LEGEND, MARKERS, TITLE
+from .plan import FULL, SHORT
+
 RESULTS = Path(__file__).parents[1] / "results"
-FILE = RESULTS / "potential.json"
+FILE, PICTURE = RESULTS / "potential.json", RESULTS / "potential.png"
+PREDICTED = RESULTS / "predicted.json"
 RULE = "loss-proportional"
-# Repeats a setting of cifar10_16px, with a learning rate that was not tuned.
-LEFT_OUT = ("cifar10_settings",)
+# They repeat settings of other studies: without tuned learning rates, at other batch sizes.
+LEFT_OUT = ("cifar10_settings", "cifar10_batch")
 # Below it there is little to win back. It holds for accuracies, which are shares.
 LEAST_LOST = 0.02
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _POINTS = 1000
+TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 2, 3, 4, 6, 8)
 
 
 def gain_of(report: PruningReport) -> float:
-    """G of a run, the mean over its epochs, from the quantiles of its mean losses."""
+    """G of a run, the mean over its epochs; in old reports by the quantiles of its mean losses."""
+    if report.gain is not None:
+        return report.gain
     gains = []
     at = (np.arange(_POINTS) + 0.5) / _POINTS
     for record in report.epochs:
@@ -70,10 +83,10 @@ def saving_of(cost: float, value: float, on_all_data: Mapping[float, float]) -> 
 
 
 def points_of(study: Path) -> list[dict[str, Any]]:
-    """A row for each cost of a study."""
+    """A row for each cost of a study at which loss-proportional and the short run were run."""
     summary = json.loads((study / "summary.json").read_text())
     rows = [row for row in summary["rows"] if row["ranked"]]
-    plain = {row["wanted"]: row["mean"] for row in rows if row["name"] in ("short run", "full run")}
+    plain = {row["wanted"]: row["mean"] for row in rows if row["name"] in (SHORT, FULL)}
     accuracy = summary["metric"].endswith("accuracy")
     points = []
     for row in rows:
@@ -89,16 +102,26 @@ def points_of(study: Path) -> list[dict[str, Any]]:
             "seeds": len(gains),
             "gain": statistics.fmean(gains),
             "saving": saving_of(cost, row["mean"], plain),
+            "interval": None,
             "short_run_lost": lost,
             "fitted": not accuracy or lost >= LEAST_LOST,
         }
+        if ends := row["to_short_run"]["interval"]:
+            savings = [saving_of(cost, plain[cost] + end, plain) for end in ends]
+            point["interval"] = sorted(savings)
         points.append(point)
     return points
 
 
-def potential(studies: Sequence[Path]) -> dict[str, Any]:
-    """The points of all studies, and the line through those that are fitted."""
-    points = [point for study in studies for point in points_of(study)]
+def potential(studies: Sequence[Path], predicted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The points of all studies, the line through those that are fitted, and what was predicted.
+
+    Args:
+        studies: Folders.
+        predicted: Settings as [`predictions`] gives them. Their studies are not fitted.
+    """
+    new = {setting["study"] for setting in predicted}
+    points = [point for study in studies if study.name not in new for point in points_of(study)]
     fitted = [point for point in points if point["fitted"]]
     gains, savings = ([point[name] for point in fitted] for name in ("gain", "saving"))
     quantile = float(stats.t.ppf(0.975, len(fitted) - 2))
@@ -107,47 +130,138 @@ def potential(studies: Sequence[Path]) -> dict[str, Any]:
         "fit": fit_line(gains, savings, quantile)._asdict(),
         "correlation": float(np.corrcoef(np.log(gains), np.log(savings))[0, 1]),
         "points": points,
+        "predicted": compared(studies, predicted),
     }
 
 
-def predictions(runs: Mapping[str, Path]) -> dict[str, Any]:
+def compared(studies: Sequence[Path], predicted: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Predicted savings beside the measured ones.
+
+    Returns:
+        `settings`: those of `predicted` whose study is finished, with its point as `measured`;
+        `within`: at how many the measured saving lies in the predicted interval;
+        `rank_correlation`: Spearman's, of predicted and measured savings; None below three.
+    """
+    found = {study.name: points_of(study) for study in studies}
+    settings = []
+    for setting in predicted:
+        for point in found.get(setting["study"], ()):
+            if point["cost"] == setting["cost"]:
+                settings.append({**setting, "measured": point})
+    pairs = [(setting["saving"], setting["measured"]["saving"]) for setting in settings]
+    correlation = None
+    if len(pairs) > 2:
+        said, seen = zip(*((saving["factor"], factor) for saving, factor in pairs), strict=True)
+        rank = float(stats.spearmanr(said, seen).statistic)
+        correlation = rank if math.isfinite(rank) else None  # all predictions are equal
+    within = sum(
+        saving["interval"][0] <= factor <= saving["interval"][1] for saving, factor in pairs
+    )
+    return {"settings": settings, "within": within, "rank_correlation": correlation}
+
+
+def predictions(runs: Mapping[tuple[str, float], Path]) -> list[dict[str, Any]]:
     """For each setting G of a run and the saving that the shipped line predicts.
 
     Args:
-        runs: Setting -> report of a short run, or its folder.
+        runs: (study, cost) -> report of a short run, or its folder.
 
     Raises:
         ValueError: If a report has no effective share.
     """
-    found = {}
-    for name, path in runs.items():
+    found = []
+    for (study, cost), path in runs.items():
         report = PruningReport.load(path / REPORT_FILE if path.is_dir() else path)
         if report.gain is None:
-            raise ValueError(f"{name}={path} has no effective share: train it with this version.")
+            raise ValueError(f"{path} has no effective share: train it with this version.")
         factor, low, high = predicted_saving(report.gain)
         saving = {"factor": factor, "interval": [low, high]}
-        found[name] = {"gain": report.gain, "passes": report.passes, "saving": saving}
-    return {"fit": STUDIES._asdict(), "settings": found}
+        setting = {"study": study, "cost": cost, "gain": report.gain, "passes": report.passes}
+        found.append({**setting, "saving": saving})
+    return found
+
+
+def plot_predicted(settings: Sequence[Mapping[str, Any]]) -> Figure:
+    """Predicted against measured savings, with 95 % intervals; on the line both are equal.
+
+    Args:
+        settings: Of [`compared`], at least one.
+    """
+    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    ax = figure.subplots()
+    ax.spines[["top", "right"]].set_visible(False)
+    ends = []
+    for place, setting in enumerate(settings):
+        measured, said = setting["measured"], setting["saving"]
+        x, y = said["factor"], measured["saving"]
+        own = measured["interval"] or [y, y]
+        ends += [*said["interval"], *own]
+        ax.errorbar(
+            x,
+            y,
+            xerr=_arms(x, said["interval"]),
+            yerr=_arms(y, own),
+            color=COLORS[place % len(COLORS)],
+            marker=MARKERS[place % len(MARKERS)],
+            label=f"{setting['study']}, cost {setting['cost']:g}",
+            elinewidth=1,
+        )
+    low, high = min(ends), max(ends)
+    ax.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle=":")
+    ax.axhline(1, color=GREY, linewidth=0.5)
+    ax.axvline(1, color=GREY, linewidth=0.5)
+    ax.set(xscale="log", yscale="log", xlabel="predicted saving factor", ylabel="measured")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(FixedLocator(TICKS))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_locator(NullLocator())
+    ax.set_title("Saving to the short run: predicted first, then measured", **TITLE)
+    figure.legend(loc="outside right upper", **LEGEND)
+    return figure
+
+
+def _arms(middle: float, ends: Sequence[float]) -> list[list[float]]:
+    low, high = ends
+    return [[middle - low], [high - middle]]
+
+
+def stored_predictions(file: Path) -> list[dict[str, Any]]:
+    """The settings in a file; none without it."""
+    return json.loads(file.read_text())["settings"] if file.exists() else []
+
+
+def setting_of(text: str) -> tuple[tuple[str, float], Path]:
+    """Split 'cifar10@0.3=runs/short' into ('cifar10', 0.3) and the path.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    found = re.fullmatch(r"([\w.-]+)@([\d.]+)=(.+)", text)
+    if not found:
+        raise ValueError(f"--predict {text}: expected STUDY@COST=RUN.")
+    return (found[1], float(found[2])), Path(found[3])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--predict", nargs="+", metavar="NAME=RUN", help="settings to predict")
+    parser.add_argument("--predict", nargs="+", metavar="STUDY@COST=RUN", help="what to predict")
     parser.add_argument("--output", type=Path, help="where the predictions go")
     options = parser.parse_args(argv)
     if (options.predict is None) != (options.output is None):
         parser.error("--predict and --output: expected both or neither.")
     if options.predict:
-        pairs = [text.partition("=") for text in options.predict]
-        if wrong := [name for name, equals, run in pairs if not (equals and name and run)]:
-            parser.error(f"--predict {wrong[0]}: expected NAME=RUN.")
         try:
-            save_json(options.output, predictions({name: Path(run) for name, _, run in pairs}))
+            new = predictions(dict(map(setting_of, options.predict)))
+            named = {(setting["study"], setting["cost"]) for setting in new}
+            before = stored_predictions(options.output)
+            kept = [old for old in before if (old["study"], old["cost"]) not in named]
+            save_json(options.output, {"fit": STUDIES._asdict(), "settings": [*kept, *new]})
         except (ValueError, OSError) as error:
             parser.error(str(error))
         return
-    folders = sorted((RESULTS / "studies").glob("*/"))
-    found = potential([folder for folder in folders if folder.name not in LEFT_OUT])
+    folders = [path.parent for path in sorted((RESULTS / "studies").glob("*/summary.json"))]
+    folders = [folder for folder in folders if folder.name not in LEFT_OUT]
+    found = potential(folders, stored_predictions(PREDICTED))
     save_json(FILE, found)
     for point in found["points"]:
         print(
@@ -155,6 +269,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"saving {point['saving']:.3f}  {'' if point['fitted'] else '(not fitted)'}"
         )
     print(f"correlation {found['correlation']:.2f}; {found['fit']}")
+    if settings := found["predicted"]["settings"]:
+        save_picture(plot_predicted(settings), PICTURE)
+    for setting in settings:
+        print(
+            f"{setting['study']:24} cost {setting['cost']:g}  predicted "
+            f"{setting['saving']['factor']:.3f}  measured {setting['measured']['saving']:.3f}"
+        )
 
 
 if __name__ == "__main__":
