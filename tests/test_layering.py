@@ -94,6 +94,24 @@ HEAVY = [
 ]
 FACADE = "__init__"
 
+# What is longer than it should be, each with its reason. The rest has at most LINES.
+LINES = {ast.ClassDef: 300, ast.FunctionDef: 50}
+ONE_COMMAND = "one subcommand from its options to what it prints, in the order of its help"
+LONG = {
+    "cli.advise": ONE_COMMAND,
+    "cli.card": ONE_COMMAND,
+    "cli.report": ONE_COMMAND,
+    "cli._plot_parser": "the options of six kinds of pictures, a list without a decision",
+    "data_side.PrunedDataMixin": "every method of the Trainer that the data side overrides; what "
+    "they decide is in functions of other modules",
+    "loss_side.SampleLossMixin": "as PrunedDataMixin, for the loss",
+    "pruner.DynamicPruner": "the one object that a loop of your own holds; its methods share the "
+    "position in the run",
+    "pruner.DynamicPruner.__init__": "checks, then every field with its meaning, once",
+    "report.PruningReport": "the fields of report.json and what follows from them",
+    "scoring_runs.score_dataset": "the arguments of the Trainer pass through it",
+}
+
 
 @cache
 def imported_by(*modules: str) -> dict[str, list[str]]:
@@ -316,6 +334,40 @@ def test_core_imports_no_more_than_torch_numpy_and_file_formats():
     for module, source in files:
         _, others = imports_of(source, module)
         assert others <= allowed, module
+
+
+def too_long(sources):
+    """Names of classes and functions over LINES; a function without its docstring."""
+    found = set()
+
+    def look(node, name):
+        for child in ast.iter_child_nodes(node):
+            if not isinstance(child, ast.ClassDef | ast.FunctionDef):
+                continue
+            own, lines = f"{name}.{child.name}", child.end_lineno - child.lineno + 1
+            if isinstance(child, ast.FunctionDef) and ast.get_docstring(child) is not None:
+                text = child.body[0]
+                lines -= text.end_lineno - text.lineno + 1
+            if lines > LINES[type(child)]:
+                found.add(own)
+            look(child, own)
+
+    for module, source in sources.items():
+        look(ast.parse(source), module)
+    return found
+
+
+def test_what_is_long_has_a_reason():
+    assert too_long(sources()) == set(LONG)
+
+
+def test_what_is_long_is_found():
+    body = "\n".join(["    x = 1"] * 51)
+    assert too_long({"m": f"def f():\n{body}"}) == {"m.f"}
+    text = "\n".join(["    text"] * 60)
+    assert too_long({"m": f'def f():\n    """\n{text}\n    """\n    return 1'}) == set()
+    methods = "\n".join(f"    def f{i}(self):\n        pass" for i in range(151))
+    assert too_long({"m": f"class C:\n{methods}"}) == {"m.C"}
 
 
 def test_schedule_and_checks_need_no_torch():
