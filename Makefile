@@ -13,7 +13,7 @@ PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart check test versions docs torture reliability quality format clean
+.PHONY: help quickstart check test versions docs torture reliability gpu quality format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -70,6 +70,10 @@ torture: $(READY)  ## kill a training run 30 times at random moments, resume it,
 reliability: $(READY)  ## run the tests and note how often they tried each promise
 	RELIABILITY=$(RECORD) $(PYTEST) $(ARGS); status=$$?; \
 	    $(BIN)/python tests/reliability.py && exit $$status
+
+gpu: $(READY)  ## run what needs a GPU, at most 25 minutes; call it again to continue
+	$(BIN)/python recipes/benchmarks/gpu.py $(ARGS); status=$$?; \
+	    $(BIN)/python tests/fragments.py && exit $$status
 
 quality: $(READY)  ## check style and types
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from reliability import ROOT, put_into
 
 from hf_dynprune.potential import predicted_saving
 from hf_dynprune.report import PruningReport
+from recipes.benchmarks import gpu
 from recipes.studies import rl_results
 from recipes.studies.summarise import Metric, markdown
 
@@ -228,6 +229,7 @@ TABLES = {
     "prompts tuning": lambda: rl_results.tuning_table(rl_results.stored()),
     "speed": speed.render,
     "reliability": lambda: reliability.render(reliability.read()),
+    "gpu": lambda: gpu.render(gpu.read()),
 }
 
 

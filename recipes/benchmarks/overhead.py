@@ -128,7 +128,7 @@ class Steps(TrainerCallback):
         self.begun = time.perf_counter()
 
 
-def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
+def make_run(kind: str, name: str, steps: int, folder: str, **more: Any) -> Trainer:
     make, batch, _, settings = MODELS[name]
     set_seed(0)
     model, data = make(batch * steps)
@@ -143,6 +143,7 @@ def make_run(kind: str, name: str, steps: int, folder: str) -> Trainer:
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         **{name: value for name, value in settings.items() if name not in own},
+        **more,
     )
     own |= {"model": model, "args": arguments, "train_dataset": data}
     run = (

@@ -162,7 +162,9 @@ def bare_loop(
         batch = data.__getitems__(indices)
         if DEVICE.type == "cuda":
             batch = {
-                name: values.pin_memory().to(DEVICE, non_blocking=True)
+                name: (values if values.is_cuda else values.pin_memory()).to(
+                    DEVICE, non_blocking=True
+                )
                 for name, values in batch.items()
             }
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=args.bf16):
@@ -189,8 +191,9 @@ def recipe_run(
     options: argparse.Namespace,
     folder: str,
     pass_on: Callable[[], None],
+    **more,
 ) -> float:
-    args = make_arguments(options, folder)
+    args = make_arguments(options, folder, **more)
     trainer = cifar.make_trainer(
         cifar.RecipeArguments(model=options.model), make_policy(), args, images
     )
