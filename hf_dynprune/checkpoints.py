@@ -6,13 +6,13 @@ A checkpoint is the Trainer's folder with our `STATE_FILE` in it. It is written 
 
 So a checkpoint is complete if both of the last two can be read, tell of the same step, and every
 file has the size and the checksum that were listed. Texts that a person may edit, such as
-config.json, may differ.
+config.json, may differ. Of a checkpoint above 16 GiB a checksum covers pieces of the large files.
 """
 
 import os
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,33 +29,68 @@ from .pruner import DynamicPruner
 logger = logging.get_logger(f"transformers.{__name__}")
 
 _BLOCK_BYTES = 1 << 24
+# Rank 0 reads this much of a checkpoint, or all of it if it is smaller. The other ranks wait
+# meanwhile: for a terabyte of shards longer than their timeout.
+_READ_BYTES = 1 << 34
+_PIECE_BYTES = 1 << 20
 _TEXTS = {".json", ".txt", ".jinja"}
 _NOT_LISTED = {".tmp", ".md"}
 
 
-def content(folder: Path) -> dict[str, list]:
+def content(folder: Path, *, read_bytes: int = _READ_BYTES) -> dict[str, list]:
     """Map the name of each file of a checkpoint to [bytes, xxh3 checksum of 128 bits].
 
     `STATE_FILE`, which holds this list, and the Trainer's state, which is written later, are left
     out. So are notes in Markdown.
 
-    Cost: reads all files, from the page cache if they were just written.
+    If the files have more than `read_bytes` together, the large ones have a third entry: of how
+    many pieces of 1 MiB the checksum is. They are evenly spaced; the first and the last MiB are two
+    of them. A changed length, a cut or an unwritten half is found then, a single changed byte may
+    not be.
+
+    Args:
+        folder: The checkpoint.
+        read_bytes: How much is read, except that a file is read whole up to 2 MiB.
+
+    Cost: reads so much, from the page cache if the files were just written.
     """
-    found: dict[str, list] = {}
+    paths = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         listed = name not in (STATE_FILE, TRAINER_STATE_NAME) and path.suffix not in _NOT_LISTED
         if path.is_file() and listed:
-            found[name] = _size_and_checksum(path)
-    return found
+            paths[name] = path
+    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    pieces = max(2, _share(sizes.values(), read_bytes) // _PIECE_BYTES)
+    return {
+        name: _size_and_checksum(path, pieces if sizes[name] > pieces * _PIECE_BYTES else None)
+        for name, path in paths.items()
+    }
 
 
-def _size_and_checksum(path: Path) -> list:
-    digest = xxhash.xxh3_128()
+def _share(sizes: Iterable[int], total: int) -> int:
+    """The largest s for which sum(min(size, s)) <= total; the largest size if all fit."""
+    ordered, left = sorted(sizes), total
+    for place, size in enumerate(ordered):
+        share = left // (len(ordered) - place)
+        if size > share:
+            return share
+        left -= size
+    return max(ordered, default=0)
+
+
+def _size_and_checksum(path: Path, pieces: int | None = None) -> list:
+    """[bytes, checksum] of a file, or [bytes, checksum of so many pieces, pieces]."""
+    digest, size = xxhash.xxh3_128(), path.stat().st_size
     with open(path, "rb") as file:
+        if pieces is not None:
+            for number in range(pieces):
+                file.seek(max(0, number * (size - _PIECE_BYTES) // (pieces - 1)))
+                digest.update(file.read(_PIECE_BYTES))
+            return [size, digest.hexdigest(), pieces]
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
-    return [path.stat().st_size, digest.hexdigest()]
+    return [size, digest.hexdigest()]
 
 
 def fault_of(folder: Path, *, stock: bool = False) -> str | None:
@@ -131,7 +166,7 @@ def _damage(folder: Path, listed: Mapping[str, list]) -> str | None:
         if not path.is_file():
             return f"its {name} is {'not a file' if os.path.lexists(path) else 'missing'}"
         try:
-            found = _size_and_checksum(path)
+            found = _size_and_checksum(path, *written[2:])
             if found == written:
                 continue
             if _is_text(name) and path.suffix == ".json":

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from . import checkpoints, distributed
 from .identity import OWN, dataset_fingerprint
+from .losses import is_fully_sharded
 from .policies import PruningPolicy
 from .potential import Magnitude
 from .provenance import provenance_of
@@ -63,8 +64,12 @@ SEAMS = {
     "trainer_pt_utils.get_length_grouped_indices": "the Trainer's order by length; it gets the "
     "kept samples and our generator",
     "Trainer.save_model(_internal_call)": "saves without an upload, which would save again",
-    "Trainer.is_deepspeed_enabled": "a warning says that DeepSpeed was not verified",
-    "Trainer.is_fsdp_enabled": "a warning says that FSDP was not verified",
+    "Trainer.is_deepspeed_enabled": "parts of the model lie on several ranks, so all ranks make "
+    "the same passes; a warning says what was verified",
+    "Trainer.is_fsdp_enabled": "the same",
+    "Trainer.get_tp_size": "several ranks train one batch, which is refused",
+    "Trainer.get_cp_size": "the same",
+    "Trainer.get_sp_size": "the same",
     "Trainer.hub_model_id": "the repository that an upload went to",
     "Trainer._trial": "the trial of a search, which the names of its folders come from",
     "LambdaLR._last_lr": "the logged learning rate of the first step of an epoch whose plan scales "
@@ -724,6 +729,50 @@ def uploading(
         ) from error
 
 
+# ---- engines -------------------------------------------------------------------------------------
+
+# What shards a model -> what the tests run with it, and what no test runs.
+_DEEPSPEED, _ACCELERATE, _TRANSFORMERS = (
+    "DeepSpeed",
+    "FSDP through accelerate",
+    "FSDP2 through from_pretrained(distributed_config=...)",
+)
+_VERIFIED = {
+    _DEEPSPEED: (
+        "ZeRO 1, 2 and 3 in float32 on two CPU processes, with resuming",
+        "GPUs, half precision, offloading, adapters",
+    ),
+    _ACCELERATE: (
+        "nothing, because accelerate runs FSDP on GPUs only and the tests run on CPUs",
+        f"training and resuming (verified is {_TRANSFORMERS})",
+    ),
+    _TRANSFORMERS: (
+        "training in float32 on two and three CPU processes",
+        "GPUs, half precision, offloading, expert parallelism, adapters",
+    ),
+}
+
+
+def engine_of(trainer: Trainer) -> str:
+    """What splits the model over the ranks, so that they talk in each pass; empty if nothing."""
+    if trainer.is_deepspeed_enabled:
+        return _DEEPSPEED
+    if trainer.is_fsdp_enabled:
+        return _ACCELERATE
+    return _TRANSFORMERS if is_fully_sharded(cast(Any, trainer.model)) else ""
+
+
+def _sizes_of_groups(trainer: Trainer) -> dict[str, int]:
+    """How many ranks train the same batch, for each way to split a model that does so."""
+    loaded = getattr(getattr(trainer.model, "config", None), "distributed_config", None)
+    return {
+        "tp_size": trainer.get_tp_size() or 1,
+        "cp_size": trainer.get_cp_size() or 1,
+        "sp_size": trainer.get_sp_size() or 1,
+        "pp_size": getattr(loaded, "pp_size", None) or 1,
+    }
+
+
 # ---- checks --------------------------------------------------------------------------------------
 
 
@@ -812,11 +861,18 @@ def _check_settings(trainer: PrunedDataMixin) -> None:
                 f"accelerator_config: {name}=True does not work with pruning on several ranks: "
                 "unset it."
             )
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
+    for name, size in _sizes_of_groups(trainer).items():
+        if size > 1:
+            raise ValueError(
+                f"{name}={size}: groups of {size} ranks train the same batch, and pruning gives "
+                "each rank samples of its own: expected data parallelism alone (DDP, FSDP or "
+                f"ZeRO with {name}=1), or use pruning=None."
+            )
+    if engine := engine_of(trainer):
+        verified, rest = _VERIFIED[engine]
         warnings.warn(
-            "hf_dynprune was not verified with "
-            f"{'DeepSpeed' if trainer.is_deepspeed_enabled else 'FSDP'}: compare a short run "
-            "with one on DDP before you trust it.",
+            f"{engine}. Verified: {verified}. Not verified: {rest}. Compare a short run with one "
+            "on DDP before you trust it.",
             stacklevel=4,
         )
 

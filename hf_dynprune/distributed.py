@@ -139,6 +139,15 @@ def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
     return gather(index), {name: gather(values) for name, values in signals.items()}
 
 
+def most(count: int) -> int:
+    """The largest of the numbers that the ranks have."""
+    if world()[1] == 1:
+        return count
+    largest = torch.tensor(count, dtype=torch.int64, device=_device())
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def sum_over_ranks(value: Tensor) -> Tensor:
     """The sum of a scalar tensor over all ranks, on its device."""
     if world()[1] == 1:

@@ -18,7 +18,9 @@ possible:
 - With FSDP and DeepSpeed, or if autograd refuses, the values alone.
 
 A batch is compared if it has a valid label and its number in the run is 1, 2, 4, 8, ...: what
-depends on labels, such as a class weight, may be absent from the first batch.
+depends on labels, such as a class weight, may be absent from the first batch. With FSDP and
+DeepSpeed the parts of a model talk to each other in each pass, so no rank may make more passes than
+another. There the number of the batch alone decides.
 """
 
 import math
@@ -279,7 +281,8 @@ class LossCheck:
         name: What computes the Trainer's loss: a model, a compute_loss, ...
         given: The `per_sample_loss_fn`.
         half: Whether the run computes in half precision.
-        gradients: Whether gradients can be looked at.
+        sharded: Whether parts of the model lie on several ranks. Then no gradient can be looked
+            at, and all ranks compare the same batches.
     """
 
     def __init__(
@@ -290,22 +293,25 @@ class LossCheck:
         *,
         given: Any = None,
         half: bool = False,
-        gradients: bool = True,
+        sharded: bool = False,
     ) -> None:
         self.model, self.rule, self.name, self.given = model, rule, name, given
         dtypes = {parameter.dtype for parameter in model.parameters()}
         self.half = half or not dtypes.isdisjoint({torch.bfloat16, torch.float16})
-        self.gradients = gradients
+        self.sharded = sharded
         self._batches, self._next = 0, 1
 
     def due(self) -> bool:
         """Whether the batch that begins is compared. Counts it."""
         self._batches += 1
-        return self._batches >= self._next
+        due = self._batches >= self._next
+        if due and self.sharded:
+            self._next = 2 * self._batches
+        return due
 
     def places(self, outputs: Any) -> Places:
         """Where gradients are compared, as in [`places_of`]; empty for the values alone."""
-        return places_of(outputs, self.model) if self.gradients else {}
+        return {} if self.sharded else places_of(outputs, self.model)
 
     def __call__(
         self,

@@ -47,7 +47,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from . import distributed
-from .data_side import PrunedDataMixin, ours_for, tell_epoch
+from .data_side import PrunedDataMixin, engine_of, ours_for, tell_epoch
 from .loss_check import LossCheck, Places, Slope, part_of, slope
 from .losses import (
     CLASS_RULES,
@@ -59,6 +59,7 @@ from .losses import (
     check_signals,
     derive_rule,
     forward_of_transformers,
+    model_class,
     observe_signals,
     shared_loss,
     unwrapped,
@@ -201,11 +202,11 @@ class SampleLossMixin(PrunedDataMixin):
                 "each token."
             )
         model = unwrapped(self.model)
-        hooked = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if given is None and hooked and not forward_of_transformers(model):
+        engine = engine_of(self)
+        if given is None and engine and not forward_of_transformers(model):
             raise ValueError(
-                f"{type(model).__name__} has a forward of its own, so its name does not tell its "
-                "loss, and with FSDP and DeepSpeed it cannot be compared by gradients: pass "
+                f"{model_class(model).__name__} has a forward of its own, so its name does not "
+                f"tell its loss, and with {engine} it cannot be compared by gradients: pass "
                 f"per_sample_loss_fn={rule.name!r} if that is its loss, or a function (outputs, "
                 f"inputs) -> losses of shape (batch size,){FALLBACK}"
             )
@@ -217,7 +218,10 @@ class SampleLossMixin(PrunedDataMixin):
         return loss, outputs
 
     def _scoring_outputs(self, model: torch.nn.Module, inputs: dict[str, Any]) -> Any:
-        """The outputs of a pass that only scores. Not collective: ranks make different numbers."""
+        """The outputs of a pass that only scores.
+
+        Not collective: unless the model is sharded, ranks make different numbers of passes.
+        """
         return self._own_loss(model, inputs)[1]
 
     # ---- the loss of an optimizer step ----
@@ -401,7 +405,7 @@ class SampleLossMixin(PrunedDataMixin):
             return "compute_loss_func"
         if self.label_smoother is not None:
             return f"label_smoothing_factor={self.args.label_smoothing_factor}"
-        return type(unwrapped(self.model)).__name__
+        return model_class(self.model).__name__
 
     @property
     def _check(self) -> LossCheck:
@@ -414,7 +418,7 @@ class SampleLossMixin(PrunedDataMixin):
                 given=self._given_loss,
                 half=self.args.bf16 or self.args.fp16,
                 # FSDP and DeepSpeed put hooks on the outputs of a pass.
-                gradients=not (self.is_deepspeed_enabled or self.is_fsdp_enabled),
+                sharded=bool(engine_of(self)),
             )
         return self._run_check
 
@@ -427,7 +431,9 @@ class SampleLossMixin(PrunedDataMixin):
         model = cast(torch.nn.Module, self.model)
         part, taken = part_of(batch, size, rule, max(2 if has_batch_norm(model) else 1, size // 4))
         if taken == 0:
-            return
+            if not self._check.sharded:
+                return
+            taken = size  # the other ranks make these passes
         with scoring_state(model, "train", self.args.seed):
             own_loss, outputs = self._own_loss(model, dict(part))
             places, adds = self._check.places(outputs), _auxiliary(outputs) is not None
@@ -495,6 +501,7 @@ class SampleLossMixin(PrunedDataMixin):
             signals=names,
             rule=rule,
             forward=forward,
+            in_step=bool(engine_of(self)),
             **self._scoring_loader(),
             **options,
         )
@@ -587,7 +594,7 @@ def _check_shape(what: str, values: torch.Tensor, size: int) -> None:
 
 def _inseparable(model: Any) -> ValueError:
     return ValueError(
-        f"{type(unwrapped(model)).__name__} adds an auxiliary loss to a loss that is not the one "
+        f"{model_class(model).__name__} adds an auxiliary loss to a loss that is not the one "
         "of the LossRule (matches_model=False), so the auxiliary loss cannot be kept: switch it "
         "off (output_router_logits=False)."
     )

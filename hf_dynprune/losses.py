@@ -9,6 +9,7 @@ so that gradient accumulation and several ranks give the gradient of one big bat
 """
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -62,6 +63,22 @@ class LossRule:
 def unwrapped(model: Any) -> Any:
     """The model below PEFT's wrapper, if it has one. Its class says which head it has."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def model_class(model: Any) -> type:
+    """The class of a model, without PEFT's wrapper and without the one of FSDP2."""
+    cls = type(unwrapped(model))
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without this import nothing was sharded
+    mark = getattr(fsdp, "FSDPModule", None)
+    return next(each for each in cls.__mro__ if mark is None or not issubclass(each, mark))
+
+
+def is_fully_sharded(model: Any) -> bool:
+    """Whether torch's `fully_shard` (FSDP2) has split the model.
+
+    It gives a model a new class, derived from its own and from `FSDPModule`.
+    """
+    return model_class(model) is not type(unwrapped(model))
 
 
 # PEFT's kinds of prompt learning: virtual tokens in front of a sequence, and in its cache.
@@ -358,7 +375,7 @@ def derive_rule(
     rule = _rule_of_head(base)
     if rule is None:
         raise ValueError(
-            f"No loss of one sample is known for a {type(base).__name__}: pass "
+            f"No loss of one sample is known for a {model_class(base).__name__}: pass "
             f"`per_sample_loss_fn=`, the name of a rule ({', '.join(map(repr, RULES))}) or a "
             f"function (outputs, inputs) -> losses of shape (batch size,){FALLBACK}"
         )
@@ -366,7 +383,7 @@ def derive_rule(
 
 
 def _rule_of_head(model: nn.Module) -> LossRule | None:
-    for cls in type(model).__mro__:
+    for cls in model_class(model).__mro__:
         if cls.__name__ in _UNSHIFTED:
             return RULES["tokens"]
         for head, name in _RULE_OF_HEAD.items():

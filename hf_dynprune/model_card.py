@@ -45,7 +45,7 @@ from .escape import (
     target,
 )
 from .files import PICTURE_FILE, REPORT_FILE, atomic, strict
-from .losses import RULES, unwrapped
+from .losses import RULES, model_class, unwrapped
 from .plots import Against, plot_runs, plot_selection, save_picture
 from .policies import POLICIES, FullData, PruningPolicy, make_policy
 from .provenance import ARGUMENTS, hub_dataset, loaded_from, tasks_of
@@ -555,7 +555,7 @@ def _metadata(
 ) -> ModelCardData:
     model, folder = unwrapped(trainer.model), Path(trainer.args.output_dir)
     ids = _listed(given.dataset_tags) or _listed(source.get("id"))
-    tasks = _listed(given.tasks) or tasks_of(type(model).__name__)
+    tasks = _listed(given.tasks) or tasks_of(model_class(model).__name__)
     license = given.license
     if license is None and base is not None:
         # This asks the Hub.
@@ -578,7 +578,7 @@ def _metadata(
         tags=list(dict.fromkeys(["generated_from_trainer", *_listed(given.tags), *old_tags])),
         datasets=ids or None,
         metrics=list(results) or None,
-        model_name=given.model_name or folder.name or base or type(model).__name__,
+        model_name=given.model_name or folder.name or base or model_class(model).__name__,
     )
     # With several datasets it is unknown which one the results are for.
     if tasks and len(dataset_names) == 1:
@@ -682,7 +682,7 @@ def _notes(trainer: Any) -> list[Markdown]:
 def _loading(trainer: Any, is_timm: bool, source: str | None) -> dict[str, Any]:
     """What the loading snippet names; empty for a model class that transformers does not have."""
     model = unwrapped(trainer.model)
-    cls, config = type(model), getattr(model, "config", None)
+    cls, config = model_class(model), getattr(model, "config", None)
     if getattr(transformers, cls.__name__, None) is not cls:
         return {}
     vision = sys.modules.get("hf_dynprune.vision")

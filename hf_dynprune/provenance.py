@@ -14,7 +14,7 @@ import xxhash
 from transformers.modelcard import TASK_MAPPING
 
 from .arguments import TRAINING_SETTINGS
-from .losses import unwrapped
+from .losses import model_class, unwrapped
 
 # The private names that this file leans on. Reason for each:
 SEAMS = {
@@ -52,8 +52,8 @@ def provenance_of(trainer: Any, fingerprint: str) -> dict[str, Any]:
     labels = labels_of(data)
     found = {
         "model": source,
-        "model_class": type(model).__name__,
-        "task": next(iter(tasks_of(type(model).__name__)), None),
+        "model_class": model_class(model).__name__,
+        "task": next(iter(tasks_of(model_class(model).__name__)), None),
         "dataset": {
             **hub_dataset(data),
             "fingerprint": fingerprint,

@@ -39,6 +39,7 @@ def score_samples(
     seed: int = 0,
     description: str = "scoring",
     progress: bool = True,
+    in_step: bool = False,
     **loader: Any,
 ) -> dict[str, Tensor]:
     """The signals of some samples, each from one forward pass without gradient.
@@ -58,6 +59,8 @@ def score_samples(
         seed: Seeds all random numbers of the pass.
         description: The label of the bar.
         progress: Whether to show a bar, on rank 0.
+        in_step: Whether all ranks must make the same number of passes, because their parts of the
+            model talk to each other in each pass. A rank with fewer samples scores copies.
         loader: More options for the DataLoader.
 
     Returns:
@@ -66,7 +69,10 @@ def score_samples(
     Cost: M forward passes.
     """
     fills_one = mode == "train" and has_batch_norm(model)
-    batches = _batches(dataset, index, batch_size, collator, seed, loader, fills_one=fills_one)
+    copies = distributed.most(len(index)) - len(index) if in_step else 0
+    batches = _batches(
+        dataset, index, batch_size, collator, seed, loader, fills_one=fills_one, copies=copies
+    )
     parts: list[dict[str, Tensor]] = []
     scored = []
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
@@ -112,16 +118,19 @@ def _batches(
     options: dict[str, Any],
     *,
     fills_one: bool = False,
+    copies: int = 0,
 ) -> DataLoader:
     """The samples of `index`, in their order. Each batch carries its sample indices.
 
-    With `fills_one`, a last batch of one sample gets a copy of it, with the index -1.
+    After them come `copies` of one sample, with the index -1. With `fills_one`, a last batch of one
+    sample gets a copy, too.
     """
     # The sampler yields blocks. As one list the indices of a large dataset take five times the
     # bytes.
     sampler = PruningSampler(0)
-    alone = fills_one and batch_size > 1 and len(index) % batch_size == 1
-    sampler.set_epoch_order(torch.cat([index, ~index[-1:]]) if alone else index)
+    copies += fills_one and batch_size > 1 and (len(index) + copies) % batch_size == 1
+    copied = index[-1:] if len(index) else torch.zeros(1, dtype=torch.int64)
+    sampler.set_epoch_order(torch.cat([index, ~copied.repeat(copies)]) if copies else index)
     return DataLoader(
         IndexedDataset(dataset),
         batch_size=batch_size,

@@ -73,10 +73,12 @@ def torchrun(*command, ranks, environment=None, cwd=ROOT):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    given = os.environ if environment is None else environment
+    paths = [str(ROOT / "tests"), str(ROOT), *filter(None, [given.get("PYTHONPATH")])]
     shared = {
-        **(os.environ if environment is None else environment),
+        **given,
         "ACCELERATE_USE_CPU": "true",
-        "PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{ROOT}",
+        "PYTHONPATH": os.pathsep.join(paths),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(ranks),

@@ -408,7 +408,7 @@ def test_a_loss_that_depends_on_no_output_is_compared_by_parameters():
 
 
 def test_without_gradients_the_values_are_compared():
-    check = LossCheck(nn.Linear(2, 2), RULES["single_label"], "a model", gradients=False)
+    check = LossCheck(nn.Linear(2, 2), RULES["single_label"], "a model", sharded=True)
     one = slope(torch.tensor(2.0, requires_grad=True), check.places({}))
     assert one.where == ""
     other = slope(torch.tensor(2.001, requires_grad=True), {})
