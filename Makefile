@@ -2,18 +2,20 @@
 # calls find it ready.
 
 # PYTHON is what .venv is made with (make test PYTHON=python3.12). ARGS is passed on
-# (make test ARGS="-x tests/test_policies_base.py").
+# (make test ARGS="-x tests/test_policies_base.py"). CONSTRAINTS has the versions that are installed
+# into VENV (make test VENV=.venv-lowest CONSTRAINTS=.ci/constraints/lowest.txt).
 PYTHON ?= python3
 ARGS   ?=
+CONSTRAINTS ?= constraints.txt
 
-VENV  := .venv
+VENV  ?= .venv
 READY := $(VENV)/.installed
 BIN   := $(VENV)/bin
 PIP   := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart check test versions docs torture reliability gpu quality format clean
+.PHONY: help quickstart check test versions docs torture reliability gpu quality format constraints clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -40,14 +42,15 @@ test: $(READY)  ## run all tests (ARGS="..." goes to pytest)
 	$(PYTEST) $(ARGS)
 
 # The trainer's tests once more, on the lowest transformers that pyproject.toml allows and on the
-# newest 5.x that pip offers. They are installed beside .venv, without what they depend on.
+# newest 5.x that pip offers. They are installed beside .venv, with what they depend on. That does
+# not include torch.
 VERSIONS := $(VENV)/versions
-LOWEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
+LOWEST := $(shell sed -n '/^dependencies/,/^]/s/.*"transformers>=\([0-9.]*\),.*/\1/p' pyproject.toml)
 SEAMS := trainer data_side loss_side upstream
 
 $(VERSIONS)/lowest $(VERSIONS)/newest: $(READY)
 	@rm -rf $@
-	@$(PIP) install -qq --no-deps --target $@ \
+	@$(PIP) install -qq --target $@ \
 	    'transformers$(if $(filter %lowest,$@),==$(LOWEST).*,>=$(LOWEST),<6)'
 
 versions: $(VERSIONS)/lowest $(VERSIONS)/newest  ## run the trainer's tests on other transformers
@@ -84,6 +87,13 @@ format: $(READY)  ## repair what can be repaired of the style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+constraints: $(READY)  ## resolve the lowest and the newest versions that CI tests, by uv
+	@$(PIP) install -qq uv
+	@for set in lowest newest; do \
+	    $(BIN)/python .ci/constraints.py $$set > $(VENV)/$$set.txt && \
+	    mv $(VENV)/$$set.txt .ci/constraints/$$set.txt || exit 1; \
+	done
+
 clean:  ## remove caches and build products (not .venv, not runs/)
 	rm -rf build dist docs/_build *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
@@ -96,9 +106,9 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch comes first and alone, so that no later package fetches another one.
-$(READY): pyproject.toml constraints.txt .ci/repair_torchvision.py | $(BIN)/python
+$(READY): pyproject.toml $(CONSTRAINTS) .ci/repair_torchvision.py | $(BIN)/python
 	@echo "Installing into $(VENV): a few minutes the first time, nothing the next time ..."
-	@$(PIP) install -qq -c constraints.txt torch
-	@$(PIP) install -qq -c constraints.txt -e '.[dev]'
+	@$(PIP) install -qq -c $(CONSTRAINTS) torch
+	@$(PIP) install -qq -c $(CONSTRAINTS) -e '.[dev]'
 	@$(BIN)/python .ci/repair_torchvision.py
 	@touch $@

@@ -70,7 +70,7 @@ from .pruner import DynamicPruner, choice_seed
 from .sampler import SAMPLE_INDEX
 from .schedule import RunShape, planned_epochs
 from .scoring import has_batch_norm, loss_left_out, score_samples, scoring_state
-from .upstream import owner_behind
+from .upstream import divided_later, owner_behind
 
 # The private names of the Trainer that this file leans on, and those that are public but not
 # documented. Reason for each:
@@ -330,6 +330,9 @@ class SampleLossMixin(PrunedDataMixin):
         loss = weighted.sum() * ranks / denominator
         if extra is not None:
             loss = loss + extra / max(1, len(self._of_step))
+        later = divided_later(self)
+        if later > 1:
+            loss = loss * later
         return (loss, outputs) if return_outputs else loss
 
     def _forward(

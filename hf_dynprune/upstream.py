@@ -24,6 +24,9 @@ SEAMS = {
     "called for a resumed run and for the best model, before any callback sees the model",
     "PreTrainedModel._keys_to_ignore_on_save": "weights that a checkpoint leaves out on purpose",
     "DataLoaderShard.base_dataloader": "the torch loader in accelerate's; it owns the workers",
+    "Trainer.model_accepts_loss_kwargs": "below transformers 5.19 it decides whether the Trainer "
+    "divides a loss by the accumulated batches",
+    "Trainer.current_gradient_accumulation_steps": "by what it divides then",
 }
 
 # At run time a mixin has no base, so that it can stand above any Trainer. Type checkers see the
@@ -91,6 +94,20 @@ class UpstreamMends(TrainerBase):
         if self._operations is None:
             self._operations = super().floating_point_ops(inputs) // main.numel()
         return self._operations * main.numel()
+
+
+def divided_later(trainer: Trainer) -> int:
+    """By what the Trainer divides the loss of a batch after compute_loss.
+
+    1 from transformers 5.19 on, where our `loss_is_scaled_for_ga = True` stops the division.
+    Earlier versions divide by the number of accumulated batches if the model's forward takes no
+    `**kwargs` and there is no `compute_loss_func`. A loss that is normalised over the step is
+    multiplied by this number first. The function goes when 5.19 is the lowest version.
+    """
+    spared = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    if spared or hasattr(Trainer, "loss_is_scaled_for_ga"):
+        return 1
+    return cast(Any, trainer).current_gradient_accumulation_steps
 
 
 def untrained(model: torch.nn.Module) -> set[str]:

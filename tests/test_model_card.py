@@ -212,6 +212,7 @@ def test_arguments_are_those_of_the_trainer():
 
 
 def test_trainer_writes_the_card_and_it_reads_back(trainer, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
     trainer.create_model_card(None, None, ["mine"], "written")
     card = ModelCard.load(tmp_path / "README.md")
@@ -237,6 +238,7 @@ def test_no_picture_without_matplotlib_and_in_mid_run(trainer, tmp_path, monkeyp
 
 
 def test_trainer_compares_with_reports_it_is_given(trainer, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setattr(trainer.args, "output_dir", str(tmp_path))
     report = trainer.pruning_report
     other = replace(

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import hf_dynprune
 
@@ -150,16 +153,63 @@ def test_issue_forms_are_ones_that_github_takes(path):
         assert part["type"] != "dropdown" or part["attributes"]["options"]
 
 
-def test_every_dev_dependency_is_pinned():
-    pinned = {
-        line.partition("==")[0].lower().replace("_", "-")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line
-    }
+def requirements():
+    """What pyproject.toml asks for, in the dependencies and in the extras."""
     extras = PROJECT["optional-dependencies"].values()
     named = [*PROJECT["dependencies"], *(each for extra in extras for each in extra)]
-    names = {re.match(r"[\w-]+", each)[0].lower().replace("_", "-") for each in named}
-    assert names - {"hf-dynprune"} <= pinned
+    asked = [Requirement(each) for each in named]
+    return [each for each in asked if each.name != PROJECT["name"]]
+
+
+def pins(path):
+    """(package, version) of each line of a file of constraints; a package may have several."""
+    lines = [line for line in path.read_text().splitlines() if line and not line.startswith("#")]
+    pinned = [Requirement(line) for line in lines]
+    assert all(str(each.specifier).startswith("==") for each in pinned)
+    return [(canonicalize_name(each.name), str(each.specifier)[2:]) for each in pinned]
+
+
+CONSTRAINTS = [ROOT / "constraints.txt", *sorted((ROOT / ".ci/constraints").glob("*.txt"))]
+
+
+@pytest.mark.parametrize("path", CONSTRAINTS, ids=lambda path: path.stem)
+def test_every_dependency_is_pinned_to_a_version_that_is_allowed(path):
+    pinned = pins(path)
+    assert {canonicalize_name(each.name) for each in requirements()} <= {name for name, _ in pinned}
+    for each in requirements():
+        for name, version in pinned:
+            if name == canonicalize_name(each.name):
+                assert version in each.specifier, (each, version)
+
+
+def test_the_lowest_versions_are_those_that_pyproject_allows():
+    """Of each package for users that has one: the lowest version is the highest of its floors."""
+    pinned = dict(pins(ROOT / ".ci/constraints/lowest.txt"))
+    floors = {}
+    for each in requirements():
+        for part in each.specifier:
+            if part.operator == ">=" and each.name not in ("torch", *TOOLS):
+                floors.setdefault(each.name, []).append(Version(part.version))
+    assert {"accelerate", "datasets", "numpy", "timm", "transformers", "trl"} <= floors.keys()
+    for name, versions in floors.items():
+        assert Version(pinned[name]) == max(versions), name
+
+
+# Not for users, so their versions are those of constraints.txt.
+TOOLS = {
+    Requirement(each).name
+    for extra in ("docs", "dev")
+    for each in PROJECT["optional-dependencies"][extra]
+}
+
+
+def test_ci_installs_constraints_that_exist():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())
+    jobs = workflow["jobs"]["versions"]["strategy"]["matrix"]["include"]
+    for job in jobs:
+        assert ROOT / job["constraints"] in CONSTRAINTS
+    assert {ROOT / job["constraints"] for job in jobs} == set(CONSTRAINTS)
+    assert "$(CONSTRAINTS)" in (ROOT / "Makefile").read_text()
 
 
 # ---- the release ---------------------------------------------------------------------------------
