@@ -27,7 +27,7 @@ from transformers.trainer_utils import IntervalStrategy
 from . import checkpoints, distributed
 from .arguments import TRAINING_SETTINGS
 from .checks import check_count, did_you_mean
-from .data_side import tell_epoch
+from .data_side import engine_of, tell_epoch
 from .files import SCORES_FILE, checksum, load_json, save_json
 from .identity import dataset_fingerprint
 from .losses import CLASS_RULES, LossRule
@@ -437,6 +437,11 @@ class _ScoringTrainer(DynamicPruningTrainer):
             raise ValueError(
                 f"method={self.method!r} is for classification, and this task is {rule!r}: use "
                 "method='grand'."
+            )
+        if self.method == "grand" and (engine := engine_of(self)):
+            raise ValueError(
+                f"method={self.method!r} needs the gradient of each sample over a whole model, "
+                f"and {engine} splits it over the ranks: score on one process or with DDP."
             )
         if METHODS[self.method].signal == "loss" and rule == "batch_mean":
             raise ValueError(

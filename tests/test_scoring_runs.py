@@ -639,6 +639,13 @@ def test_settings_that_cannot_be_read(tmp_path, text):
     assert (tmp_path / "settings.json").read_text() == text
 
 
+def test_gradients_of_a_split_model_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_dynprune.scoring_runs.engine_of", lambda trainer: "an engine")
+    with pytest.raises(ValueError, match=r"'grand'.*an engine"):
+        score("grand", tmp_path, callbacks=must_not_train())
+    assert len(score("el2n", tmp_path, epochs=0)) == N
+
+
 def test_run_of_other_settings_that_was_moved_there(tmp_path):
     score("el2n", tmp_path)
     score("el2n", tmp_path, epochs=1, output_dir=tmp_path / "other")
