@@ -144,10 +144,10 @@ def render(record: Mapping[str, Mapping[str, Any]]) -> str:
             continue
         state, result = entry["state"], " ".join(entry["result"].split()).replace("|", "\\|")
         text = {"passed": result, "not run": f"not run: {result}"}.get(
-            state, f"**failed**: {result}"
+            state, f"**failed**: {result[-300:]}"
         )
         lines.append(
-            f"| {check.words} | {entry['gpus']} × {entry['environment']['device']} | {text[:400]} |"
+            f"| {check.words} | {entry['gpus']} × {entry['environment']['device']} | {text} |"
         )
     return "\n".join(lines)
 
