@@ -239,8 +239,13 @@ QUIET = {
     "disable_tqdm": True,
     "use_cpu": True,
     "bf16": False,
-    "activation_checkpointing": False,
     "dataloader_pin_memory": False,
+    # Lower versions of transformers have only the second name.
+    next(
+        name
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+        if name in TrainingArguments.__dataclass_fields__
+    ): False,
 }
 
 
