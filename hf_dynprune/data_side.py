@@ -30,7 +30,6 @@ from transformers.utils import logging
 
 from . import checkpoints, distributed
 from .identity import OWN, dataset_fingerprint
-from .losses import is_fully_sharded
 from .policies import PruningPolicy
 from .potential import Magnitude
 from .provenance import provenance_of
@@ -759,7 +758,7 @@ def engine_of(trainer: Trainer) -> str:
         return _DEEPSPEED
     if trainer.is_fsdp_enabled:
         return _ACCELERATE
-    return _TRANSFORMERS if is_fully_sharded(cast(Any, trainer.model)) else ""
+    return _TRANSFORMERS if distributed.is_fully_sharded(trainer.model) else ""
 
 
 def _sizes_of_groups(trainer: Trainer) -> dict[str, int]:

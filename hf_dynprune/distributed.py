@@ -4,6 +4,7 @@ Collectives run on the device of the backend (NCCL takes no CPU tensors). What c
 the CPU. Indices stay int64, apart from scores: in float32 an index above 2^24 names another sample.
 """
 
+import sys
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -137,6 +138,14 @@ def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)]).cpu()
 
     return gather(index), {name: gather(values) for name, values in signals.items()}
+
+
+def is_fully_sharded(model: object) -> bool:
+    """Whether torch's `fully_shard` (FSDP2) has split the model or a part of it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # without this import nothing was split
+    if fsdp is None or not isinstance(model, torch.nn.Module):
+        return False
+    return any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
 
 
 def most(count: int) -> int:

@@ -73,14 +73,6 @@ def model_class(model: Any) -> type:
     return next(each for each in cls.__mro__ if mark is None or not issubclass(each, mark))
 
 
-def is_fully_sharded(model: Any) -> bool:
-    """Whether torch's `fully_shard` (FSDP2) has split the model.
-
-    It gives a model a new class, derived from its own and from `FSDPModule`.
-    """
-    return model_class(model) is not type(unwrapped(model))
-
-
 # PEFT's kinds of prompt learning: virtual tokens in front of a sequence, and in its cache.
 _IN_FRONT = ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING")
 _IN_CACHE = ("PREFIX_TUNING", "CARTRIDGE")
