@@ -25,8 +25,8 @@ quickstart: $(READY)  ## train a small model with and without pruning, on this m
 
 # One file of tests goes to one worker, which makes once what its tests share. The files come in
 # their order: the default, most tests first, would leave the slow file that starts programs last.
-# Four workers fill two cores: some tests wait for programs and ranks that they start.
-PYTEST := $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+# Three workers fill two cores: some tests wait for programs and ranks that they start.
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # The first tier: style, the core, the policies, and the trainer's most telling runs.
 CORE := checks files selection schedule table scores sampler observations pruner report conformance \
