@@ -45,8 +45,8 @@ def content(folder: Path, *, read_bytes: int = _READ_BYTES) -> dict[str, list]:
 
     If the files have more than `read_bytes` together, the large ones have a third entry: of how
     many pieces of 1 MiB the checksum is. They are evenly spaced; the first and the last MiB are two
-    of them. A changed length, a cut or an unwritten half is found then, a single changed byte may
-    not be.
+    of them. Such a checksum shows that a file was cut or written by half. It may miss a single byte
+    that changed.
 
     Args:
         folder: The checkpoint.

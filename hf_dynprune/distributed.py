@@ -140,12 +140,21 @@ def gather_observations(index: Tensor, signals: Rows) -> tuple[Tensor, Rows]:
     return gather(index), {name: gather(values) for name, values in signals.items()}
 
 
+def sharded_classes() -> tuple[type, ...]:
+    """The class that torch's `fully_shard` (FSDP2) adds to the modules that it splits.
+
+    Empty as long as nobody imported it: then nothing was split.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return () if fsdp is None else (fsdp.FSDPModule,)
+
+
 def is_fully_sharded(model: object) -> bool:
-    """Whether torch's `fully_shard` (FSDP2) has split the model or a part of it."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without this import nothing was split
-    if fsdp is None or not isinstance(model, torch.nn.Module):
+    """Whether `fully_shard` has split the model or a part of it."""
+    split = sharded_classes()
+    if not split or not isinstance(model, torch.nn.Module):
         return False
-    return any(isinstance(module, fsdp.FSDPModule) for module in model.modules())
+    return any(isinstance(module, split) for module in model.modules())
 
 
 def most(count: int) -> int:

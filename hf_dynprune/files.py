@@ -104,9 +104,9 @@ def parse_json(text: str) -> Any:
         raise ValueError("its JSON is nested too deeply") from None
 
 
-def save_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON value, indented. The folder is made if need be."""
-    text = json_text(value, indent=2) + "\n"
+def save_json(path: str | os.PathLike[str], value: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON value, indented or (None) on one line. The folder is made if need be."""
+    text = json_text(value, indent=indent) + "\n"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

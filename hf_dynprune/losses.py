@@ -9,7 +9,6 @@ so that gradient accumulation and several ranks give the gradient of one big bat
 """
 
 import inspect
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .checks import did_you_mean
 
 IGNORED = -100  # the label that transformers leaves out of a loss
@@ -67,10 +67,8 @@ def unwrapped(model: Any) -> Any:
 
 def model_class(model: Any) -> type:
     """The class of a model, without PEFT's wrapper and without the one of FSDP2."""
-    cls = type(unwrapped(model))
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # without this import nothing was sharded
-    mark = getattr(fsdp, "FSDPModule", None)
-    return next(each for each in cls.__mro__ if mark is None or not issubclass(each, mark))
+    split = distributed.sharded_classes()
+    return next(cls for cls in type(unwrapped(model)).__mro__ if not issubclass(cls, split))
 
 
 # PEFT's kinds of prompt learning: virtual tokens in front of a sequence, and in its cache.

@@ -23,7 +23,14 @@ from hf_dynprune.potential import (
 )
 from hf_dynprune.report import EpochRecord, PruningReport
 from hf_dynprune.table import Counts, History, Last, Memories, MovingMean
-from recipes.studies.potential import compared, main, plot_predicted, points_of, saving_of
+from recipes.studies.potential import (
+    compared,
+    main,
+    plot_predicted,
+    points_of,
+    potential,
+    saving_of,
+)
 
 NAN, INF = math.nan, math.inf
 STORED = Path(__file__).parents[1] / "recipes" / "results" / "potential.json"
@@ -406,6 +413,18 @@ def test_predictions_beside_what_was_measured(tmp_path):
     assert found["rank_correlation"] == pytest.approx(1)
     assert compared(folders[:2], predicted)["rank_correlation"] is None
     assert len(plot_predicted(found["settings"]).axes[0].containers) == 3
+
+
+def test_predicted_studies_are_not_fitted():
+    names = ("cifar10_16px", "cifar10_resnet8", "cifar100_16px")
+    studies = [STORED.parent / "studies" / name for name in names]
+    saving = {"factor": 1.0, "interval": [0.9, 1.1]}
+    predicted = [{"study": "cifar100_16px", "cost": 0.3, "saving": saving}]
+    found = potential(studies, predicted)
+    assert {point["study"] for point in found["points"]} == set(names[:2])
+    assert found["fit"]["studies"] == 4
+    (setting,) = found["predicted"]["settings"]
+    assert setting["measured"]["study"] == "cifar100_16px"
 
 
 def test_stored_points_are_those_of_the_reports():
