@@ -125,6 +125,32 @@ def potential():
     return markdown(heads, rows)
 
 
+def predicted():
+    """What was predicted of each setting before it was run, and what was measured."""
+    measured = {
+        (setting["study"], setting["cost"]): setting["measured"]
+        for setting in json.loads((RESULTS / "potential.json").read_text())["predicted"]["settings"]
+    }
+    rows = []
+    for setting in json.loads((RESULTS / "predicted.json").read_text())["settings"]:
+        study, cost, said = setting["study"], setting["cost"], setting["saving"]
+        point = measured.get((study, cost))
+        seen, inside, seeds = "not run yet", "", ""
+        if point is not None:
+            seen, seeds = _factor(point["saving"], point["interval"]), str(point["seeds"])
+            inside = "yes" if said["interval"][0] <= point["saving"] <= said["interval"][1] else "no"
+        gain = f"{setting['gain']:.2f}"
+        words = _factor(said["factor"], said["interval"])
+        rows.append([study, f"{cost:g}", gain, words, seen, inside, seeds])
+    heads = ["study", "cost", "G of the short run", "predicted saving factor", "measured"]
+    return markdown([*heads, "within the prediction", "seeds"], rows)
+
+
+def _factor(middle, ends):
+    """Such as '1.20 (0.95 to 1.50)'."""
+    return f"{middle:.2f}" + (f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "")
+
+
 def _rows(rule, ahead):
     """In how many rows of accuracy a rule was compared, or was ahead of the short run."""
     found = [
@@ -222,6 +248,7 @@ TABLES = {
     "noise": studies.noise,
     "tiny_imagenet": tiny_imagenet,
     "potential": potential,
+    "predicted": predicted,
     "packing": packing,
     "prompts 0.2": lambda: rl_results.table(rl_results.stored(), 0.2),
     "prompts 0.4": lambda: rl_results.table(rl_results.stored(), 0.4),
