@@ -826,12 +826,13 @@ def _describe(score: Tensor, observed: Tensor) -> dict[str, float]:
     Of many samples, evenly spaced ones are described.
     """
     step = max(1, len(score) // _DESCRIBED)
-    scores = score[::step][observed[::step]]
-    # In float32 the mean, and what is between two quantiles, overflow from 1e38 on.
-    scores = scores[scores.isfinite()].double()
+    score, observed = score[::step], observed[::step]
+    scores = score.index_select(0, indices_of(observed & score.isfinite()))
     if len(scores) == 0:
         return {}
     shares = (0.05, 0.25, 0.5, 0.75, 0.95)
-    quantiles = np.quantile(scores.numpy(), shares)
+    # Sorted first: NumPy sorts float32 much faster than `quantile` partitions.
+    # In float32 the mean, and what is between two quantiles, overflow from 1e38 on.
+    quantiles = np.quantile(np.sort(scores.numpy()).astype(np.float64), shares)
     described = {f"q{100 * s:02.0f}": float(q) for s, q in zip(shares, quantiles, strict=True)}
-    return {"mean": float(scores.mean()), **described}
+    return {"mean": float(scores.double().mean()), **described}
