@@ -138,7 +138,8 @@ def predicted():
         seen, inside, seeds = "not run yet", "", ""
         if point is not None:
             seen, seeds = _factor(point["saving"], point["interval"]), str(point["seeds"])
-            inside = "yes" if said["interval"][0] <= point["saving"] <= said["interval"][1] else "no"
+            low, high = said["interval"]
+            inside = "yes" if low <= point["saving"] <= high else "no"
         gain = f"{setting['gain']:.2f}"
         words = _factor(said["factor"], said["interval"])
         rows.append([study, f"{cost:g}", gain, words, seen, inside, seeds])
