@@ -23,6 +23,7 @@ BENCHMARKS = {
         "layout",
     ),
     "scale": ("--sizes 3000 20000 --ranks 4 --extrapolate 1e6", "role"),
+    "sharded": ("--ranks 2 --sizes --rounds 1 --extrapolate 1e6", "way"),
     "scoring": ("--rounds 1 --samples 256 --models resnet8_cifar bert", "model"),
     "startup": ("--rounds 1 --samples 3000", "what"),
 }
