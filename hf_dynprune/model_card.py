@@ -697,12 +697,11 @@ def _loading(trainer: Any, is_timm: bool, source: str | None) -> dict[str, Any]:
     }
 
 
-@cache  # dir(transformers) takes a tenth of a second
+@cache
 def _autos() -> list[str]:
     """The names of transformers' Auto classes of models with a head."""
-    return [
-        name for name in dir(transformers) if re.fullmatch("AutoModelFor(?!PreTraining).+", name)
-    ]
+    every: list[str] = vars(transformers)["__all__"]  # dir(transformers) takes a tenth of a second
+    return sorted(name for name in every if re.fullmatch("AutoModelFor(?!PreTraining).+", name))
 
 
 def _made_by(auto_name: str, config: Any) -> tuple[type, ...]:

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -80,19 +81,28 @@ class ClassBudget(KeepsShare, ScoredPolicy):
         if left <= 0:
             return EpochPlan(top_k(score, choice.size, generator))
         known = indices_of(score.isfinite())
-        classes, which = torch.unique(choice.table["label"][known], return_inverse=True)
-        loss = score[known].double().clamp(max=math.log(max(1, len(classes))))
+        labels = choice.table["label"].index_select(0, known)
+        classes, which = torch.unique(labels, return_inverse=True)
+        loss = score.index_select(0, known).double().clamp(max=math.log(max(1, len(classes))))
         size = torch.bincount(which, minlength=len(classes))
         mean = torch.bincount(which, loss.clamp(min=0), minlength=len(classes)) / size
         budget = class_budget(mean, size, left)
         key = loss / self.beta + gumbel(len(known), generator)
         # By class, and within a class the highest keys first.
         order = torch.argsort(key, descending=True)
-        order = order[torch.argsort(which[order], stable=True)]
+        order = order.index_select(0, _by_class(which.index_select(0, order), len(classes)))
         begins = torch.cumsum(size, 0) - size
-        place = torch.arange(len(order)) - begins[which[order]]
-        mask[known[order[place < budget[which[order]]]]] = True
+        place = torch.arange(len(order)) - begins.repeat_interleave(size)
+        chosen = order[place < budget.repeat_interleave(size)]
+        mask.index_fill_(0, known.index_select(0, chosen), True)
         return EpochPlan(indices_of(filled(mask, choice.size, generator)))
+
+
+def _by_class(which: Tensor, classes: int) -> Tensor:
+    """(M,) int64, by which (M,) class numbers in [0, classes) ascend; equal ones stay in order."""
+    # NumPy sorts integers of 16 bits by their digits.
+    numbers = which.numpy().astype(np.uint16) if classes <= 1 << 16 else which.numpy()
+    return torch.from_numpy(np.argsort(numbers, kind="stable"))
 
 
 def class_budget(loss: Tensor, size: Tensor, k: int) -> Tensor:
