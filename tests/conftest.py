@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models; several test proce
 
 import pytest
 from hypothesis import HealthCheck, settings
+from programs import share_server
 from reliability import check_key, merge
 
 # No limit on time: the first example of a test pays for imports, and machines differ.
@@ -87,9 +88,13 @@ class Recorder:
 
 
 def pytest_configure(config):
+    if hasattr(config, "workerinput"):
+        return  # workers report to the controller, and use its server
     path = os.environ.get("RELIABILITY")
-    if path and not hasattr(config, "workerinput"):  # workers report to the controller
+    if path:
         config.pluginmanager.register(Recorder(Path(path).absolute()), "reliability")
+    if config.getoption("numprocesses", None):
+        share_server()
 
 
 def pytest_collection_finish():

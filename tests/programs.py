@@ -5,12 +5,15 @@
 
 Importing torch and transformers takes seconds, and the tests start hundreds of programs. A program
 runs as `python program.py arguments` runs it: as `__main__`, with arguments, environment, folder
-and output of its own. Only what is read from the environment at an import is the server's.
+and output of its own. Only what is read from the environment at an import is the server's. What a
+program starts by `sys.executable` or by multiprocessing's "spawn" is forked as well.
 
     test --request--> server --fork--> one process per request --fork--> the programs
 """
 
+import atexit
 import faulthandler
+import fcntl
 import gc
 import json
 import multiprocessing
@@ -23,23 +26,28 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from multiprocessing.connection import wait
+from multiprocessing.spawn import get_executable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PATIENCE = 3600  # seconds after which a program hangs
 SOCKET = "HF_DYNPRUNE_TESTS_SOCKET"  # an environment variable, for `run`
+ABOVE = 512  # file descriptors from here on are nobody's
 
 # What most programs import. Nothing may start a thread: a fork loses it.
 IMPORTED = (
     "datasets",
     "evaluate",
     "hf_dynprune.cli",
+    "hf_dynprune.model_card",
+    "hf_dynprune.plots",
     "hf_dynprune.scoring_runs",
     "hf_dynprune.vision",
     "matplotlib.pyplot",
@@ -62,10 +70,13 @@ def python(*command, environment=None, cwd=ROOT):
     return _run(command, [os.environ if environment is None else environment], cwd)[0]
 
 
-def torchrun(*command, ranks, environment=None, cwd=ROOT):
+def torchrun(*command, ranks, environment=None, cwd=ROOT, imports=()):
     """Run a program on that many processes that talk by gloo, as torchrun starts them.
 
     If one fails, the others are killed.
+
+    Args:
+        imports: Modules that take long to import. They are imported once for all ranks.
 
     Returns:
         subprocess.CompletedProcess with the first status that is not 0, and the output of all.
@@ -85,14 +96,39 @@ def torchrun(*command, ranks, environment=None, cwd=ROOT):
         "LOCAL_WORLD_SIZE": str(ranks),
     }
     own = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
-    done = _run(command, own, cwd)
+    done = _run(command, own, cwd, imports)
     statuses = [each.returncode for each in done]
     status = max(statuses) or min(statuses)  # below 0 for one that was killed
     out, err = "".join(each.stdout for each in done), "".join(each.stderr for each in done)
     return subprocess.CompletedProcess(done[0].args, status, out, err)
 
 
-def _run(command, environments, cwd):
+def launcher():
+    """A program that stands for `sys.executable`, and the environment that it needs.
+
+    What it starts is forked from the server, with the open files of the one that started it.
+    """
+    path, _ = _server()
+    return str(_launcher(path)), {SOCKET: path}
+
+
+@contextmanager
+def spawned_by_forks():
+    """Meanwhile what multiprocessing spawns in this process is a fork of the server.
+
+    As in a new interpreter, a worker gets all that it knows of this process by pickle.
+    """
+    program, environment = launcher()
+    executable = get_executable()
+    os.environ.update(environment)
+    multiprocessing.set_executable(program)
+    try:
+        yield
+    finally:
+        multiprocessing.set_executable(executable)
+
+
+def _run(command, environments, cwd, imports=()):
     """Run one program in as many processes as there are environments, at the same time."""
     command = [str(part) for part in command]
     path, _ = _server()
@@ -100,7 +136,7 @@ def _run(command, environments, cwd):
     with tempfile.TemporaryDirectory() as folder:
         names = [(f"{folder}/{i}.out", f"{folder}/{i}.err") for i in range(len(environments))]
         streams = [[os.devnull, *pair] for pair in names]
-        answer = _ask(path, command, str(cwd), environments, streams)
+        answer = _ask(path, command, str(cwd), environments, streams, imports=imports)
         texts = [[Path(name).read_text(errors="replace") for name in pair] for pair in names]
     if answer["hung"]:
         printed = "\n".join(out + err for out, err in texts)
@@ -111,14 +147,17 @@ def _run(command, environments, cwd):
     ]
 
 
-def _ask(path, command, cwd, environments, streams):
+def _ask(path, command, cwd, environments, streams, handed_on=(), imports=()):
     """The server's answer to a request, when the programs have ended.
 
-    `streams` are the files for the input and the two outputs of each program.
+    `streams` are the files for the input and the two outputs of each program, `handed_on` the file
+    descriptors of this process that they have under the same numbers.
     """
     request = {"command": command, "cwd": cwd, "environments": environments, "streams": streams}
+    request |= {"handed on": list(handed_on), "imports": list(imports)}
     with socket.socket(socket.AF_UNIX) as connection:
         connection.connect(path)
+        socket.send_fds(connection, [b"\n"], handed_on)
         connection.sendall(json.dumps(request).encode() + b"\n")
         answer = connection.makefile().readline()
     if not answer:
@@ -126,80 +165,142 @@ def _ask(path, command, cwd, environments, streams):
     return json.loads(answer)
 
 
+def share_server():
+    """Start the server for this process and for those that it will start."""
+    os.environ[SOCKET], _ = _server()
+
+
 @cache
 def _server():
-    """The socket of this process's server, and the server, which ends when its input does."""
+    """The socket of the server, and the server if it is this process's: it ends with its input."""
+    if SOCKET in os.environ:
+        return os.environ[SOCKET], None
     path = str(Path(tempfile.mkdtemp(prefix="programs"), "socket"))
     command = [sys.executable, __file__, "serve", path]
-    server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # It hashes texts in another way than this process, so that no program depends on it.
+    environment = {**os.environ, "PYTHONHASHSEED": "random"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    server = subprocess.Popen(command, env=environment, **pipes)
     if not server.stdout.readline():
         raise RuntimeError(f"The server of programs ended with {server.wait()}.")
     return path, server
 
 
 def run(command):
-    """Run a program that a forked program starts, with the streams of this process."""
-    streams = [[f"/proc/{os.getpid()}/fd/{number}" for number in range(3)]]
-    answer = _ask(os.environ[SOCKET], command, os.getcwd(), [dict(os.environ)], streams)
-    return answer["statuses"][0]
+    """Run a program that a forked program starts, with the open files of this process."""
+    inherited = [int(name) for name in os.listdir("/proc/self/fd")]
+    inherited = [number for number in inherited if _is_open(number)]  # not that of the list
+    answer = _ask(os.environ[SOCKET], command, os.getcwd(), [dict(os.environ)], [[]], inherited)
+    status = answer["statuses"][0]
+    if status < 0:  # end by the same signal
+        os.kill(os.getpid(), -status)
+    return status
+
+
+def _is_open(number):
+    try:
+        os.fstat(number)
+    except OSError:
+        return False
+    return True
 
 
 # ---- the server ----------------------------------------------------------------------------------
 
 
+def _warm_up():
+    """Save a model, since transformers prepares for the first one: a thousand patterns."""
+    from torch.random import fork_rng
+    from transformers import ViTConfig, ViTForImageClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would start a thread
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8}
+    with fork_rng(), tempfile.TemporaryDirectory() as folder:
+        config = ViTConfig(**small, intermediate_size=8, patch_size=8)
+        ViTForImageClassification(config).save_pretrained(folder)
+    logging.enable_progress_bar()
+
+
 def serve(path):
-    for module in IMPORTED:
-        import_module(module)
-    gc.collect()
-    gc.freeze()  # the forks share its pages
-    threads = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-    names = {thread.read_text().strip() for thread in threads}
-    # The forks start jemalloc's again.
-    lost = names - {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}
-    if lost:
-        raise RuntimeError(f"Threads run after the imports, and a fork loses them: {lost}.")
-    launcher = Path(path).with_name("python")
+    launcher = _launcher(path)
     launcher.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, __file__, "run"])} "$@"\n')
     launcher.chmod(0o700)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of requests
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
         listener.listen()
         print("ready", flush=True)
+        if listener in wait([listener, sys.stdin]):  # imports nothing if nobody asks
+            _prepare()
         while listener in wait([listener, sys.stdin]):
             connection, _ = listener.accept()
             if os.fork() == 0:
                 listener.close()
                 _answer(connection, str(launcher))
             connection.close()
-    shutil.rmtree(launcher.parent)
+    shutil.rmtree(Path(path).parent)
+
+
+def _launcher(path):
+    return Path(path).with_name("python")
+
+
+def _prepare():
+    _import(IMPORTED)
+    _warm_up()
+    gc.collect()
+    gc.freeze()  # the forks share its pages
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the processes of requests
+
+
+def _import(modules):
+    for module in modules:
+        import_module(module)
+    threads = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    names = {thread.read_text().strip() for thread in threads}
+    # The forks start jemalloc's again.
+    lost = names - {Path("/proc/self/comm").read_text().strip(), "jemalloc_bg_thd"}
+    lost |= {thread.name for thread in threading.enumerate()} - {threading.main_thread().name}
+    if lost:
+        raise RuntimeError(f"Threads run after the imports, and a fork loses them: {lost}.")
 
 
 def _answer(connection, launcher):
     """Carry out the request of a connection in this process, and end it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, received, _, _ = socket.recv_fds(connection, 1, 250)
     request = json.loads(connection.makefile().readline())
+    handed_on = dict(zip(request["handed on"], received, strict=True))
+    _import(request["imports"])
     fork = multiprocessing.get_context("fork")
+    common = request["command"], request["cwd"], launcher, handed_on
     processes = [
-        fork.Process(target=_become, args=(request["command"], request["cwd"], launcher, *each))
+        fork.Process(target=_become, args=(*common, *each))
         for each in zip(request["environments"], request["streams"], strict=True)
     ]
     for process in processes:
         process.start()
-    hung = _wait(processes)
+    for number in received:  # a reader of theirs waits until nobody has it open to write
+        os.close(number)
+    hung = _wait(processes, connection)
     answer = {"statuses": [process.exitcode for process in processes], "hung": hung}
-    connection.sendall(json.dumps(answer).encode() + b"\n")
+    with suppress(BrokenPipeError):  # nobody waits for the answer
+        connection.sendall(json.dumps(answer).encode() + b"\n")
     os._exit(0)
 
 
-def _wait(processes):
-    """Wait until all have ended. Kills the others if one fails; says whether they hung."""
+def _wait(processes, connection):
+    """Wait until all have ended. Says whether they hung.
+
+    Kills the others if one fails, and all if nobody waits for the answer any more.
+    """
     running, until = list(processes), time.monotonic() + PATIENCE
     while running:
-        wait([process.sentinel for process in running], max(0.0, until - time.monotonic()))
+        ended = [process.sentinel for process in running]
+        ready = wait([*ended, connection], max(0.0, until - time.monotonic()))
         running = [process for process in running if process.exitcode is None]
         hung = time.monotonic() >= until
-        if hung or any(process.exitcode for process in processes):
+        if hung or connection in ready or any(process.exitcode for process in processes):
             for process in running:
                 # Their stacks go to stderr.
                 with suppress(ProcessLookupError):  # it ended meanwhile
@@ -210,12 +311,22 @@ def _wait(processes):
     return False
 
 
-def _become(command, cwd, launcher, environment, streams):
+def _become(command, cwd, launcher, handed_on, environment, streams):
     """Run a program in this process."""
     sys.stdout.flush()
     write = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, write, write), strict=True)):
+    for number, (path, flags) in enumerate(zip(streams, (os.O_RDONLY, write, write), strict=False)):
         os.dup2(os.open(path, flags), number)
+    # First all make way. What this process itself has open stays open, under another number.
+    own = [number for number in handed_on if number > 2 and _is_open(number)]
+    for number in {*own} - {*handed_on.values()}:
+        fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, ABOVE)
+    files = {n: fcntl.fcntl(file, fcntl.F_DUPFD_CLOEXEC, ABOVE) for n, file in handed_on.items()}
+    for file in handed_on.values():
+        os.close(file)
+    for number, file in files.items():
+        os.dup2(file, number)
+        os.close(file)
     faulthandler.enable()
     sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(cwd)
@@ -223,20 +334,30 @@ def _become(command, cwd, launcher, environment, streams):
     os.environ.update(environment)
     more = [part for part in environment.get("PYTHONPATH", "").split(os.pathsep) if part]
     sys.executable = launcher  # what it starts is forked, too
-    if command[:1] == ["-u"]:
-        command = command[1:]
-    if command[:2] == ["-W", "ignore"]:
-        warnings.simplefilter("ignore")
-        command = command[2:]
+    multiprocessing.set_executable(launcher)
     kind, *rest = command
+    while kind.startswith("-") and kind not in ("-c", "-m"):
+        if kind == "-W":
+            warnings.simplefilter(rest.pop(0))
+        elif kind not in ("-B", "-u"):
+            raise NotImplementedError(f"Python's option {kind}")
+        kind, *rest = rest
+    atexit._clear()  # what the server registered
+    try:
+        _run_as_main(kind, rest, cwd, more)
+    finally:
+        atexit._run_exitfuncs()  # a forked process would leave them out
+
+
+def _run_as_main(kind, rest, cwd, paths):
     if kind in ("-m", "-c"):
-        sys.path[:1], sys.argv[:] = [cwd, *more], [kind, *rest[1:]]
+        sys.path[:1], sys.argv[:] = [cwd, *paths], [kind, *rest[1:]]
         if kind == "-m":
             runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
             exec(rest[0], {"__name__": "__main__"})
     else:
-        sys.path[:1], sys.argv[:] = [str(Path(kind).resolve().parent), *more], command
+        sys.path[:1], sys.argv[:] = [str(Path(kind).resolve().parent), *paths], [kind, *rest]
         runpy.run_path(kind, run_name="__main__")
 
 

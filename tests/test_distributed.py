@@ -6,13 +6,13 @@ All scenarios run in one pair of processes. Each test reads what both ranks saw.
 import copy
 import datetime
 import os
+import sys
 import traceback
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from programs import torchrun
 from ranks import SCENARIOS as WHOLE_RUNS
 from test_tasks import Some, assert_same_gradient, train
@@ -27,6 +27,7 @@ from hf_dynprune.schedule import RunShape
 
 RANKS = 2
 BIG = 2**24  # float32 does not know BIG + 1
+IMPORTS = ("optuna", "pytest", "torch.distributed.fsdp")
 N, BATCH = 21, 2
 POLICY = UCB(keep_ratio=0.45, first=1)  # 21 samples: 5.25 global batches; then 9: 2.25
 
@@ -210,16 +211,10 @@ SCENARIOS = [
 ]
 
 
-def work(rank, folder):
+def work(folder):
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=RANKS,
-        timeout=datetime.timedelta(seconds=PATIENCE),
-    )
-    seen = {}
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=PATIENCE))
+    rank, seen = dist.get_rank(), {}
     for scenario in SCENARIOS:
         try:
             seen[scenario.__name__] = scenario(rank, folder)
@@ -227,6 +222,7 @@ def work(rank, folder):
             seen[scenario.__name__] = traceback.format_exc()
         torch.save(seen, folder / f"rank{rank}.pt")
         dist.barrier()
+    sys.stdout.flush()
     # Skip the interpreter's teardown, in which gloo's threads now and then abort the process.
     os._exit(0)
 
@@ -235,7 +231,8 @@ def work(rank, folder):
 def ranks(tmp_path_factory):
     """name -> (what rank 0 saw, what rank 1 saw)"""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(work, (Path(folder),), nprocs=RANKS)
+    done = torchrun(__file__, folder, ranks=RANKS, imports=IMPORTS)
+    assert done.returncode == 0, done.stdout + done.stderr
     both = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
     def results(name):
@@ -429,7 +426,8 @@ def launched(tmp_path_factory):
     def launch(ranks, folder):
         if ranks == 1:
             return [{one.__name__: one(folder / one.__name__) for one in WHOLE_RUNS[1]}]
-        done = torchrun(Path(__file__).parent / "ranks.py", folder, ranks=ranks)
+        program = Path(__file__).parent / "ranks.py"
+        done = torchrun(program, folder, ranks=ranks, imports=IMPORTS)
         assert done.returncode == 0, done.stdout + done.stderr
         return [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)]
 
@@ -528,3 +526,7 @@ def test_a_sharded_model_trains_the_same_in_a_plain_loop(launched, reliability):
             torch.testing.assert_close(weight, other, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(scores, their_scores, rtol=1e-4, atol=1e-5)
     reliability("ranks", 4 * 6)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]))

@@ -6,8 +6,6 @@ Reading a dataset changes nothing in it, and no random state.
 import pickle
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -16,7 +14,8 @@ import PIL.Image
 import pyarrow as pa
 import pytest
 import torch
-from tiny import PATIENCE, images, texts, trainer
+from programs import python
+from tiny import images, texts, trainer
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from hf_dynprune import UCB
@@ -385,20 +384,17 @@ def test_another_process_agrees(tmp_path):
     code = (
         "from test_identity import OTHERS, images, texts, dataset_fingerprint as identify\n"
         "print([identify(made[0]()) for made in OTHERS.values()], identify(images()), "
-        "identify(texts()))"
+        "identify(texts()))\n"
+        "print(hash('a text'))"
     )
     here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=here,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        env={"PYTHONPATH": f"{here}:{here.parent}", "PYTHONHASHSEED": "7", "HOME": str(tmp_path)},
-    )
+    environment = {"PYTHONPATH": f"{here}:{here.parent}", "HOME": str(tmp_path)}
+    done = python("-W", "ignore", "-c", code, cwd=here, environment=environment)
     own = [dataset_fingerprint(made[0]()) for made in OTHERS.values()]
     expected = f"{own} {dataset_fingerprint(images())} {dataset_fingerprint(texts())}"
-    assert done.stdout.strip() == expected, done.stderr
+    found, its_hash = done.stdout.strip().rsplit("\n", 1)
+    assert found == expected, done.stderr
+    assert int(its_hash) != hash("a text")  # so it orders sets in another way
 
 
 # ---- one's own -----------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ import torch
 import yaml
 from PIL import Image
 from programs import python
-from tiny import torchrun
 from transformers import AutoModelForImageClassification, EvalPrediction, pipeline
 
 from hf_dynprune import SampleTable, Scores
@@ -417,7 +416,7 @@ main()
 
 def test_ranks_leave_together_while_gloo_still_holds_a_tensor(tmp_path):
     (tmp_path / "leaving.py").write_text(LEAVING)
-    done = torchrun(tmp_path / "leaving.py", ranks=2)  # without it, it would hang
+    done = programs.torchrun(tmp_path / "leaving.py", ranks=2)  # without it, it would hang
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from programs import spawned_by_forks
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -343,7 +344,8 @@ def test_index_belongs_to_the_data_with_spawned_workers():
     loader = pruner.dataloader(
         dataset, num_workers=2, persistent_workers=True, multiprocessing_context="spawn"
     )
-    sizes = [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)]
+    with spawned_by_forks():
+        sizes = [len(run_epoch(dataset, loader, pruner, epoch)) for epoch in range(2)]
     assert sizes == [14, 14]
 
 

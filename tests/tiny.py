@@ -1,16 +1,10 @@
 """Tiny models, data and trainers: from configs, on the CPU, with a few thousand parameters."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
-import psutil
 import torch
 import transformers
 from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
@@ -247,40 +241,6 @@ QUIET = {
         if name in TrainingArguments.__dataclass_fields__
     ): False,
 }
-
-
-def torchrun(script, *arguments, ranks, timeout=PATIENCE):
-    """Run a program by torchrun on that many processes that talk by gloo.
-
-    `programs.torchrun` is ten times as fast. This one is for what a launcher does.
-
-    Raises:
-        AssertionError: If the processes are not done after `timeout` seconds. The message has the
-            stack of each.
-    """
-    with socket.socket() as free:  # a free port
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", ranks, "--master_port", port]
-    tests = Path(__file__).parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}",
-        "ACCELERATE_USE_CPU": "true",
-    }
-    environment["PYTHONFAULTHANDLER"] = "1"  # SIGABRT makes a process print its stacks
-    command = [str(part) for part in (sys.executable, "-W", "ignore", *launch, script, *arguments)]
-    started = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
-        out, err = started.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        for process in [*psutil.Process(started.pid).children(recursive=True), started]:
-            process.send_signal(signal.SIGABRT)
-        out, err = started.communicate()
-        raise AssertionError(f"{script} was not done after {timeout} s.\n{out}\n{err}") from None
-    return subprocess.CompletedProcess(command, started.returncode, out, err)
 
 
 def learning_rates(run):
