@@ -13,6 +13,7 @@ PAGE = ROOT / "docs" / "speed.md"
 RESULTS = ROOT / "recipes" / "results" / "benchmarks"
 NEEDED = {"random": "random", "epsilon-greedy": "ε-greedy", "ucb": "UCB", "infobatch": "InfoBatch"}
 RULES = NEEDED | {"loss-proportional": "loss-proportional", "orderdp": "OrderDP"}
+PARTS = ("choose", "iterate", "observe", "apply")
 NAMES = {
     "resnet8_cifar": "ResNet-8 (CIFAR)",
     "bert": "a tiny BERT",
@@ -32,6 +33,10 @@ def one(file, **values):
 
 def interval(low, high):
     return f"(95 %: {low:.3f} to {high:.3f})"
+
+
+def two_digits(value):
+    return f"{float(f'{value:.2g}'):,.0f}"
 
 
 def lines():
@@ -58,7 +63,7 @@ def lines():
         speed = f"a bare PyTorch loop's, {beside['images_per_second']:,.0f}"
         yield words, speed, f"{row['ratio']:.3f} {interval(*row['ratio_95'])}", "throughput"
     sizes = (
-        ("choosing", 50_000, "50 thousand"),
+        ("choosing_50k", 50_000, "50 thousand"),
         ("choosing", 1_280_000, "1.28 million"),
         ("choosing_10m", 10**7, "10 million"),
     )
@@ -79,6 +84,18 @@ def lines():
             for n, r in found.items()
         ),
         "choosing_100m",
+    )
+    found = {row["policy"]: row for row in rows("choosing_50k")}
+    yield (
+        "an epoch's choice of 50 thousand by part: begin it, list its batches, note them, end it",
+        f"`RandomSampler` over all, {1e3 * found['random']['full_seconds']:.1f} ms",
+        "; ".join(
+            f"{RULES[name]} "
+            + ", ".join(f"{1e3 * found[name][part]:.1f}" for part in PARTS)
+            + " ms"
+            for name in ("random", "ucb", "loss-proportional")
+        ),
+        "choosing_50k",
     )
     for n, size in ((1_280_000, "1.28 million"), (10_000_000, "10 million")):
         for ranks in (2, 4):
@@ -106,6 +123,27 @@ def lines():
             f"{row['total']:.0f} s without the network",
             "scale",
         )
+    shards, whole, stock = rows("sharded", measured=False)
+    largest = max(row["samples"] for row in rows("sharded", measured=True))
+    linear = f"extrapolated from {largest / 1e6:.0f} million"
+    beside = f"the stock sampler's list of all, on each rank: {stock['total']:.0f} s, "
+    for row, words in (
+        (whole, f"of a billion samples, the K highest and their order, on rank 0; {linear}"),
+        (shards, "the same in shards on 1,024 ranks, not built; measured with a rank's share"),
+    ):
+        yield (
+            words,
+            f"{beside}{stock['GB']:.0f} GB",
+            f"{row['total']:.2g} s, {row['GB']:.2g} GB",
+            "sharded",
+        )
+    yield (
+        "samples a second of all ranks together at which that takes 5 % as long as the training",
+        f"the stock sampler's list, {two_digits(stock['rate'])}",
+        f"as it is, {two_digits(whole['rate'])} ({whole['rate'] / 2500:.0f} GPUs of 2,500 images a "
+        f"second each); in shards, {two_digits(shards['rate'])}",
+        "sharded",
+    )
     for name in ("resnet8_cifar", "bert", "causal_lm"):
         row = rows("scoring", model=name)[-1]  # scored in larger batches
         yield (

@@ -5,6 +5,8 @@
     rules="random epsilon-greedy ucb infobatch"
     python choosing.py --sizes 5e4 1.28e6 --policies $rules loss-proportional orderdp \\
         --output $results/choosing.json
+    python choosing.py --sizes 5e4 --policies $rules loss-proportional orderdp --rounds 1 \\
+        --epochs 20 --output $results/choosing_50k.json
     python choosing.py --sizes 1e7 --policies $rules --rounds 5 --output $results/choosing_10m.json
     python choosing.py --sizes 1e8 --policies $rules --rounds 1 --epochs 3 \\
         --output $results/choosing_100m.json
@@ -12,10 +14,12 @@
 An epoch is everything that the pruner does in one: begin_epoch (score, plan, order), the batches of
 indices, weights and observe for each batch, end_epoch (the table). The baseline is torch's
 `RandomSampler` and `BatchSampler` over all N samples, which only make the batches of indices of a
-full epoch. In each round each rule runs in a fresh process, where the baseline is measured, too.
-The ratio is that of the two medians. The first epoch is not counted: nothing is known in it.
+full epoch. In each round each rule runs in a fresh process, in turns with the baseline. The first
+epoch is not counted: nothing is known in it. Seconds are those that the processor worked for the
+process, which has one thread: other programs on the machine count less.
 
-The peak is the resident memory of the process, minus what it had before the pruner was made.
+The peak is the resident memory of the process in the first two epochs, minus what it had before the
+pruner was made. The baseline comes later.
 """
 
 import argparse
@@ -48,31 +52,31 @@ def policy_of(name: str, keep_ratio: float):
 
 
 def full_epoch(n: int, batch_size: int) -> float:
-    begun = time.perf_counter()
+    begun = time.process_time()
     for _ in BatchSampler(RandomSampler(range(n)), batch_size, drop_last=False):
         pass
-    return time.perf_counter() - begun
+    return time.process_time() - begun
 
 
 def pruned_epoch(pruner: DynamicPruner, epoch: int, losses: torch.Tensor) -> dict[str, float]:
     """Seconds of each phase. The model's part, tensors of indices and losses, is not timed."""
-    marks = [time.perf_counter()]
+    marks = [time.process_time()]
     pruner.begin_epoch(epoch)
-    marks.append(time.perf_counter())
+    marks.append(time.process_time())
     for _ in BatchSampler(pruner.sampler, pruner.shape.batch_size, drop_last=False):
         pass
-    marks.append(time.perf_counter())
+    marks.append(time.process_time())
     spent = 0.0
     for batch in BatchSampler(pruner.sampler, pruner.shape.batch_size, drop_last=False):
         index = torch.tensor(batch)
         signals = {name: losses[: len(index)] for name in pruner.signals}
-        begun = time.perf_counter()
+        begun = time.process_time()
         pruner.weights(index)
         pruner.observe(index, signals)
-        spent += time.perf_counter() - begun
-    marks.append(time.perf_counter())
+        spent += time.process_time() - begun
+    marks.append(time.process_time())
     pruner.end_epoch()
-    marks.append(time.perf_counter())
+    marks.append(time.process_time())
     begun, chosen, iterated, observed, ended = marks
     seconds = {"choose": chosen - begun, "iterate": iterated - chosen, "apply": ended - observed}
     return {**seconds, "observe": spent}
@@ -83,26 +87,26 @@ def peak_bytes() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def run(
-    name: str, n: int, keep_ratio: float, batch_size: int, epochs: int, threads: int
-) -> dict[str, Any]:
+def run(name: str, n: int, keep_ratio: float, batch_size: int, epochs: int) -> dict[str, Any]:
     """Measure a few epochs in this process."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     policy, losses = policy_of(name, keep_ratio), torch.rand(batch_size).exp()
     before = peak_bytes()
     pruner = DynamicPruner(policy, RunShape(n, batch_size, num_epochs=epochs))
-    pruned = [pruned_epoch(pruner, epoch, losses) for epoch in range(epochs)]
-    peak, kept = peak_bytes() - before, pruner.report.epochs[-1].samples
-    del pruner
-    full_epoch(n, batch_size)
-    full = [full_epoch(n, batch_size) for _ in pruned[1:]]
+    pruned, full, peak = [], [], 0
+    for epoch in range(epochs):
+        pruned.append(pruned_epoch(pruner, epoch, losses))
+        if epoch == 1:
+            peak = peak_bytes() - before
+        if epoch > 0:
+            full.append(full_epoch(n, batch_size))
     phases = {phase: statistics.median(epoch[phase] for epoch in pruned[1:]) for phase in pruned[0]}
     return {
         "phases": phases,
         "pruned": statistics.median(sum(epoch.values()) for epoch in pruned[1:]),
         "full": statistics.median(full),
         "peak": peak,
-        "kept": kept,
+        "kept": pruner.report.epochs[-1].samples,
     }
 
 
@@ -118,12 +122,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=4, help="epochs, the first is not counted")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", type=Path, help="JSON file")
     options = parser.parse_args()
     rows = []
     for n in map(int, options.sizes):
-        task = (n, options.keep_ratio, options.batch_size, options.epochs, options.threads)
+        task = (n, options.keep_ratio, options.batch_size, options.epochs)
         turns = {
             name: lambda name=name, task=task: measure.apart(run, name, *task)
             for name in options.policies
