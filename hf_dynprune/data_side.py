@@ -742,8 +742,9 @@ _VERIFIED = {
         "GPUs, half precision, offloading, adapters",
     ),
     _ACCELERATE: (
-        "nothing, because accelerate runs FSDP on GPUs only and the tests run on CPUs",
-        f"training and resuming (verified is {_TRANSFORMERS})",
+        "FSDP2 in float32 on two and three CPU processes, with resuming from full and sharded "
+        "checkpoints",
+        "FSDP1, GPUs, half precision, offloading, adapters",
     ),
     _TRANSFORMERS: (
         "training in float32 on two and three CPU processes",

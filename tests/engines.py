@@ -1,10 +1,11 @@
 """What the processes of test_engines.py do, each on its rank.
 
     torchrun ... tests/engines.py FOLDER ENGINE ...
+    torchrun ... tests/engines.py FOLDER ENGINE/SCENARIO ...
 
 - `ddp`: each rank has the whole model.
-- `fsdp2`: `from_pretrained(distributed_config=...)` splits it by torch's `fully_shard`. The FSDP of
-  accelerate needs a GPU.
+- `fsdp2`: `from_pretrained(distributed_config=...)` splits it by torch's `fully_shard`.
+- `accelerate`: accelerate does so (`fsdp=True`). For CPUs it must be told: see engine_settings.py.
 - `zero1`, `zero2`, `zero3`: DeepSpeed splits the optimizer, also the gradients, also the model.
 
 Each scenario returns what its rank saw. If it fails, the text of its error is noted instead.
@@ -12,6 +13,7 @@ Each scenario returns what its rank saw. If it fails, the text of its error is n
 
 import gc
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -20,21 +22,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, PartialState
 from ranks import error_of
 from tiny import comparable, images, learning_rates, llama, recorded, texts, trainer, vit
 from torch.distributed.fsdp import fully_shard
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 
 from hf_dynprune import UCB
 from hf_dynprune.losses import derive_rule, model_class
+from recipes.benchmarks import engine_settings
 
 # As torchrun sets them.
 RANK, RANKS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 GLOBAL_BATCH = 12
-WHOLE = ("stage3_param_persistence_threshold", "stage3_max_live_parameters")
-WHOLE += ("stage3_max_reuse_distance",)
+LAYERS = {"vit": "ViTLayer", "llama": "LlamaDecoderLayer"}
 # 17 of 45 samples are dropped. Two ranks score 9 and 8 of them: two passes and one.
 POLICY, N, SCORED_AT_ONCE = UCB(keep_ratio=28 / 45, first=1), 45, 8
 
@@ -47,8 +48,12 @@ def split(model, folder, **sizes):
     return type(model).from_pretrained(folder, distributed_config=DistributedConfig(**sizes))
 
 
-def run_of(engine, folder, model, data, pruning=POLICY, deepspeed=None, **settings):
-    """A trainer whose global batches do not depend on the number of ranks."""
+def run_of(engine, folder, model, data, pruning=POLICY, config=None, extra=None, **settings):
+    """A trainer whose global batches do not depend on the number of ranks.
+
+    Args:
+        config: What differs from the engine's settings in engine_settings.py.
+    """
     defaults = {
         "per_device_train_batch_size": GLOBAL_BATCH // RANKS,
         "per_device_eval_batch_size": SCORED_AT_ONCE,
@@ -57,25 +62,12 @@ def run_of(engine, folder, model, data, pruning=POLICY, deepspeed=None, **settin
     }
     if engine == "fsdp2":
         model = split(model, folder / "model", fsdp_size=RANKS)
+    if engine == "accelerate":
+        defaults |= engine_settings.fsdp2(LAYERS[model.config.model_type], **(config or {}))
     if engine.startswith("zero"):
-        # With use_cpu=True accelerate leaves DeepSpeed out. Without a backend of its state, there
-        # is one process to it.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        PartialState(backend="gloo")
-        defaults["use_cpu"] = False
-        defaults["accelerator_config"] = {"use_configured_state": True}
-        defaults["deepspeed"] = {
-            # By default ZeRO 3 keeps parameters below 100,000 numbers whole.
-            "zero_optimization": {"stage": int(engine[-1]), **dict.fromkeys(WHOLE, 0)},
-            "zero_allow_untested_optimizer": True,
-            "gradient_clipping": "auto",
-            "train_batch_size": "auto",
-            "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-            **(deepspeed or {}),
-        }
-    return trainer(folder, model=model, data=data, pruning=pruning, **{**defaults, **settings})
+        defaults |= engine_settings.zero(int(engine[-1]), **(config or {}))
+    settings = {**defaults, **settings}
+    return trainer(folder, model=model, data=data, pruning=pruning, extra=extra, **settings)
 
 
 def weights_of(run):
@@ -140,16 +132,19 @@ def tokens(engine, folder):
     return trained(engine, folder, llama(), data)
 
 
-def resumed(engine, folder):
-    """The run, and the runs that continue from two of its checkpoints."""
-    make = lambda: run_of(  # noqa: E731
-        engine, folder, vit(dropout=0.1), images(N), save_strategy="steps", save_steps=3
+def saving(engine, folder, **settings):
+    return run_of(
+        engine, folder, vit(dropout=0.1), images(N), save_strategy="steps", save_steps=3, **settings
     )
-    whole = make()
+
+
+def resumed(engine, folder, **settings):
+    """The run, and the runs that continue from two of its checkpoints."""
+    whole = saving(engine, folder, **settings)
     whole.train()
     runs = {0: outcome(whole)}
     for step in (3, 6):  # in the middle of an epoch, both
-        part = make()
+        part = saving(engine, folder, **settings)
         part.args.save_strategy = "no"
         part.train(resume_from_checkpoint=str(folder / f"checkpoint-{step}"))
         assert part.pruning_report.resumed[-1]["step"] == step
@@ -157,11 +152,35 @@ def resumed(engine, folder):
     return runs
 
 
+def resumed_from_full(engine, folder):
+    """The same with checkpoints that hold the whole model in one file."""
+    return resumed(engine, folder, config={"state_dict": "FULL_STATE_DICT"})
+
+
+class KilledAtStep5(TrainerCallback):
+    """In the middle of an epoch, after the checkpoint of step 3."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5 and RANK == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(engine, folder):
+    saving(engine, folder.parent / "killed", extra={"callbacks": [KilledAtStep5()]}).train()
+
+
+def continued(engine, folder):
+    """The run that was killed, from its newest checkpoint."""
+    run = saving(engine, folder.parent / "killed")
+    run.train(resume_from_checkpoint=True)
+    return run.pruning_report.resumed[-1]["step"], outcome(run)
+
+
 def refused(engine, folder):
     """What is said to DeepSpeed's tensor parallelism, in which ranks share a batch."""
     more = {"tensor_parallel": {"autotp_size": RANKS}}
     data = texts("causal LM")
-    return [error_of(lambda: run_of(engine, folder, llama(), data, deepspeed=more))]
+    return [error_of(lambda: run_of(engine, folder, llama(), data, config=more))]
 
 
 def names(engine, folder):
@@ -179,21 +198,24 @@ TRAINED = (plain, accumulated, tokens)
 SCENARIOS = {
     "ddp": TRAINED,
     "fsdp2": (*TRAINED, names),
+    "accelerate": (*TRAINED, resumed, resumed_from_full),
     "zero1": (*TRAINED, resumed),
     "zero2": (*TRAINED, resumed),
     "zero3": (*TRAINED, resumed, refused),
 }
+NAMED = {each.__name__: each for some in SCENARIOS.values() for each in some}
+NAMED |= {"killed": killed, "continued": continued}
 
 
 def main(folder, engines):
     gc.freeze()  # as conftest.py does
-    if any(engine.startswith("zero") for engine in engines):
-        del os.environ["ACCELERATE_USE_CPU"]
-    else:
+    if not any(engine.startswith("zero") for engine in engines):
         dist.init_process_group("gloo")
     seen = {}
-    for engine in engines:
-        for scenario in SCENARIOS[engine] if RANKS == 2 else (plain,):
+    for name in engines:
+        engine, _, alone = name.partition("/")
+        scenarios = [NAMED[alone]] if alone else SCENARIOS[engine] if RANKS == 2 else (plain,)
+        for scenario in scenarios:
             key = engine, scenario.__name__
             try:
                 seen[key] = scenario(engine, folder / engine / scenario.__name__)

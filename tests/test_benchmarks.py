@@ -55,7 +55,7 @@ def test_a_benchmark_writes_what_it_prints(script, tmp_path):
 def test_every_benchmark_is_run():
     scripts = {path.stem for path in (ROOT / "recipes/benchmarks").glob("*.py")}
     # test_advice.py and test_gpu.py run the others.
-    assert scripts == {*BENCHMARKS, "advice", "gpu", "gpu_checks", "measure"}
+    assert scripts == {*BENCHMARKS, "advice", "gpu", "gpu_checks", "measure", "engine_settings"}
 
 
 def test_runs_take_turns_step_by_step():

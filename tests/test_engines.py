@@ -4,6 +4,7 @@ Each is compared with DDP. The DeepSpeed tests run where DeepSpeed can be import
 `DS_ACCELERATOR=cpu`; its first run compiles for some minutes.
 """
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from tiny import trainer, vit
 from transformers.distributed import DistributedConfig
 
 from hf_dynprune import UCB, DynamicPruningTrainer
-from hf_dynprune.checkpoints import content, fault_of
+from hf_dynprune.checkpoints import content, fault_of, newest_complete
 from hf_dynprune.files import STATE_FILE, save_json, save_tensors
 
 # Older versions of transformers cannot split a model over data while they load it.
@@ -24,32 +25,38 @@ HAS_FSDP2 = hasattr(DistributedConfig, "dp_size")
 needs_fsdp2 = pytest.mark.skipif(not HAS_FSDP2, reason="DistributedConfig has no fsdp_size")
 NAMES = [scenario.__name__ for scenario in TRAINED]
 ZERO = [engine for engine in SCENARIOS if engine.startswith("zero")]
+PROGRAM = Path(__file__).parent / "engines.py"
+
+
+def seen_in(folder, ranks, engine, scenario):
+    """What each rank of a launch saw."""
+    values = []
+    for rank in range(ranks):
+        value = torch.load(folder / f"rank{rank}.pt", weights_only=False)[engine, scenario]
+        if isinstance(value, str):
+            pytest.fail(f"rank {rank}:\n{value}")
+        values.append(value)
+    return values
 
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
     """A function (number of ranks, engine, scenario) -> what each rank saw.
 
-    DDP and FSDP2 share a launch, and so do all stages of DeepSpeed.
+    DDP and both FSDP2 share a launch, and so do all stages of DeepSpeed.
     """
     seen = {}
 
     def results(ranks, engine, scenario):
         fsdp2 = ["fsdp2"] if HAS_FSDP2 else []
-        engines = ZERO if engine in ZERO else ["ddp", *fsdp2]
+        engines = ZERO if engine in ZERO else ["ddp", *fsdp2, "accelerate"]
         key = ranks, engines[0]
         if key not in seen:
             folder = tmp_path_factory.mktemp(f"engines{ranks}")
-            done = torchrun(Path(__file__).parent / "engines.py", folder, *engines, ranks=ranks)
+            done = torchrun(PROGRAM, folder, *engines, ranks=ranks)
             assert done.returncode == 0, done.stdout + done.stderr
-            seen[key] = [
-                torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(ranks)
-            ]
-        values = [of_rank[engine, scenario] for of_rank in seen[key]]
-        for rank, value in enumerate(values):
-            if isinstance(value, str):
-                pytest.fail(f"rank {rank}:\n{value}")
-        return values
+            seen[key] = folder
+        return seen_in(seen[key], ranks, engine, scenario)
 
     return results
 
@@ -97,14 +104,17 @@ def test_the_scenarios_are_uneven(launched):
     assert (True, False) in compared or (False, True) in compared
 
 
-@needs_fsdp2
+FSDP2 = [pytest.param("fsdp2", marks=needs_fsdp2), "accelerate"]
+
+
+@pytest.mark.parametrize("engine", FSDP2)
 @pytest.mark.parametrize(("count", "scenario"), [*((2, name) for name in NAMES), (3, "plain")])
-def test_a_model_split_by_fsdp2_trains_what_ddp_trains(count, scenario, launched):
-    ddp, fsdp2 = launched(count, "ddp", scenario), launched(count, "fsdp2", scenario)
+def test_a_model_split_by_fsdp2_trains_what_ddp_trains(count, scenario, engine, launched):
+    ddp, fsdp2 = launched(count, "ddp", scenario), launched(count, engine, scenario)
     for expected, found in zip(ddp, fsdp2, strict=True):
         assert (expected["split"], found["split"]) == (False, True)
-        assert not any("FSDP2" in text for text in expected["warned"])
-        assert any("FSDP2" in text and "Not verified" in text for text in found["warned"])
+        assert not any("FSDP" in text for text in expected["warned"])
+        assert any("FSDP" in text and "Not verified" in text for text in found["warned"])
         assert_same(expected, found)
 
 
@@ -119,20 +129,48 @@ def test_deepspeed_trains_what_ddp_trains(engine, scenario, launched):
         assert_same(expected, found)
 
 
-@pytest.mark.parametrize("engine", ZERO)
-def test_deepspeed_resumes_bit_for_bit(engine, launched):
-    """Its checkpoints hold a part of the weights and of the optimizer for each rank."""
-    pytest.importorskip("deepspeed")
-    for runs in launched(2, engine, "resumed"):
+def assert_identical(whole, part):
+    """Bit for bit, also the report."""
+    assert all(weight.numel() for weight in whole["weights"].values())
+    for kind in ("weights", "table"):
+        assert whole[kind].keys() == part[kind].keys()
+        for name, values in whole[kind].items():
+            assert torch.equal(values.nan_to_num(7), part[kind][name].nan_to_num(7))
+    assert part["learning rates"] == whole["learning rates"]
+    assert part["report"] == whole["report"]
+
+
+RESUMED = [("accelerate", "resumed"), ("accelerate", "resumed_from_full")]
+RESUMED += [(engine, "resumed") for engine in ZERO]
+
+
+@pytest.mark.parametrize(("engine", "scenario"), RESUMED)
+def test_a_split_model_resumes_bit_for_bit(engine, scenario, launched):
+    """The checkpoints hold a part of the weights and of the optimizer for each rank, or all."""
+    if engine in ZERO:
+        pytest.importorskip("deepspeed")
+    for runs in launched(2, engine, scenario):
         whole = runs.pop(0)
         assert len(runs) == 2
         for part in runs.values():
-            assert all(weight.numel() for weight in whole["weights"].values())
-            for kind in ("weights", "table"):
-                for name, values in whole[kind].items():
-                    assert torch.equal(values.nan_to_num(7), part[kind][name].nan_to_num(7))
-            assert part["learning rates"] == whole["learning rates"]
-            assert part["report"] == whole["report"]
+            assert_identical(whole, part)
+
+
+@pytest.mark.parametrize("engine", ["accelerate", "zero3"])
+def test_a_killed_rank_ends_the_run_of_a_split_model(engine, launched, tmp_path):
+    """The other rank waits for it in the middle of a pass. What was saved before can be resumed."""
+    if engine in ZERO:
+        pytest.importorskip("deepspeed")
+    undisturbed = launched(2, engine, "resumed")
+    done = torchrun(PROGRAM, tmp_path, f"{engine}/killed", ranks=2)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    assert Path(newest_complete(tmp_path / engine / "killed")).name == "checkpoint-3"
+    done = torchrun(PROGRAM, tmp_path, f"{engine}/continued", ranks=2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    resumed = seen_in(tmp_path, 2, engine, "continued")
+    for runs, (step, part) in zip(undisturbed, resumed, strict=True):
+        assert step == 3
+        assert_identical(runs[0], part)
 
 
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import engine_settings
 import measure
 import overhead
 import throughput
@@ -116,32 +117,20 @@ def worst(figures: Figures) -> str:
 
 # ---- several processes ---------------------------------------------------------------------------
 
-FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
-WHOLE = dict.fromkeys(("stage3_param_persistence_threshold", "stage3_max_live_parameters"), 0)
-BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
-ENGINES: dict[str, dict[str, Any]] = {
-    "ddp": {"ddp_find_unused_parameters": False},
-    "fsdp2": FSDP,
-    **{
-        f"zero{stage}": {
-            "use_cpu": False,  # with True accelerate leaves DeepSpeed out
-            "deepspeed": {
-                # By default ZeRO 3 keeps parameters below 100,000 numbers whole.
-                "zero_optimization": {"stage": stage, **WHOLE},
-                "zero_allow_untested_optimizer": True,
-                "gradient_clipping": "auto",
-                **dict.fromkeys(BATCH, "auto"),
-            },
-        }
-        for stage in (1, 2, 3)
-    },
-}
+
+def settings_of(engine: str) -> dict[str, Any]:
+    """TrainingArguments that make the Trainer use an engine."""
+    if engine == "ddp":
+        return {"ddp_find_unused_parameters": False}
+    if engine == "fsdp2":
+        return engine_settings.fsdp2("LlamaDecoderLayer")
+    return engine_settings.zero(int(engine.removeprefix("zero")))
 
 
 def train_rank(engine: str, folder: Path) -> None:
     """What each process of `on_ranks` does."""
     shared = int(os.environ["WORLD_SIZE"]) > torch.cuda.device_count()  # NCCL refuses to share
-    run = train(folder, ddp_backend="gloo" if shared else "nccl", **ENGINES[engine])
+    run = train(folder, ddp_backend="gloo" if shared else "nccl", **settings_of(engine))
     rank = torch.distributed.get_rank()
     split = any(hasattr(weight, "full_tensor") for weight in run.model.parameters())
     found = {
@@ -162,8 +151,7 @@ def on_ranks(engine: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     environment = dict(os.environ)
     if not LARGE:
-        kind = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
-        environment |= kind or {"ACCELERATE_USE_CPU": "true"}
+        environment |= {"ACCELERATE_USE_CPU": "true", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *launch, __file__, engine, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     printed, _, _ = done.stderr.partition("failed (exitcode")  # torchrun's own traceback follows
@@ -172,13 +160,16 @@ def on_ranks(engine: str, ranks: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def engines(names: tuple[str, ...], least: int, folder: Path) -> Result:
-    """Each engine on all GPUs, or on `least` ranks, beside one rank with the larger batch."""
+    """Each engine on all GPUs, at least on `least` ranks, beside one rank with the larger batch.
+
+    Without a GPU on two ranks.
+    """
     alone = on_ranks("ddp", 1, folder)[0]
-    figures: Figures = {"ranks": max(least, torch.cuda.device_count())}
+    figures: Figures = {"ranks": max(least, torch.cuda.device_count()) if LARGE else 2}
     for name in names:
         seen = on_ranks(name, figures["ranks"], folder)
         apart = [same(rank, alone) for rank in seen]
-        expect(seen[0]["split"] or name == "ddp" or not LARGE, "nothing split")
+        expect(seen[0]["split"] or name == "ddp", "nothing split")
         figures[name] = {**apart[0], "backend": seen[0]["backend"], "split": seen[0]["split"]}
     words = "; ".join(
         f"{name} ({figures[name]['backend']}): {worst(figures[name])}" for name in names
