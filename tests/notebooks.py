@@ -29,8 +29,12 @@ METADATA = {
 ANEW = ("import os, tempfile; os.chdir(tempfile.mkdtemp())", "%reset -f")
 
 
-def execute(*paths):
+def execute(*paths, python=None, environment=None):
     """The notebooks with new outputs, run one after the other in one kernel, which imports once.
+
+    Args:
+        python: The program that runs the kernel, in place of this one.
+        environment: What this program needs in its environment.
 
     Raises:
         nbclient.exceptions.CellExecutionError: If a cell fails. The message has its traceback.
@@ -43,7 +47,7 @@ def execute(*paths):
         cell.id = f"cell-{i}"
     together = nbformat.v4.new_notebook(cells=cells)
     with tempfile.TemporaryDirectory() as folder:  # a short path: it has the kernel's sockets
-        _execute(together, Path(folder))
+        _execute(together, Path(folder), python or sys.executable, environment or {})
     ran = iter(together.cells)
     for notebook in notebooks:
         for _ in ANEW:
@@ -68,8 +72,9 @@ def _tidy(notebook):
     notebook.metadata = nbformat.from_dict(METADATA)
 
 
-def _execute(notebook, folder):
+def _execute(notebook, folder, python, environment):
     environment = {
+        **environment,
         "OMP_NUM_THREADS": "1",  # tiny models: a second thread gains nothing
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT),
@@ -87,6 +92,7 @@ def _execute(notebook, folder):
     manager = client.create_kernel_manager()
     manager.transport = "ipc"  # no ports: only this user can reach the kernel
     manager.connection_file = str(folder / "kernel.json")
+    manager.kernel_spec.argv[0] = python
     client.execute(env={**os.environ, **environment})
 
 

@@ -14,6 +14,7 @@ import torch
 from hub import Hub
 from test_conformance import CASES, policy_of
 from tiny import (
+    PATIENCE,
     Shares,
     assert_same_run,
     comparable,
@@ -569,36 +570,42 @@ import sys
 from tiny import trainer
 from hf_dynprune import UCB
 
-run = trainer(
-    sys.argv[1],
-    pruning=UCB(0.6),
-    push_to_hub=True,
-    hub_model_id="user/model",
-    hub_strategy=sys.argv[2],
-    hub_always_push=True,
-    save_strategy="steps",
-    save_steps=2,
-)
-run.train()
+folder, *strategies = sys.argv[1:]
+for strategy in strategies:
+    run = trainer(
+        f"{folder}/{strategy}",
+        pruning=UCB(0.6),
+        push_to_hub=True,
+        hub_model_id=f"user/{strategy}",
+        hub_strategy=strategy,
+        hub_always_push=True,
+        save_strategy="steps",
+        save_steps=2,
+    )
+    run.train()
 """
 
 
-@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
-def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, tmp_path, reliability):
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """The Hub after a run of each strategy in one child process, and the folder of the runs."""
+    folder, tests = tmp_path_factory.mktemp("pushed"), Path(__file__).parent
+    strategies = ["checkpoint", "all_checkpoints", "every_save"]
     with Hub() as hub:
-        tests = Path(__file__).parent
-        environment = {
-            **hub.environment(tmp_path / "home"),
-            "PYTHONPATH": f"{tests}:{tests.parent}",
-        }
-        command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(tmp_path / "out"), strategy]
-        subprocess.run(command, env=environment, check=True, timeout=300)
-        names = (
-            ["last-checkpoint"]
-            if strategy == "checkpoint"
-            else [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
-        )
-        files = hub.files["user/model"]
+        environment = {**hub.environment(folder / "home"), "PYTHONPATH": f"{tests}:{tests.parent}"}
+        command = [sys.executable, "-W", "ignore", "-c", PUSHING, str(folder), *strategies]
+        subprocess.run(command, env=environment, check=True, timeout=PATIENCE)
+    return hub, folder
+
+
+@pytest.mark.parametrize("strategy", ["checkpoint", "all_checkpoints"])
+def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, pushed, tmp_path, reliability):
+    names = (
+        ["last-checkpoint"]
+        if strategy == "checkpoint"
+        else [f"checkpoint-{step}" for step in (2, 4, 6, 8, 9)]
+    )
+    files = pushed[0].files[f"user/{strategy}"]
     for name in names:
         folder = tmp_path / name
         folder.mkdir()
@@ -611,31 +618,16 @@ def test_checkpoints_on_the_hub_can_be_resumed(strategy, finished, tmp_path, rel
     reliability("trainer options")
 
 
-def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, tmp_path, reliability):
-    with Hub() as hub:
-        tests = Path(__file__).parent
-        environment = {
-            **hub.environment(tmp_path / "home"),
-            "PYTHONPATH": f"{tests}:{tests.parent}",
-        }
-        command = [
-            sys.executable,
-            "-W",
-            "ignore",
-            "-c",
-            PUSHING,
-            str(tmp_path / "out"),
-            "every_save",
-        ]
-        subprocess.run(command, env=environment, check=True, timeout=300)
-        messages = [message for _, message in hub.commits]
-        # The Trainer uploads in the background, and its next save overwrites the files. Then
-        # huggingface_hub gives up that upload. Nothing overtakes the last one.
-        expected = [f"Training in progress, step {step}" for step in (2, 4, 6, 8, 9)]
-        assert messages == [message for message in expected if message in messages]
-        assert messages[-1] == expected[-1]
-        assert not any(path.startswith(("checkpoint", "last")) for path in hub.files["user/model"])
-        saved = torch.load(tmp_path / "out" / "checkpoint-9" / "optimizer.pt")
+def test_pushes_in_mid_run_leave_the_run_as_it_is(finished, pushed, reliability):
+    hub, folder = pushed
+    messages = [message for name, message in hub.commits if name == "user/every_save"]
+    # The Trainer uploads in the background, and its next save overwrites the files. Then
+    # huggingface_hub gives up that upload. Nothing overtakes the last one.
+    expected = [f"Training in progress, step {step}" for step in (2, 4, 6, 8, 9)]
+    assert messages == [message for message in expected if message in messages]
+    assert messages[-1] == expected[-1]
+    assert not any(path.startswith(("checkpoint", "last")) for path in hub.files["user/every_save"])
+    saved = torch.load(folder / "every_save" / "checkpoint-9" / "optimizer.pt")
     expected = finished[0].optimizer.state_dict()
     assert all(
         torch.equal(value, expected["state"][key][name])

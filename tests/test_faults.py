@@ -4,14 +4,11 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from programs import python, torchrun
 from reliability import render
-from tiny import PATIENCE
 
 TESTS = Path(__file__).parent
 ENVIRONMENT = {
@@ -32,14 +29,12 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_run(tmp_path):
         "--kills_in_checkpoint",
         2,
         "--num_epochs",
-        12,
+        8,
         "--folder",
         tmp_path / "torture",
     ]
-    command = [sys.executable, TESTS / "torture.py", *options, "--write", tmp_path / "record.json"]
-    done = subprocess.run(
-        list(map(str, command)), env=ENVIRONMENT, capture_output=True, text=True, timeout=PATIENCE
-    )
+    command = [TESTS / "torture.py", *options, "--write", tmp_path / "record.json"]
+    done = python(*command, environment=ENVIRONMENT)
     assert done.returncode == 0, done.stdout + done.stderr
     record = json.loads((tmp_path / "record.json").read_text())["torture"]
     assert record["tried"] >= 5

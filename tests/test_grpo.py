@@ -742,7 +742,7 @@ def everything_on_ranks(folder):
 
 
 def test_two_ranks_train_what_one_trains(tmp_path):
-    done = torchrun(__file__, tmp_path, ranks=2)
+    done = torchrun(__file__, tmp_path, ranks=2, imports=("peft", "hf_dynprune.grpo"))
     assert done.returncode == 0, done.stderr
     alone, _ = everything_on_ranks(tmp_path / "alone")
     for rank in range(2):

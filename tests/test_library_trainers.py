@@ -136,7 +136,9 @@ def test_a_collator_that_reorders_is_refused_or_followed(name, tmp_path):
 
 def test_two_ranks_train_as_one(tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_BERT", saved())
-    done = torchrun(__file__, tmp_path, ranks=2)
+    leaves = ("embedding", "preference_experimental", "sft")
+    imports = ("peft", *(f"hf_dynprune.{leaf}" for leaf in leaves))
+    done = torchrun(__file__, tmp_path, ranks=2, imports=imports)
     assert done.returncode == 0, done.stdout + done.stderr
     for name, case in CASES.items():
         # Two ranks have the same small batches as one rank that accumulates.

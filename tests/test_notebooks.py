@@ -6,6 +6,7 @@ import nbformat
 import pytest
 from nbclient.exceptions import CellExecutionError
 from notebooks import METADATA, NOTEBOOKS, ROOT, execute
+from programs import launcher
 
 MOST = 200_000  # bytes of a notebook with its outputs
 
@@ -25,8 +26,15 @@ def test_there_are_three():
 
 
 @pytest.fixture(scope="module")
-def executed():
-    return dict(zip(NOTEBOOKS, execute(*NOTEBOOKS), strict=True))
+def forked():
+    """The kernel is a fork of a process that has imported what it imports."""
+    python, environment = launcher()
+    return {"python": python, "environment": environment}
+
+
+@pytest.fixture(scope="module")
+def executed(forked):
+    return dict(zip(NOTEBOOKS, execute(*NOTEBOOKS, **forked), strict=True))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -56,7 +64,7 @@ def test_what_is_kept_is_small_and_of_no_certain_machine(path):
     assert any(cell.outputs for cell in cells)
 
 
-def test_a_notebook_has_no_names_or_files_of_another_and_fails_with_its_cell(tmp_path):
+def test_a_notebook_has_no_names_or_files_of_another_and_fails_with_its_cell(forked, tmp_path):
     for name, source in (
         ("first", "from pathlib import Path; Path('file').touch()"),
         ("second", "import os; assert os.listdir() == []; Path('file')"),
@@ -64,4 +72,4 @@ def test_a_notebook_has_no_names_or_files_of_another_and_fails_with_its_cell(tmp
         notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source)])
         nbformat.write(notebook, tmp_path / name)
     with pytest.raises(CellExecutionError, match=r"NameError.*Path"):
-        execute(tmp_path / "first", tmp_path / "second")
+        execute(tmp_path / "first", tmp_path / "second", **forked)

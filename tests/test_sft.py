@@ -345,7 +345,7 @@ def test_two_ranks_train_as_one(tmp_path):
     grouped = {"train_sampling_strategy": "group_by_length", **FREE}
     _, flat = train(tmp_path, 4, 2, pruning=Some(weighted=True), **grouped)
     assert flat[0][0] != whole[0][0]  # another order
-    done = torchrun(__file__, tmp_path, ranks=2)
+    done = torchrun(__file__, tmp_path, ranks=2, imports=("peft", "hf_dynprune.sft"))
     assert done.returncode == 0, done.stdout + done.stderr
     for rank in range(2):
         seen = torch.load(tmp_path / f"rank{rank}.pt")
