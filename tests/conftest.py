@@ -97,9 +97,16 @@ def pytest_configure(config):
         share_server()
 
 
-def pytest_collection_finish():
-    # What was imported stays. Each run of a Trainer collects garbage first: it need not look there.
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    # Looking for garbage takes a third of the collection. What was imported stays, and each run of
+    # a Trainer collects garbage first: it need not look there.
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture

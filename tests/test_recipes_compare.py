@@ -162,7 +162,11 @@ pathlib.Path(options["output_dir"], "report.json").write_text(json.dumps(report)
 
 @pytest.fixture
 def study(tmp_path, monkeypatch, compare):
-    """A study of that recipe: folder, rules and more options -> status and what it prints."""
+    """A study of that recipe: folder, rules and more options -> status and what it prints.
+
+    Its pictures stay empty: `test_a_study` draws them.
+    """
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda _, path, **how: path.touch())
     report = PruningReport({"name": "any"}, 100, 0, 0, num_epochs=4.0)
     report.epochs = [EpochRecord(i, True, 100, 100, 100) for i in range(4)]
     report.save(tmp_path / "template.json")
