@@ -61,9 +61,11 @@ def content(folder: Path, *, read_bytes: int = _READ_BYTES) -> dict[str, list]:
         if path.is_file() and listed:
             paths[name] = path
     sizes = {name: path.stat().st_size for name, path in paths.items()}
-    pieces = max(2, _share(sizes.values(), read_bytes) // _PIECE_BYTES)
+    share = _share(sizes.values(), read_bytes)
+    pieces = max(2, share // _PIECE_BYTES)
+    whole = max(share, pieces * _PIECE_BYTES)  # up to this size a file is read whole
     return {
-        name: _size_and_checksum(path, pieces if sizes[name] > pieces * _PIECE_BYTES else None)
+        name: _size_and_checksum(path, pieces if sizes[name] > whole else None)
         for name, path in paths.items()
     }
 

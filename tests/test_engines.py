@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import SCENARIOS, SCORED_AT_ONCE, TRAINED, is_labelled
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import torchrun
 from tiny import trainer, vit
@@ -266,6 +266,7 @@ def test_a_checkpoint_of_usual_size_is_read_whole(tmp_path):
 
 @settings(max_examples=25)
 @given(sizes=st.lists(st.integers(0, 6 * MIB), max_size=4), budget=st.integers(0, 20 * MIB))
+@example(sizes=[2 * MIB + 1], budget=2 * MIB + 1)
 def test_what_is_read_stays_within_the_bound(sizes, budget, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sizes")
     write(folder, {f"{i}.pt": size for i, size in enumerate(sizes)})
