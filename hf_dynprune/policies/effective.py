@@ -31,7 +31,7 @@ class EffectiveShare(ScoredPolicy):
     least one batch is kept.
 
     The share is Kish's effective sample size over M, see `hf_dynprune.potential`. The rule is
-    ours; no study of it was made yet.
+    ours. One study has it, with a long tail; see docs/results.md.
 
     Cost: the effective share, which depends on the data (training losses are free); one float per
     sample; O(N) per choice.

@@ -38,7 +38,8 @@ class ClassBudget(KeepsShare, ScoredPolicy):
     a guard bars, and those without a finite loss, count in no class and fill up last. There are no
     weights.
 
-    No study of it was made yet.
+    In our study with a long tail it is ahead of the short run, and behind a short run that samples
+    the classes evenly; see docs/results.md.
 
     Paper: RCAP, UAI 2025, arXiv 2606.11761 (code atif-hassan/RCAP-dynamic-dataset-pruning).
     Differences to the code:
