@@ -35,6 +35,7 @@ from hf_dynprune.cli import main
 from hf_dynprune.policies import POLICIES, PruningPolicy
 from hf_dynprune.potential import Magnitude
 from hf_dynprune.report import PruningReport
+from recipes.studies.plan import Setting
 from recipes.studies.summarise import chosen_settings, summarise
 
 ROOT = Path(__file__).parents[1]
@@ -541,15 +542,20 @@ def test_the_summary_of_a_study_is_that_of_its_reports(name, tmp_path, monkeypat
 @pytest.mark.parametrize("name", studies.TUNED)
 def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
     summary = studies.summary(name)
-    best_last = sorted(summary["tuning"], key=lambda row: max(mean for _, mean in row["means"]))
-    tuned = {(row["name"], row["cost"]): row for row in best_last}  # of the best batch size
+    chosen = chosen_settings(studies.STUDIES / name)
+    tuned = {}  # at the batch size that was chosen
+    for row in summary["tuning"]:
+        key = row["name"], row["cost"]
+        if row.get("batch_size") == chosen[key].batch:
+            tuned[key] = row
     tune_first = any("--tune first" in command for command in summary["commands"])
-    rates = {}
+    used = {}
     for run, _ in studies.runs(name):
         if run["rate"] is None:
             options = dict(word[2:].split("=", 1) for word in run["command"] if "=" in word)
-            key = run["name"], run["cost"]
-            rates.setdefault(key, set()).add(float(options["learning_rate"]))
+            rate, batch = (options.get(o) for o in ("learning_rate", "per_device_train_batch_size"))
+            setting = Setting(float(rate), None if batch is None else int(batch))
+            used.setdefault((run["name"], run["cost"]), set()).add(setting)
     for row in summary["rows"]:
         key = row["name"], row["wanted"]
         # Static pruning by scores uses the rate of the first rule. So do rules that
@@ -557,7 +563,7 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
         by_scores = row["name"].endswith((", scores charged", ", scores given"))
         not_tuned = tune_first and key not in tuned and row["name"] not in ("full run", "short run")
         tuning = tuned["random", row["wanted"]] if by_scores or not_tuned else tuned[key]
-        assert rates[key] == {tuning["chosen"]}
+        assert used[key] == {Setting(tuning["chosen"], tuning.get("batch_size"))}
         assert len(tuning["means"]) >= 3
         assert not tuning["edge"], f"{row['name']}: the best of {tuning['means']} is at their end"
         if row["ranked"]:

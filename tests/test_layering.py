@@ -139,7 +139,8 @@ def imported_by(*modules: str) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# One process for all of them: first the package itself, last what imports more than the core.
+# One process imports all of these, in this order. What a module imports stays imported, so the
+# package itself comes first, and the trainer, which imports more than the core, comes last.
 ONE_BY_ONE = "hf_dynprune", *(f"hf_dynprune.{name}" for name in CORE), "hf_dynprune.trainer"
 
 

@@ -165,8 +165,8 @@ def rows_of(
     return rows
 
 
-def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> None:
-    """What each process does. Rank 0 writes the rows."""
+def join(rank: int, ranks: int, folder: str) -> None:
+    """Join the processes that talk by gloo, each with one thread."""
     torch.set_num_threads(1)
     # A file instead of a port: several runs at a time do not collide.
     rendezvous = f"file://{folder}/rendezvous{ranks}"
@@ -176,6 +176,11 @@ def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> Non
     )
     if dist.get_world_size() != ranks:
         raise RuntimeError(f"{dist.get_world_size()} ranks found each other, expected {ranks}.")
+
+
+def work(rank: int, ranks: int, options: argparse.Namespace, folder: str) -> None:
+    """What each process does. Rank 0 writes the rows."""
+    join(rank, ranks, folder)
     rows = [row for samples in options.sizes for row in rows_of(int(samples), options, rank, ranks)]
     if rank == 0:
         Path(folder, f"rows{ranks}.json").write_text(json.dumps(rows))

@@ -31,7 +31,6 @@ choice takes 5 % as long as the training of the epoch.
 
 import argparse
 import contextlib
-import datetime
 import io
 import json
 import math
@@ -183,14 +182,7 @@ def rows_of(samples: int, rank: int, ranks: int, rounds: int) -> list[dict[str, 
 
 def work(rank: int, ranks: int, samples: int, rounds: int, folder: str) -> None:
     """What each process does. Rank 0 writes the rows."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=ranks,
-        timeout=datetime.timedelta(minutes=10),
-    )
+    exchange.join(rank, ranks, folder)
     check(rank, ranks)
     rows = rows_of(samples, rank, ranks, rounds)
     if rank == 0:
