@@ -235,10 +235,13 @@ def load_samples(
 
 def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Module:
     """Make a model from random weights, from pretrained weights, or with adapters."""
+    attention = recipe.attn_implementation
     if recipe.from_scratch:
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     # In float32, whatever the file holds: bfloat16 weights would lose the small steps of AdamW.
-    model = AutoModelForCausalLM.from_pretrained(recipe.model, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        recipe.model, dtype=torch.float32, attn_implementation=attention
+    )
     if recipe.lora_rank is None:
         return model
     import peft

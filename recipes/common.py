@@ -129,6 +129,10 @@ class ModelArguments(RunArguments):
         "Train a tokenizer (byte-level BPE) with this many tokens on the training texts, instead "
         "of using that of --model. Only for a model from scratch.",
     )
+    attn_implementation: str | None = option(
+        None,
+        "The model's attention, such as sdpa, eager or flash_attention_2; default: the model's.",
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.model_config, str):

@@ -167,11 +167,16 @@ def load_texts(data: DataArguments, recipe: RecipeArguments) -> Texts:
 
 def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Module:
     """Make a model from random or pretrained weights."""
+    attention = recipe.attn_implementation
     if recipe.from_scratch:
-        return AutoModelForSequenceClassification.from_config(config)
+        return AutoModelForSequenceClassification.from_config(config, attn_implementation=attention)
     # In float32, whatever the file holds: bfloat16 weights would lose the small steps of AdamW.
     return AutoModelForSequenceClassification.from_pretrained(
-        recipe.model, config=config, dtype=torch.float32, ignore_mismatched_sizes=True
+        recipe.model,
+        config=config,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,
+        attn_implementation=attention,
     )
 
 
