@@ -31,7 +31,7 @@ from transformers.trainer_callback import CallbackHandler, DefaultFlowCallback, 
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from .checks import check_count
-from .data_side import run_shape
+from .data_side import orders_of, run_shape
 from .escape import printable
 from .files import REPORT_FILE, STATE_FILE, load_tensors
 from .identity import OWN, dataset_fingerprint
@@ -137,6 +137,8 @@ class Measured:
         forward, backward, optimizer: Per step. `backward` includes the loss and gradient clipping,
             `optimizer` includes logging.
         loading: Per step, the time to load its batches if the loader never waits for the model.
+        loading_in_order: The same if the samples are read in the order of the dataset. Measured if
+            the loader is slow and its order is random, otherwise 0.
         epoch_start: Per epoch, the time to start and stop the loader and its workers.
         run_start: `train()` before its first epoch, and the extra time of its first steps.
         scoring: Per sample of a scoring pass.
@@ -151,6 +153,7 @@ class Measured:
     backward: float
     optimizer: float
     loading: float = 0.0
+    loading_in_order: float = 0.0
     epoch_start: float = 0.0
     run_start: float = 0.0
     scoring: float = 0.0
@@ -162,6 +165,11 @@ class Measured:
     def behind(self) -> float:
         """Seconds per step that a loader as fast as the model would save."""
         return min(self.waiting, self.loading)
+
+    @property
+    def loader_is_slow(self) -> bool:
+        """Whether a step waits for the loader for a notable share of its time."""
+        return self.behind > _NOTABLE * self.step
 
     @property
     def step(self) -> float:
@@ -635,16 +643,28 @@ def _first_looks(advice: Advice) -> str:
 
 def _loader(advice: Advice) -> str:
     m, full = advice.measured, advice.full
-    waiting = m.behind / m.step
-    if waiting <= _NOTABLE:
+    if not m.loader_is_slow:
         return ""
     return (
-        f"The data loader is the bottleneck: {_percent(waiting)} of a step is waiting for data. "
-        "Pruning saves that time, too, because it loads only what it keeps; scoring passes do not. "
+        f"The data loader is the bottleneck: {_percent(m.behind / m.step)} of a step is waiting "
+        "for data. Pruning saves that time, too, because it loads only what it keeps; scoring "
+        "passes do not. "
         "With a loader as fast as the model the full run would take "
         f"{_duration(full.total - full.steps * m.behind)} instead of {_duration(full.total)}: use "
         f"more workers (dataloader_num_workers={advice.settings.workers} now), or decode the "
-        "samples once (vision.ImageCache)."
+        f"samples once (vision.ImageCache).{_in_order(m)}"
+    )
+
+
+def _in_order(measured: Measured) -> str:
+    """What the order of the dataset would save, as a sentence; empty if it saves little."""
+    before, after = measured.loading, measured.loading_in_order
+    if not 0 < after < (1 - _NOTABLE) * before:
+        return ""
+    return (
+        f" In the order of the dataset a batch is loaded in {_percent(after / before)} of the "
+        "time: shuffle the dataset once on disk (shuffle, flatten_indices, save_to_disk) and set "
+        "train_sampling_strategy='sequential'. Pruning goes with it."
     )
 
 
@@ -992,7 +1012,7 @@ def _measure(
         whole, batch = _time_evaluation(dry, watch, dataset, batches // 4)
         scoring = batch / (args.eval_batch_size * args.world_size)
         scoring_start = max(0.0, whole - settings.shape.samples * scoring)
-    return Measured(
+    measured = Measured(
         steps=max(1, len(watch.steps) - watch.warm_up),
         **step,
         loading=loading * settings.shape.accumulation,
@@ -1003,6 +1023,14 @@ def _measure(
         evaluation=evaluation,
         checkpoint=watch.checkpoint,
     )
+    in_order = "sequential"
+    if not measured.loader_is_slow or args.train_sampling_strategy != "random":
+        return measured
+    if in_order not in orders_of(dry)[1]:
+        return measured
+    args.train_sampling_strategy = in_order
+    each, _ = _time_loader(dry, max(batches, 8 * settings.workers))
+    return replace(measured, loading_in_order=each * settings.shape.accumulation)
 
 
 def _ahead(args: Any) -> int:

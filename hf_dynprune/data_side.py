@@ -22,7 +22,13 @@ from typing import Any, cast
 import datasets
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import HPSearchBackend
@@ -282,7 +288,7 @@ class PrunedDataMixin(CardMixin):
     def _shape_of(self, stock: DataLoader) -> RunShape:
         """The shape of a run on the loader of the Trainer, which is checked."""
         samples = len(cast(Any, self.train_dataset))
-        _check_loader(stock, samples)
+        _check_loader(stock, samples, self.args.train_sampling_strategy)
         batches: Any = stock.batch_sampler
         return run_shape(
             self.args, samples, batch_size=batches.batch_size, drop_last=batches.drop_last
@@ -334,7 +340,7 @@ class PrunedDataMixin(CardMixin):
             return stock
         batches: Any = stock.batch_sampler
         pruner = self._make_pruner(self._shape_of(stock))
-        pruner.sampler.grouping = _grouping_of(stock)
+        pruner.sampler.strategy, pruner.sampler.arrange = _order_of(stock)
         first = pruner.sampler.order_of(None, pruner.data_seed, 0)
         pruner.sampler.set_epoch_order(first)
         collator: Any = self._indexed(cast(Any, stock.collate_fn))
@@ -820,11 +826,17 @@ def _check_policy(pruning: Any) -> None:
         )
 
 
+def orders_of(trainer: Trainer) -> tuple[type, tuple[str, ...]]:
+    """The class that orders the training data, and its `train_sampling_strategy` for pruning."""
+    # In a class above ours or behind it.
+    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
+    known = ("random", "group_by_length", "sequential") if owner is Trainer else ("random",)
+    return owner, known
+
+
 def _check_order(trainer: PrunedDataMixin, args: TrainingArguments) -> None:
     """Raise ValueError for arguments and classes that order the training data themselves."""
-    # In a class above this one or behind it.
-    owner = next(cls for cls in type(trainer).__mro__ if "_get_train_sampler" in vars(cls))
-    orders = ("random", "group_by_length") if owner is Trainer else ("random",)
+    owner, orders = orders_of(cast(Trainer, trainer))
     if owner not in trainer._replaced_orders:
         way_out = ours_for(owner, type(trainer)) or "remove it, or mix with another class."
         raise ValueError(
@@ -834,7 +846,7 @@ def _check_order(trainer: PrunedDataMixin, args: TrainingArguments) -> None:
     if args.train_sampling_strategy not in orders:
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} orders the training "
-            f"data, and pruning does too: set it to {' or '.join(map(repr, orders))}, or use "
+            f"data, and pruning does too: expected one of {', '.join(map(repr, orders))}, or use "
             "pruning=None."
         )
 
@@ -905,8 +917,11 @@ def _check_stream(dataset: Any) -> None:
         )
 
 
-def _check_loader(loader: DataLoader, samples: int) -> None:
-    """Raise ValueError unless the loader goes through the training set in random order."""
+def _check_loader(loader: DataLoader, samples: int, strategy: str) -> None:
+    """Raise ValueError unless the loader goes through the training set in a known order.
+
+    That is a random one or, if `strategy` is "sequential", that of the dataset.
+    """
     dataset: Any = loader.dataset
     if not hasattr(dataset, "__len__") or len(dataset) != samples:
         size = len(dataset) if hasattr(dataset, "__len__") else "no"
@@ -915,8 +930,9 @@ def _check_loader(loader: DataLoader, samples: int) -> None:
             f"{samples}: expected the same samples in the same order."
         )
     batches, sampler = _sampler_of(loader)
-    shuffles = isinstance(sampler, RandomSampler | DistributedSampler | LengthGroupedSampler)
-    if not shuffles or getattr(sampler, "replacement", False) or not hasattr(batches, "batch_size"):
+    known = isinstance(sampler, RandomSampler | DistributedSampler | LengthGroupedSampler)
+    known |= strategy == "sequential" and isinstance(sampler, SequentialSampler)
+    if not known or getattr(sampler, "replacement", False) or not hasattr(batches, "batch_size"):
         raise ValueError(
             f"The loader of get_train_dataloader has a {type(sampler).__name__}, which chooses or "
             "orders the training data itself, and pruning would override it: shuffle uniformly "
@@ -932,12 +948,16 @@ def _sampler_of(loader: DataLoader) -> tuple[Any, Any]:
     return batches, getattr(batches, "sampler", batches)
 
 
-def _grouping_of(loader: DataLoader) -> Callable[[torch.Tensor, torch.Generator], Any] | None:
-    """How the loader of the Trainer groups samples by length; None if it does not."""
+def _order_of(
+    loader: DataLoader,
+) -> tuple[str, Callable[[torch.Tensor, torch.Generator], torch.Tensor] | None]:
+    """The order of the Trainer's loader: `strategy` and `arrange` of a `PruningSampler`."""
     sampler = _sampler_of(loader)[1]
-    if not isinstance(sampler, LengthGroupedSampler):
-        return None
-    return partial(_grouped, sampler.lengths, sampler.batch_size)
+    if isinstance(sampler, LengthGroupedSampler):
+        return "grouped", partial(_grouped, sampler.lengths, sampler.batch_size)
+    if isinstance(sampler, SequentialSampler):
+        return "sequential", _as_stored
+    return "random", None
 
 
 def _grouped(
@@ -947,6 +967,11 @@ def _grouped(
     own = [lengths[i] for i in kept.tolist()]
     order = get_length_grouped_indices(own, batch_size, generator=generator)
     return kept[torch.tensor(order)]
+
+
+def _as_stored(kept: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The kept samples in the order of the dataset."""
+    return kept
 
 
 def tell_epoch(dataset: Any, epoch: int) -> None:

@@ -328,13 +328,17 @@ def _check_repo_id(repo_id: Any) -> None:
     """Raise TypeError or ValueError for what cannot be the name of a repository, such as ".."."""
     if not isinstance(repo_id, str):
         raise TypeError(f"repo_id={repo_id!r} is not a name: expected a str such as 'user/name'.")
+    message = (
+        f"repo_id={repo_id!r} is not the name of a repository: expected 'user/name', with letters, "
+        "digits, '-', '_' and '.'."
+    )
+    # Lower versions of huggingface_hub let letters of other alphabets and a last newline pass.
+    if not (repo_id.isascii() and repo_id.isprintable()):
+        raise ValueError(message)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(
-            f"repo_id={repo_id!r} is not the name of a repository: expected 'user/name', with "
-            "letters, digits, '-', '_' and '.'."
-        ) from error
+        raise ValueError(message) from error
 
 
 def _own_folder(folder: Path, names: Sequence[str]) -> Path:

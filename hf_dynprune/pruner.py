@@ -578,7 +578,7 @@ class DynamicPruner:
             "drop_last": self.shape.drop_last,
             "seed": self.seed,
             "data seed": self.data_seed,
-            **({} if self.sampler.grouping is None else {"order": "grouped"}),
+            **({} if self.sampler.strategy == "random" else {"order": self.sampler.strategy}),
         }
 
     def state_dict(

@@ -99,12 +99,14 @@ class PruningSampler(Sampler[int]):
         fills_one: Whether a last batch of one chosen sample is filled with a copy that counts for
             nothing, since a BatchNorm has no statistics of one sample. An epoch over all data stays
             as it is.
-        grouping: (the kept samples (K,), ascending; generator) -> their order, such as one by
+        strategy: "random", or the name of another order, which a resumed run must share.
+        arrange: (the kept samples (K,), ascending; generator) -> their order, such as one by
             length. None is the random order of `epoch_order`.
     """
 
     fills_one = False
-    grouping: Callable[[Tensor, torch.Generator], Tensor] | None = None
+    strategy = "random"
+    arrange: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
     def __init__(
         self, n: int, global_batch: int = 1, *, ranks: int = 1, drop_last: bool = False
@@ -113,11 +115,11 @@ class PruningSampler(Sampler[int]):
         self.set_epoch_order(torch.arange(n, dtype=index_dtype(n)))
 
     def order_of(self, kept: Tensor | None, seed: int, epoch: int) -> Tensor:
-        """The order of the kept samples in an epoch; see `epoch_order` and `grouping`."""
-        if self.grouping is None:
+        """The order of the kept samples in an epoch; see `epoch_order` and `arrange`."""
+        if self.arrange is None:
             return epoch_order(self.n, kept, seed, epoch)
         every = torch.arange(self.n, dtype=index_dtype(self.n))
-        return self.grouping(_kept_of(every, kept), torch.Generator().manual_seed(seed + epoch))
+        return self.arrange(_kept_of(every, kept), torch.Generator().manual_seed(seed + epoch))
 
     def set_epoch_order(self, order: Tensor) -> None:
         """Set what the next epoch yields: (K,) integers."""

@@ -242,6 +242,37 @@ def packing():
     return markdown([*heads, "seconds an epoch, to all"], rows)
 
 
+READINGS = (
+    ("reading", "plain", "in memory", "64 tokens a row, in memory"),
+    ("reading", "plain", "on disk", "64 tokens a row, on disk"),
+    ("reading", "indices", "on disk", "the same after `Dataset.shuffle`"),
+    ("reading_large", "plain", "on disk", "1,024 tokens a row, more than the memory"),
+)
+
+
+def reading():
+    """Rows a second of an Arrow dataset by order, and the seconds of an epoch."""
+    rows = []
+    for file, layout, where, words in READINGS:
+        known = speed.rows(file, layout=layout, where=where)
+        for row in (row for row in known if row["workers"] == 0):
+            beside = next(
+                other for other in known if other["order"] == row["order"] and other["workers"]
+            )
+            rows.append(
+                [
+                    words,
+                    row["order"],
+                    speed.two_digits(row["rows_a_second"]),
+                    speed.two_digits(beside["rows_a_second"]),
+                    f"{row['epoch']:.2f}",
+                    f"{beside['epoch']:.2f}",
+                ]
+            )
+    heads = ["10 million rows", "order", "rows a second", "4 workers", "seconds an epoch, to stock"]
+    return markdown([*heads, "4 workers"], rows)
+
+
 TABLES = {
     "overview": studies.overview,
     "claims": studies.claims,
@@ -251,6 +282,7 @@ TABLES = {
     "potential": potential,
     "predicted": predicted,
     "packing": packing,
+    "reading": reading,
     "prompts 0.2": lambda: rl_results.table(rl_results.stored(), 0.2),
     "prompts 0.4": lambda: rl_results.table(rl_results.stored(), 0.4),
     "prompts 0.1": lambda: rl_results.table(rl_results.stored(), 0.1),

@@ -4,6 +4,7 @@ import copy
 import json
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -235,6 +236,12 @@ def test_the_loader_is_the_bottleneck():
     found = advice(RandomPruning(0.5), measured=slow).findings["loader"]
     for number in ("60 %", "16.0 s", "40.0 s"):
         assert number in found
+    assert "sequential" not in found
+    # An order that saves less than a notable share of the loading is not named.
+    for seconds, share in ((0.2, "25 %"), (0.7, None)):
+        found = advice(measured=replace(slow, loading_in_order=seconds)).findings["loader"]
+        assert ("train_sampling_strategy='sequential'" in found) == (share is not None)
+        assert share is None or share in found
     # The time between two steps is not loading alone.
     busy = changed(waiting=0.6, loading=0.01, forward=0.1, backward=0.2)
     assert "loader" not in advice(RandomPruning(0.5), measured=busy).findings
@@ -535,6 +542,39 @@ def test_it_predicts_a_run_of_known_seconds(tmp_path, monkeypatch):
     assert m.evaluation == pytest.approx(40 * 0.005)
     assert (m.backward, m.optimizer, m.run_start) == pytest.approx((0, 0, 0))
     assert "loader" in found.findings
+
+
+class Disk(SlowSamples):
+    """A sample takes 20 ms of the clock, but 1 ms if the one before it was read last."""
+
+    last = -1
+
+    def __getitem__(self, index):
+        self.clock.seconds += 0.001 if index == self.last + 1 else 0.02
+        self.last = index
+        return {"value": float(index + 1)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [({}, 0.008), ({"train_sampling_strategy": "sequential"}, 0), ({"cls": Trainer}, 0.008)],
+)
+def test_a_slow_loader_is_also_timed_in_the_order_of_the_dataset(
+    settings, seconds, tmp_path, monkeypatch
+):
+    clock = FakeClock()
+    monkeypatch.setattr("time.perf_counter", clock)
+    pruned = {"pruning": RandomPruning(0.5), "extra": {"per_sample_loss_fn": known_losses}}
+    pruned = {} if "cls" in settings else pruned
+    run = trainer(
+        tmp_path, model=Slow(clock), data=Disk(clock), **pruned, **{**SECONDS, **settings}
+    )
+    strategy = run.args.train_sampling_strategy
+    found = advise(run, policies=[RandomPruning(0.5)])
+    assert found.measured.loading_in_order == pytest.approx(seconds, rel=0.5)
+    assert ("sequential" in found.findings.get("loader", "")) == (seconds > 0)
+    assert run.args.train_sampling_strategy == strategy
+    assert found.to_dict()["measured"]["loading_in_order"] == found.measured.loading_in_order
 
 
 def test_a_typical_step():

@@ -22,6 +22,7 @@ BENCHMARKS = {
         "--rounds 1 --samples 16 --max_length 32 --layouts padded padding-free packed",
         "layout",
     ),
+    "reading": ("--rows 3000 --tokens 4 --batches 2 --rounds 1 --workers 0 1", "order"),
     "scale": ("--sizes 3000 20000 --ranks 4 --extrapolate 1e6", "role"),
     "sharded": ("--ranks 2 --sizes --rounds 1 --extrapolate 1e6", "way"),
     "scoring": ("--rounds 1 --samples 256 --models resnet8_cifar bert", "model"),

@@ -596,7 +596,6 @@ class OwnSampler(Trainer):
             r"20 of 40 .*32.* drop_last",
         ),
         ({"train_sampling_strategy": "batch_rebalance"}, ValueError, "batch_rebalance"),
-        ({"train_sampling_strategy": "sequential"}, ValueError, "sequential"),
         (
             {"cls": type("Mixed", (DynamicPruningMixin, OwnSampler), {})},
             ValueError,

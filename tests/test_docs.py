@@ -213,6 +213,11 @@ def with_options(folder):
     return many_images(folder) | more
 
 
+def stored(folder):
+    """A dataset."""
+    return {"data": datasets.Dataset.from_dict({"value": list(range(50))})}
+
+
 CONTEXTS = {
     "README.md": many_images,
     "docs/get_started.md": many_images,
@@ -228,6 +233,7 @@ CONTEXTS = {
     "docs/scores.md": many_images,
     "docs/policy.md": many_images,
     "docs/infobatch.md": a_loop,
+    "docs/speed.md": stored,
     "model_cards/README.md": on_the_hub,
 }
 ON_THE_HUB = ("docs/hub.md", "model_cards/README.md")
@@ -286,6 +292,13 @@ def of_scores(scope):
     assert scope["trainer"].pruning_report.cost_ratio > 0.5  # charged with the scores
 
 
+def of_speed(scope):
+    """The rows lie in the file in another order, and are read without a list of indices."""
+    found = datasets.load_from_disk("shuffled")
+    assert found._indices is None
+    assert sorted(found["value"]) == scope["data"]["value"] != list(found["value"])
+
+
 def of_infobatch(scope):
     epochs = scope["pruner"].report.epochs
     assert [epoch.full_data for epoch in epochs] == [False] * 7 + [True]  # the last eighth
@@ -300,6 +313,7 @@ EXPECTED = {
     "docs/loop.md": of_the_loop,
     "docs/scores.md": of_scores,
     "docs/infobatch.md": of_infobatch,
+    "docs/speed.md": of_speed,
 }
 
 

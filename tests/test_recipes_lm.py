@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import yaml
 from programs import torchrun
 from test_recipes import run
-from tiny import llama
+from tiny import bert, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +120,18 @@ def samples(causal_lm, data, *, longest=64, **settings):
     )
     config = causal_lm.AutoConfig.for_model("llama", max_position_embeddings=longest)
     return causal_lm.make_samples(train, tokenizer, arguments, config), tokenizer, train
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("scratch", [True, False])
+def test_the_attention_of_the_model(attention, scratch, recipe, tmp_path):
+    for name, made in (("causal_lm", llama()), ("text_classification", bert())):
+        made.save_pretrained(tmp_path / name)
+        module = recipe(name)
+        arguments = module.RecipeArguments(
+            model=str(tmp_path / name), from_scratch=scratch, attn_implementation=attention
+        )
+        assert module.make_model(arguments, made.config).config._attn_implementation == attention
 
 
 def test_samples(data, recipe):

@@ -72,7 +72,7 @@ def test_kept_samples_in_an_order_of_groups(n, epoch, data):
         return chosen[torch.tensor(batch)]
 
     sampler = PruningSampler(n, 2)
-    sampler.grouping = by_length
+    sampler.arrange = by_length
     order = sampler.order_of(torch.tensor(kept), 7, epoch)
     assert order.dtype == torch.int32
     assert seen == [sorted(kept)]

@@ -132,14 +132,50 @@ def test_resuming_by_length_continues_the_identical_run(tmp_path):
     assert len(list(every_checkpoint(make, tmp_path))) > 5
 
 
-@pytest.mark.parametrize("first", ["random", "group_by_length"])
-def test_another_order_does_not_resume(first, tmp_path):
-    other = {"random": "group_by_length", "group_by_length": "random"}[first]
+# ---- the order of the dataset --------------------------------------------------------------------
+
+IN_ORDER = {"train_sampling_strategy": "sequential"}
+
+
+def test_full_data_in_the_order_of_the_dataset_is_the_stock_run(tmp_path):
+    stock, full = (
+        run_of(tmp_path, cls=cls, pruning=pruning, **IN_ORDER)
+        for cls, pruning in ((Trainer, None), (None, FullData()))
+    )
+    for run in (stock, full):
+        run.train()
+    assert same_weights(full.model, stock.model)
+    assert not same_weights(full.model, sharp())
+
+
+def test_the_kept_samples_in_the_order_of_the_dataset(tmp_path):
+    """They change from epoch to epoch, and each is trained once."""
+    run = run_of(tmp_path, pruning=RandomPruning(0.5), **IN_ORDER)
+    batches = recorded(run)
+    run.train()
+    epochs = [list(itertools.chain(*batches[begin : begin + 6])) for begin in (0, 6, 12)]
+    assert all(len(set(epoch)) == 24 and sorted(epoch) == epoch for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_resuming_in_the_order_of_the_dataset_continues_the_identical_run(tmp_path):
+    def make(folder):
+        settings = {"save_strategy": "steps", "save_steps": 1, "dataloader_num_workers": 1}
+        return run_of(folder, n=16, pruning=UCB(0.5), **settings, **IN_ORDER)
+
+    assert len(list(every_checkpoint(make, tmp_path))) > 3
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [("random", "group_by_length"), ("group_by_length", "sequential"), ("sequential", "random")],
+)
+def test_another_order_does_not_resume(first, other, tmp_path):
     policy = RandomPruning(0.5)
     settings = {"n": 24, "pruning": policy, "save_strategy": "steps", "save_steps": 2}
     run_of(tmp_path, train_sampling_strategy=first, **settings).train()
     again = run_of(tmp_path, train_sampling_strategy=other, **settings)
-    with pytest.raises(ValueError, match=r"order: .*grouped"):
+    with pytest.raises(ValueError, match=r"order: .*(grouped|sequential)"):
         again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

@@ -292,8 +292,6 @@ def adapted():
     return peft.get_peft_model(llama(), peft.LoraConfig(**settings))
 
 
-# peft 0.18 warns of a base model that is not on the Hub.
-@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft about transformers
 @pytest.mark.parametrize("best", [False, True])
 @pytest.mark.parametrize("model", [tied, adapted])

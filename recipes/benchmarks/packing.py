@@ -185,9 +185,10 @@ def make_trainer(
         use_cpu=DEVICE.type == "cpu",
         bf16=options.bf16,
         dataloader_pin_memory=DEVICE.type == "cuda",
-        activation_checkpointing=False,
         **LAYOUTS[layout],
     )
+    # Two names of one option: transformers has renamed it, and trl sets it.
+    args.activation_checkpointing = args.gradient_checkpointing = False
     trainer = cls(model, args, train_dataset=data, processing_class=tokenizer, **own)
     trainer.remove_callback(PrinterCallback)
     return trainer
