@@ -16,7 +16,8 @@ epochs. The optimizer is AdamW; the learning rate warms up, then falls linearly 
 report.json, model, tokenizer and card to `--output_dir`.
 
 `perplexity` is exp(token_loss), and token_loss is the mean over all predicted tokens of the
-evaluation split. The Trainer's `loss` is the mean of the means of its batches.
+evaluation split. The Trainer's `loss` is the mean of the means of its batches. `exact_match` is the
+share of samples whose every predicted token is the likeliest one: greedy decoding would write them.
 """
 
 from collections.abc import Iterable
@@ -256,19 +257,26 @@ def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Mo
 
 
 def token_losses(logits: Any, labels: torch.Tensor) -> torch.Tensor:
-    """Compute (B, 2): the sum of a sample's token losses, and their number.
+    """Compute (B, 3): the sum of a sample's token losses, their number, and that of wrong tokens.
 
-    For `preprocess_logits_for_metrics`.
+    A token is wrong if another one is likelier. For `preprocess_logits_for_metrics`.
     """
     logits = logits[0] if isinstance(logits, tuple) else logits
     losses = RULES["shifted_tokens"].losses({"logits": logits}, {"labels": labels}, 0.0, None)
-    return torch.stack([losses.plain, losses.terms], dim=1)
+    predicted = labels[:, 1:]
+    wrong = logits[:, :-1].argmax(-1).ne(predicted) & predicted.ne(IGNORED)
+    return torch.stack([losses.plain, losses.terms, wrong.sum(1)], dim=1)
 
 
 def perplexity(prediction: EvalPrediction) -> dict[str, float]:
-    """Compute the mean loss of a token, and its exp. For `compute_metrics`."""
-    total, tokens = np.asarray(prediction.predictions, dtype=np.float64).sum(0)
-    return {"token_loss": float(total / tokens), "perplexity": float(np.exp(total / tokens))}
+    """Compute the mean loss of a token, its exp, and the exact match. For `compute_metrics`."""
+    found = np.asarray(prediction.predictions, dtype=np.float64)
+    total, tokens, _ = found.sum(0)
+    return {
+        "token_loss": float(total / tokens),
+        "perplexity": float(np.exp(total / tokens)),
+        "exact_match": float((found[:, 2] == 0).mean()),
+    }
 
 
 def main() -> None:

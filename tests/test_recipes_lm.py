@@ -91,12 +91,17 @@ def test_causal_lm_from_scratch_resumes_and_adapts(data, recipe, tmp_path, capsy
 
 def test_perplexity_counts_each_token_once(recipe):
     causal_lm, generator = recipe("causal_lm"), torch.Generator().manual_seed(0)
-    parts, losses = [], []
+    parts, losses, exact = [], [], []
     for size, length in ((3, 7), (2, 4)):  # batches differ in size and length
         logits = torch.randn(size, length, 5, generator=generator)
         labels = torch.randint(0, 5, (size, length), generator=generator)
         labels[torch.rand(size, length, generator=generator) < 0.4] = -100
+        logits[0, :-1].scatter_(1, labels[0, 1:, None].clamp(min=0), 9.0)  # all right
         parts.append(causal_lm.token_losses((logits, "more"), labels))
+        exact += [
+            all(row[i].argmax() == label for i, label in enumerate(ids[1:]) if label != -100)
+            for row, ids in zip(logits, labels, strict=True)
+        ]
         flat = F.cross_entropy(
             logits[:, :-1].reshape(-1, 5),
             labels[:, 1:].reshape(-1),
@@ -108,6 +113,8 @@ def test_perplexity_counts_each_token_once(recipe):
     found = causal_lm.perplexity(
         EvalPrediction(predictions=torch.cat(parts).numpy(), label_ids=None)
     )
+    assert found.pop("exact_match") == pytest.approx(sum(exact) / len(exact))
+    assert 0 < sum(exact) < len(exact)
     assert found == pytest.approx({"token_loss": mean, "perplexity": math.exp(mean)}, rel=1e-5)
 
 
