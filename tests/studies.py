@@ -29,7 +29,8 @@ TITLES = {
     "cifar100_16px": "CIFAR-100 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10_long_tail": "CIFAR-10 at 16 pixels with a long tail (100:1), ResNet-8, 40 epochs: "
     "balanced accuracy",
-    "cifar10_copies": "10,000 images of CIFAR-10 at 16 pixels, each three times, ResNet-8, 20 epochs",
+    "cifar10_copies": "10,000 images of CIFAR-10 at 16 pixels, each three times, ResNet-8, "
+    "20 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, "
