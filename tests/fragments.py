@@ -97,6 +97,8 @@ def _potential(what):
     stored = json.loads((RESULTS / "potential.json").read_text())
     if what == "correlation":
         return f"{stored['correlation']:.2f}"
+    if what == "rank correlation":
+        return f"{stored['predicted']['rank_correlation']:.2f}"
     if what == "studies":
         return str(stored["fit"]["studies"])
     if what == "left out gain":

@@ -33,6 +33,7 @@ TITLES = {
     "20 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
+    "banking77_minilm": "Banking77, fine-tuning MiniLM-L6, 5 epochs",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, "
     "less is better",
 }
@@ -44,6 +45,7 @@ TUNED = (
     "cifar10_long_tail",
     "cifar10_copies",
     "banking77_bert",
+    "banking77_minilm",
     "shakespeare_llama",
 )
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
