@@ -1024,9 +1024,8 @@ def _measure(
         checkpoint=watch.checkpoint,
     )
     in_order = "sequential"
-    if not measured.loader_is_slow or args.train_sampling_strategy != "random":
-        return measured
-    if in_order not in orders_of(dry)[1]:
+    may_change = args.train_sampling_strategy == "random" and in_order in orders_of(dry)[1]
+    if not (may_change and measured.loader_is_slow):
         return measured
     args.train_sampling_strategy = in_order
     each, _ = _time_loader(dry, max(batches, 8 * settings.workers))

@@ -45,8 +45,8 @@ def content(folder: Path, *, read_bytes: int = _READ_BYTES) -> dict[str, list]:
 
     If the files have more than `read_bytes` together, the large ones have a third entry: of how
     many pieces of 1 MiB the checksum is. They are evenly spaced; the first and the last MiB are two
-    of them. Such a checksum finds a file that was cut, or of which a half was not written. It may
-    miss a change of a single byte.
+    of them. Such a checksum finds a file that was cut or written in part. It may miss a change of a
+    single byte.
 
     Args:
         folder: The checkpoint.

@@ -139,8 +139,8 @@ def imported_by(*modules: str) -> dict[str, list[str]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-# One process imports all of these, in this order. What a module imports stays imported, so the
-# package itself comes first, and the trainer, which imports more than the core, comes last.
+# One process imports all of these in this order, and what it has imported stays. So the package
+# itself comes first. The trainer comes last, because it imports more than the core.
 ONE_BY_ONE = "hf_dynprune", *(f"hf_dynprune.{name}" for name in CORE), "hf_dynprune.trainer"
 
 

@@ -15,6 +15,8 @@ from test_recipes import run
 from tiny import bert, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
+from recipes.studies import sums
+
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
 CONFIG |= {"num_attention_heads": 2, "max_position_embeddings": 64}
@@ -139,6 +141,21 @@ def test_the_attention_of_the_model(attention, scratch, recipe, tmp_path):
             model=str(tmp_path / name), from_scratch=scratch, attn_implementation=attention
         )
         assert module.make_model(arguments, made.config).config._attn_implementation == attention
+
+
+def test_the_sums_are_right_and_a_model_trains_on_them(recipe, tmp_path, monkeypatch):
+    given = ["sums", "--train", "40", "--test", "20", "--output", str(tmp_path / "data")]
+    monkeypatch.setattr("sys.argv", given)
+    sums.main()
+    rows = datasets.load_dataset(str(tmp_path / "data"))
+    assert {name: len(split) for name, split in rows.items()} == {"train": 40, "test": 20}
+    every = [row for split in rows.values() for row in split]
+    assert len({row["question"] for row in every}) == 60
+    for row in every:
+        assert sum(map(int, row["question"].split("+"))) == int(row["answer"][::-1])
+    options = ["--dataset", tmp_path / "data", *SCRATCH[:2], "--tokenizer_vocabulary", "260"]
+    recipe("causal_lm", *options, *LITTLE, "--output_dir", tmp_path / "out")
+    assert 0 <= report_of(tmp_path / "out")["metrics"]["eval_exact_match"] <= 1
 
 
 def test_samples(data, recipe):

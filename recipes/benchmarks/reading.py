@@ -85,8 +85,8 @@ def fits(size: int) -> bool:
 def settle(path: Path, where: str) -> None:
     """Read the whole file, which ends its read-ahead; then keep its pages in memory or drop them.
 
-    Pages that a program maps and has read are not dropped, so readings map the file anew. A file
-    that does not fit into memory is not read.
+    The system keeps the pages that a program has mapped and read. So each reading maps the file
+    anew. A file that does not fit into memory is not read first.
     """
     with path.open("rb") as file:
         while fits(path.stat().st_size) and file.read(1 << 24):
@@ -131,8 +131,8 @@ def read(
     for _ in range(first):
         next(batches)
     begun = time.perf_counter()
-    read = sum(len(batch["labels"]) for batch in batches)
-    return read / (time.perf_counter() - begun)
+    rows = sum(len(batch["labels"]) for batch in batches)
+    return rows / (time.perf_counter() - begun)
 
 
 def measure_rows(path: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
