@@ -6,6 +6,7 @@ and raise the same errors.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -45,7 +46,8 @@ def load_splits(
         name: A Hub id, or a local path as `datasets.load_dataset` takes it: a folder of parquet,
             CSV or JSON files, or of images by class (imagefolder).
         config: The configuration of a dataset that has several.
-        train: The name of the training split, or a slice such as `"train[:10%]"`.
+        train: The name of the training split, a slice such as `"train[:10%]"`, or several joined
+            by `+`, such as `"train+extra"`.
         evaluation: The name or a slice of the evaluation split. *Optional*, defaults to the first
             existing split of validation, valid, val, dev and test.
         validation_share: If positive, hold out this share of the training split and return it in
@@ -77,7 +79,7 @@ def load_splits(
         known = datasets.get_dataset_split_names(source, config)
         if evaluation is None:
             evaluation = next((split for split in _EVALUATION if split in known), None)
-        for split in filter(None, (train, evaluation)):
+        for split in chain(*(name.split("+") for name in (train, evaluation) if name)):
             base = split.partition("[")[0]
             if base not in known:
                 raise ValueError(

@@ -22,6 +22,7 @@ share of samples whose every predicted token is the likeliest one: greedy decodi
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -43,7 +44,7 @@ from transformers import (
 )
 
 from hf_dynprune import DynamicPruningTrainer, FullData, PruningArguments
-from hf_dynprune.data import find_column, hold_out
+from hf_dynprune.data import find_column, hold_out, load_splits
 from hf_dynprune.losses import IGNORED, RULES
 
 GSM8K = "openai/gsm8k"
@@ -68,6 +69,9 @@ class DataArguments(common.DataArguments):
         "sample.",
     )
     max_length: int = common.option(1024, "Tokens after which a row is cut, without --block_size.")
+    target_split: str | None = common.option(
+        None, "Split of samples of the target task. --score reference trains on these alone."
+    )
 
     def __post_init__(self) -> None:
         if self.dataset == GSM8K:
@@ -87,7 +91,7 @@ class DataArguments(common.DataArguments):
 
 
 @dataclass
-class RecipeArguments(common.ModelArguments):
+class RecipeArguments(common.ModelArguments, common.ScoringArguments):
     model: str = common.option(
         "HuggingFaceTB/SmolLM2-135M",
         "Hub id or local path of a causal language model; gives weights, configuration and "
@@ -234,6 +238,16 @@ def load_samples(
     return train, test, tokenizer, config
 
 
+def load_target(
+    data: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
+) -> datasets.Dataset | None:
+    """Load the samples of --target_split, if there are any."""
+    if data.target_split is None:
+        return None
+    target, _ = load_splits(data.dataset, data.dataset_config, train=data.target_split)
+    return make_samples(target, tokenizer, data, config)
+
+
 def make_model(recipe: RecipeArguments, config: PreTrainedConfig) -> torch.nn.Module:
     """Make a model from random weights, from pretrained weights, or with adapters."""
     attention = recipe.attn_implementation
@@ -287,9 +301,23 @@ def main() -> None:
     args.label_names = ["labels"]
     with common.user_mistakes():
         policy = pruning.policy() or FullData()
-        common.check_output(args, recipe)
+        if not recipe.score:
+            common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
             train, test, tokenizer, config = load_samples(data, recipe)
+            target = load_target(data, tokenizer, config)
+    collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
+    if recipe.score:
+        return common.score(
+            recipe,
+            args,
+            model_init=partial(make_model, recipe, config),
+            train_dataset=train,
+            holdout=target,
+            processing_class=tokenizer,
+            data_collator=collator,
+        )
+    with common.user_mistakes():
         set_seed(args.seed)
         model = make_model(recipe, config)
 
@@ -299,7 +327,7 @@ def main() -> None:
         train_dataset=train,
         eval_dataset=test,
         processing_class=tokenizer,
-        data_collator=DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED),
+        data_collator=collator,
         compute_metrics=perplexity,
         preprocess_logits_for_metrics=token_losses,
         pruning=policy,

@@ -35,11 +35,9 @@ from hf_dynprune import (
     FullData,
     PruningArguments,
     PruningPolicy,
-    score_dataset,
 )
 from hf_dynprune.checks import check_count, check_number
 from hf_dynprune.data import find_column
-from hf_dynprune.files import SCORES_FILE
 from hf_dynprune.selection import keep_count, mask_of
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
@@ -111,7 +109,7 @@ class DataArguments(common.DataArguments):
 
 
 @dataclass
-class RecipeArguments(common.RunArguments):
+class RecipeArguments(common.RunArguments, common.ScoringArguments):
     """Model and run."""
 
     _argument_group_name = "model and run"
@@ -128,16 +126,6 @@ class RecipeArguments(common.RunArguments):
     augmented_scoring: bool = common.option(
         False, "Augment the images in scoring passes, as in training."
     )
-    score: str | None = common.option(
-        None,
-        "Do not train a model. Score the training samples, as for static pruning, into "
-        "<output_dir>/scores.safetensors: el2n, grand, forgetting, grand-last-layer, loss, margin "
-        "or entropy. reference is for the policy reference-loss: by a model trained on the images "
-        "of --clean_share, or without it by two models, each trained on the half that it does not "
-        "score.",
-    )
-    score_runs: int | None = common.option(None, "Runs to combine; default: as published.")
-    score_epochs: int | None = common.option(None, "Epochs before scoring; default: as published.")
     momentum: float = common.option(0.9, "Nesterov momentum of SGD.")
     eval_every: float = common.option(
         0.0,
@@ -393,28 +381,6 @@ def make_trainer(
     )
 
 
-def score(recipe: RecipeArguments, args: CifarTrainingArguments, images: Images) -> None:
-    """Score the training samples for static pruning."""
-    optimizer = {"lr": args.learning_rate, "momentum": recipe.momentum, "nesterov": True}
-    scores = score_dataset(
-        recipe.score,
-        lambda: make_model(recipe, images),
-        args,
-        images.train,
-        holdout=images.holdout() if recipe.score == "reference" else None,
-        runs=recipe.score_runs,
-        epochs=recipe.score_epochs,
-        output_dir=args.output_dir,
-        data_collator=batch_collator,
-        scoring_dataset=images.plain,
-        optimizer_cls_and_kwargs=(torch.optim.SGD, optimizer),
-    )
-    print(
-        f"{recipe.score}: {scores.provenance['passes']:,.0f} passes. Written to "
-        f"{args.output_dir}/{SCORES_FILE}."
-    )
-
-
 def main() -> None:
     data, recipe, pruning, args = common.parse(
         __doc__, DataArguments, RecipeArguments, PruningArguments, CifarTrainingArguments
@@ -431,7 +397,17 @@ def main() -> None:
         steps = round(recipe.eval_every * (len(images.train) / per_step))
         args.eval_strategy, args.eval_steps = "steps", max(1, steps)
     if recipe.score:
-        return score(recipe, args, images)
+        optimizer = {"lr": args.learning_rate, "momentum": recipe.momentum, "nesterov": True}
+        return common.score(
+            recipe,
+            args,
+            model_init=partial(make_model, recipe, images),
+            train_dataset=images.train,
+            holdout=images.holdout(),
+            data_collator=batch_collator,
+            scoring_dataset=images.plain,
+            optimizer_cls_and_kwargs=(torch.optim.SGD, optimizer),
+        )
     with common.user_mistakes():
         trainer = make_trainer(recipe, policy, args, images)
     evaluate_also = None

@@ -23,8 +23,9 @@ from transformers.trainer_utils import SaveStrategy
 import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, data
 from hf_dynprune.checks import did_you_mean
-from hf_dynprune.files import REPORT_FILE, TABLE_FILE
+from hf_dynprune.files import REPORT_FILE, SCORES_FILE, TABLE_FILE
 from hf_dynprune.report import shown_metric
+from hf_dynprune.scoring_runs import METHODS, score_dataset
 
 
 def option(default: Any, help: str) -> Any:
@@ -160,6 +161,21 @@ class ModelArguments(RunArguments):
                 f"does not match the pretrained weights of {self.model}: set --from_scratch True "
                 "or --model_config, or leave it out."
             )
+
+
+@dataclass
+class ScoringArguments:
+    """Scores made before a run, for static pruning or a reference."""
+
+    score: str | None = option(
+        None,
+        "Do not train a model. Score the training samples into <output_dir>/scores.safetensors, by "
+        f"{', '.join(METHODS)}. All but reference are for static pruning. reference is for the "
+        "policy reference-loss: by a model trained on the samples set aside for it, or without "
+        "such samples by two models, each trained on the half that it does not score.",
+    )
+    score_runs: int | None = option(None, "Runs to combine; default: as published.")
+    score_epochs: int | None = option(None, "Epochs before scoring; default: as published.")
 
 
 @dataclass
@@ -367,6 +383,32 @@ def train(
     if args.push_to_hub:
         trainer.push_to_hub(**about)
     leave_together()
+
+
+def score(
+    options: ScoringArguments, args: TrainingArguments, *, holdout: Any = None, **arguments: Any
+) -> None:
+    """Score the training samples, write the scores, and print what they cost.
+
+    Args:
+        options: Names the method.
+        args: Of the runs that make the scores.
+        holdout: The samples that a reference trains on. Other methods do not use it.
+        arguments: More arguments of `score_dataset`.
+    """
+    scores = score_dataset(
+        options.score,
+        args=args,
+        holdout=holdout if options.score == "reference" else None,
+        runs=options.score_runs,
+        epochs=options.score_epochs,
+        output_dir=args.output_dir,
+        **arguments,
+    )
+    print(
+        f"{options.score}: {scores.provenance['passes']:,.0f} passes. Written to "
+        f"{args.output_dir}/{SCORES_FILE}."
+    )
 
 
 def _in_a_line(report: hf_dynprune.PruningReport, metric: str) -> str:

@@ -64,6 +64,9 @@ def test_splits_of_a_folder(form, columns, train, validation, folder):
 
 
 def test_splits_and_slices_by_name(folder):
+    joined, _ = load_splits(str(folder / "csv"), train="train+test[:1]")
+    train, _ = load_splits(str(folder / "csv"))
+    assert len(joined) == len(train) + 1
     data, evaluation = load_splits(str(folder / "csv"), train="train[:50%]", evaluation="test[1:]")
     assert data["text"][:] == [f"train {i}" for i in range(5)]
     assert evaluation["text"][:] == ["test 1"]
@@ -115,6 +118,7 @@ def test_a_path_may_start_at_home(folder, monkeypatch):
         ("broken", {}, ValueError, r"/broken' .* Parquet "),
         ("csv", {"train": "trian"}, ValueError, "'trian'.* train, validation, test"),
         ("csv", {"evaluation": "dev[:2]"}, ValueError, "'dev'.* train, validation, test"),
+        ("csv", {"train": "train+extra"}, ValueError, "no split 'extra'"),
         ("csv", {"train": "train[:x]"}, ValueError, r"train\[:x\]"),
         ("configs", {}, ValueError, r"(?s)'first', 'second'.* --dataset_config"),
         (

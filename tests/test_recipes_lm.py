@@ -15,7 +15,7 @@ from test_recipes import run
 from tiny import bert, llama
 from transformers import AutoModelForCausalLM, AutoTokenizer, EvalPrediction
 
-from recipes.studies import sums
+from recipes.studies import texts
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
@@ -144,9 +144,9 @@ def test_the_attention_of_the_model(attention, scratch, recipe, tmp_path):
 
 
 def test_the_sums_are_right_and_a_model_trains_on_them(recipe, tmp_path, monkeypatch):
-    given = ["sums", "--train", "40", "--test", "20", "--output", str(tmp_path / "data")]
+    given = ["texts", "sums", "--train", "40", "--test", "20", "--output", str(tmp_path / "data")]
     monkeypatch.setattr("sys.argv", given)
-    sums.main()
+    texts.main()
     rows = datasets.load_dataset(str(tmp_path / "data"))
     assert {name: len(split) for name, split in rows.items()} == {"train": 40, "test": 20}
     every = [row for split in rows.values() for row in split]
@@ -156,6 +156,41 @@ def test_the_sums_are_right_and_a_model_trains_on_them(recipe, tmp_path, monkeyp
     options = ["--dataset", tmp_path / "data", *SCRATCH[:2], "--tokenizer_vocabulary", "260"]
     recipe("causal_lm", *options, *LITTLE, "--output_dir", tmp_path / "out")
     assert 0 <= report_of(tmp_path / "out")["metrics"]["eval_exact_match"] <= 1
+
+
+def test_a_target_in_a_mixture_is_the_reference(data, recipe, tmp_path, monkeypatch, capsys):
+    sizes = {"--rows": 20, "--target": 12, "--other_rows": 30, "--characters": 40, "--test": 8}
+    given = ["texts", "mixture", "--task", data["questions"], "--other", data["text"]]
+    given += [*map(str, sum(sizes.items(), ())), "--output", str(tmp_path / "data")]
+    monkeypatch.setattr("sys.argv", given)
+    texts.main()
+    rows = datasets.load_dataset(str(tmp_path / "data"))
+    assert {name: len(split) for name, split in rows.items()} == {
+        "train": 50,
+        "target": 12,
+        "test": 8,
+    }
+    assert sum(rows["train"]["target"]) == 20
+    assert len({*rows["train"]["text"], *rows["target"]["text"]}) == 62
+
+    common = ["--dataset", tmp_path / "data", *SCRATCH, *LITTLE]
+    scored = ["--score", "reference", "--target_split", "target", "--output_dir", tmp_path / "s"]
+    recipe("causal_lm", *common, *scored)
+    assert "reference: 41 passes" in capsys.readouterr().out  # 2 epochs of 12, and 50 / 3
+    fields = json.dumps({"scores": str(tmp_path / "s" / "scores.safetensors")})
+    rule = ["--pruning", "reference-loss", "--keep_ratio", "0.5", "--pruning_kwargs", fields]
+    recipe("causal_lm", *common, *rule, "--output_dir", tmp_path / "pruned")
+    assert report_of(tmp_path / "pruned")["cost_ratio"] == pytest.approx(
+        (50 + 12 * 2 + 50 / 3) / 100
+    )
+    joined = ["--train_split", "train+target", "--output_dir", tmp_path / "joined"]
+    recipe("causal_lm", *common, *joined)
+    assert report_of(tmp_path / "joined")["num_samples"] == 62
+
+    monkeypatch.setattr("sys.argv", [*given, "--rows", "40"])
+    with pytest.raises(SystemExit, match="2"):
+        texts.main()
+    assert "rows + target=52" in capsys.readouterr().err
 
 
 def test_samples(data, recipe):
