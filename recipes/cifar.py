@@ -80,6 +80,7 @@ class DataArguments(common.DataArguments):
         1, "Repeat each training image so many times: redundant data. Each copy is a sample."
     )
     subset_seed: int = common.option(0, "Seed of --imbalance and --max_train_samples.")
+    augment: bool = common.option(True, "Shift and mirror the training images at random.")
     balanced: bool = common.option(
         False,
         "Sample the classes evenly: an epoch has as many samples as without it, and as many of "
@@ -163,7 +164,7 @@ class Images:
     """The images of a run.
 
     Attributes:
-        train: Training images, augmented.
+        train: Training images, augmented unless the arguments say no.
         plain: The training images without augmentation.
         test: Images to evaluate on.
         relabelled: (N,) bool, True for training images whose label differs from the original one;
@@ -200,7 +201,7 @@ def load_images(data: DataArguments, seed: int) -> Images:
     options = {**statistics, "label_column": data.label_column, "image_size": data.image_size}
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels
     kind = BalancedImages if data.balanced else ImageCache
-    train = kind.from_dataset(train_split, augment=True, shift=shift, seed=seed, **options)
+    train = kind.from_dataset(train_split, augment=data.augment, shift=shift, seed=seed, **options)
     test = ImageCache.from_dataset(test_split, **options)
     relabelled = clean = None
     if data.train_labels is not None:

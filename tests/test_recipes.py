@@ -288,6 +288,18 @@ def test_cifar_on_a_part_of_the_images(small_cifar, recipe):
             cifar.DataArguments(**{name: value})
 
 
+def test_cifar_without_augmentation(small_cifar, recipe):
+    cifar = recipe("cifar")
+    index = list(range(96))
+    for augment in (True, False):
+        data = cifar.DataArguments(dataset=str(small_cifar["cifar10"]), augment=augment)
+        images = cifar.load_images(data, 0)
+        shown, plain = (
+            each.__getitems__(index)["pixel_values"] for each in (images.train, images.plain)
+        )
+        assert torch.equal(shown, plain) is not augment
+
+
 def test_balanced_images(small_cifar, recipe):
     cifar = recipe("cifar")
     data = {"dataset": str(small_cifar["cifar10"]), "imbalance": 20}
