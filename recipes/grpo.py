@@ -86,6 +86,9 @@ class GRPOArguments(common.CPUDefaults, GRPOConfig):
     output_dir: str | None = common.option("runs/grpo", "Output folder.")
     bf16: bool | None = common.option(False, "bfloat16 autocast.")
     activation_checkpointing: bool = common.option(False, "Save memory, and compute more.")
+    gradient_checkpointing: bool = common.option(
+        False, "The same in older versions of transformers, which do not know the new name."
+    )
     num_train_epochs: float = common.option(12.0, "Number of epochs.")
     per_device_train_batch_size: int = common.option(
         256, "Completions in a batch of a rank: num_generations for each prompt."
