@@ -31,6 +31,8 @@ TITLES = {
     "balanced accuracy",
     "cifar10_copies": "10,000 images of CIFAR-10 at 16 pixels, each three times, ResNet-8, "
     "20 epochs",
+    "cifar10_finetune": "10,000 images of CIFAR-10 at 16 pixels, ResNet-8 pretrained on CIFAR-100, "
+    "10 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
     "banking77_minilm": "Banking77, fine-tuning MiniLM-L6, 5 epochs",
@@ -44,6 +46,7 @@ TUNED = (
     "cifar10_16px",
     "cifar10_long_tail",
     "cifar10_copies",
+    "cifar10_finetune",
     "banking77_bert",
     "banking77_minilm",
     "shakespeare_llama",
