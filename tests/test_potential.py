@@ -412,7 +412,11 @@ def test_predictions_beside_what_was_measured(tmp_path):
     assert found["within"] == 2
     assert found["rank_correlation"] == pytest.approx(1)
     assert compared(folders[:2], predicted)["rank_correlation"] is None
-    assert len(plot_predicted(found["settings"]).axes[0].containers) == 3
+    ax = plot_predicted(found["settings"]).axes[0]
+    assert [label.get_text()[0] for label in ax.get_yticklabels()] == ["c", "b", "a"]
+    ends = [bar.lines[2][0].get_segments()[0][:, 0].tolist() for bar in ax.containers]
+    assert ends[::2] == [pytest.approx([0.9, 1.5])] * 3
+    assert ends[1::2] == [pytest.approx(pair) for pair in ([0.5, 1], [1, 1], [1, 2])]
 
 
 def test_predicted_studies_are_not_fitted():

@@ -37,7 +37,7 @@ from hf_dynprune.files import REPORT_FILE, save_json
 from hf_dynprune.plots import save_picture
 from hf_dynprune.potential import STUDIES, effective_share, fit_line, predicted_saving
 
-from .draw import COLORS, GREY, LEGEND, MARKERS, TITLE
+from .draw import COLORS, GREY, LEGEND, TITLE
 from .plan import FULL, SHORT
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -50,6 +50,8 @@ LEFT_OUT = ("cifar10_settings", "cifar10_batch")
 LEAST_LOST = 0.02
 _QUANTILES = {"q05": 0.05, "q25": 0.25, "q50": 0.5, "q75": 0.75, "q95": 0.95}
 _POINTS = 1000
+PREDICTED_STYLE = {"color": GREY, "marker": "s", "markersize": 4, "elinewidth": 1}
+MEASURED_STYLE = {"color": COLORS[0], "marker": "o", "markersize": 5}
 TICKS = (0.25, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.4, 1.6, 2, 3, 4, 6, 8)
 
 
@@ -182,47 +184,36 @@ def predictions(runs: Mapping[tuple[str, float], Path]) -> list[dict[str, Any]]:
 
 
 def plot_predicted(settings: Sequence[Mapping[str, Any]]) -> Figure:
-    """Predicted against measured savings, with 95 % intervals; on the line both are equal.
+    """The predicted saving of each setting beside the measured one, with 95 % intervals.
 
     Args:
-        settings: Of [`compared`], at least one.
+        settings: Of [`compared`], at least one. The largest measured saving comes first.
     """
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
+    settings = sorted(settings, key=lambda setting: setting["measured"]["saving"])
+    figure = Figure(figsize=(7.5, 1.6 + 0.45 * len(settings)), layout="constrained")
     ax = figure.subplots()
     ax.spines[["top", "right"]].set_visible(False)
-    ends = []
-    for place, setting in enumerate(settings):
-        measured, said = setting["measured"], setting["saving"]
-        x, y = said["factor"], measured["saving"]
-        own = measured["interval"] or [y, y]
-        ends += [*said["interval"], *own]
-        ax.errorbar(
-            x,
-            y,
-            xerr=_arms(x, said["interval"]),
-            yerr=_arms(y, own),
-            color=COLORS[place % len(COLORS)],
-            marker=MARKERS[place % len(MARKERS)],
-            label=f"{setting['study']}, cost {setting['cost']:g}",
-            elinewidth=1,
-        )
-    low, high = min(ends), max(ends)
-    ax.plot([low, high], [low, high], color=GREY, linewidth=1, linestyle=":")
-    ax.axhline(1, color=GREY, linewidth=0.5)
+    for row, setting in enumerate(settings):
+        said, seen = setting["saving"], setting["measured"]
+        for place, factor, ends, style in (
+            (row + 0.12, said["factor"], said["interval"], PREDICTED_STYLE),
+            (row - 0.12, seen["saving"], seen["interval"] or [seen["saving"]] * 2, MEASURED_STYLE),
+        ):
+            arms = [[factor - ends[0]], [ends[1] - factor]]
+            ax.errorbar(factor, place, xerr=arms, **style)
     ax.axvline(1, color=GREY, linewidth=0.5)
-    ax.set(xscale="log", yscale="log", xlabel="predicted saving factor", ylabel="measured")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_major_locator(FixedLocator(TICKS))
-        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.set_minor_locator(NullLocator())
+    ax.set_yticks(
+        range(len(settings)),
+        [f"{setting['study']}, cost {setting['cost']:g}" for setting in settings],
+    )
+    ax.set(xscale="log", xlabel="saving factor (1 saves nothing)")
+    ax.xaxis.set_major_locator(FixedLocator(TICKS))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_title("Saving to the short run: predicted first, then measured", **TITLE)
-    figure.legend(loc="outside right upper", **LEGEND)
+    shown = list(ax.containers[:2])
+    figure.legend(shown, ["predicted", "measured"], loc="outside lower right", ncols=2, **LEGEND)
     return figure
-
-
-def _arms(middle: float, ends: Sequence[float]) -> list[list[float]]:
-    low, high = ends
-    return [[middle - low], [high - middle]]
 
 
 def stored_predictions(file: Path) -> list[dict[str, Any]]:
