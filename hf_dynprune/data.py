@@ -210,6 +210,26 @@ def find_column(
     return name
 
 
+def integer_labels(data: datasets.Dataset, label_column: str | None = None) -> list[int]:
+    """Return the label of each row.
+
+    Args:
+        data: A split. Its format and its transform are ignored.
+        label_column: Found by [`find_column`] if not given.
+
+    Raises:
+        TypeError: If a label is not an integer.
+    """
+    label_column = find_column(data.features, "label", label_column)
+    labels = data.with_format(None)[label_column][:]
+    if not all(isinstance(label, int) for label in labels):
+        raise TypeError(
+            f"label_column={label_column!r} must contain integers, got "
+            f"{data.features[label_column]}: see class_encode_column()."
+        )
+    return labels
+
+
 def class_names(data: datasets.Dataset, label_column: str) -> list[str]:
     """Return the names of the classes: those of a ClassLabel, or "0", "1", ... for integers.
 

@@ -407,7 +407,7 @@ class ImageCache(torch.utils.data.Dataset):
         """
         import datasets
 
-        from .data import find_column
+        from .data import find_column, integer_labels
 
         if not isinstance(dataset, datasets.Dataset):
             raise TypeError(
@@ -423,14 +423,9 @@ class ImageCache(torch.utils.data.Dataset):
         encoded = dataset.with_format(None).cast_column(image_column, datasets.Image(decode=False))
         if len(encoded) == 0:
             raise ValueError("The dataset has no rows: expected at least one image.")
-        feature, labels = dataset.features[label_column], encoded[label_column][:]
-        if not all(isinstance(label, int) for label in labels):
-            raise TypeError(
-                f"label_column={label_column!r} must contain integers, got {feature}: see "
-                "class_encode_column()."
-            )
+        labels = integer_labels(dataset, label_column)
         images = _decoded(encoded.select_columns(image_column), channels, image_size)
-        names = getattr(feature, "names", None)
+        names = getattr(dataset.features[label_column], "names", None)
         return cls(images, labels, **{"label_names": names, **options})
 
     @property

@@ -37,7 +37,7 @@ from hf_dynprune import (
     PruningPolicy,
 )
 from hf_dynprune.checks import check_count, check_number
-from hf_dynprune.data import find_column
+from hf_dynprune.data import find_column, integer_labels
 from hf_dynprune.selection import keep_count, mask_of
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
@@ -199,37 +199,44 @@ def load_images(data: DataArguments, seed: int) -> Images:
     train_split, test_split = data.load_both_splits()
     statistics = {"mean": CIFAR_MEAN, "std": CIFAR_STD}
     options = {**statistics, "label_column": data.label_column, "image_size": data.image_size}
+    labels = original = torch.tensor(integer_labels(train_split, data.label_column))
+    clean = held_out = None
+    if data.train_labels is not None:
+        labels, held_out = other_labels(data, original)
+        if data.clean_share:
+            # Another generator than that of `subset_of`, which would draw the same images.
+            drawn = np.random.default_rng(data.subset_seed).permutation(len(labels))
+            count = keep_count(data.clean_share, len(labels))
+            clean = mask_of(torch.from_numpy(drawn[:count]), len(labels))
+            labels = labels.where(~clean, original)
+    relabelled = None if data.train_labels is None else labels != original
+    chosen = subset_of(labels, data)
+    if chosen is not None:  # only these are decoded
+        train_split, labels = train_split.select(chosen.numpy()), labels[chosen]
+        relabelled = None if relabelled is None else relabelled[chosen]
+        clean = None if clean is None else clean[chosen]
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels
     kind = BalancedImages if data.balanced else ImageCache
     train = kind.from_dataset(train_split, augment=data.augment, shift=shift, seed=seed, **options)
+    train.labels = labels
+    if data.copies > 1:
+        train.images, train.labels, relabelled, clean = (
+            None if each is None else each.repeat_interleave(data.copies, 0)
+            for each in (train.images, train.labels, relabelled, clean)
+        )
     test = ImageCache.from_dataset(test_split, **options)
-    relabelled = clean = None
-    if data.train_labels is not None:
-        original = train.labels
-        train.labels, held_out = other_labels(data, train)
-        if data.clean_share:
-            generator = torch.Generator().manual_seed(data.subset_seed)
-            drawn = torch.randperm(len(train), generator=generator)
-            clean = mask_of(drawn[: keep_count(data.clean_share, len(train))], len(train))
-            train.labels = train.labels.where(~clean, original)
-        relabelled = train.labels != original
-        if data.validation_share:
-            test.labels = held_out
-    chosen = subset_of(train.labels, data)
-    if chosen is not None:
-        train.images, train.labels = train.images[chosen], train.labels[chosen]
-        relabelled = None if relabelled is None else relabelled[chosen]
-        clean = None if clean is None else clean[chosen]
+    if held_out is not None and data.validation_share:
+        test.labels = held_out
     plain = ImageCache(train.images, train.labels, **statistics)  # shares the images
     return Images(train, plain, test, relabelled, clean)
 
 
 def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
-    """The images to train on, ascending and each `copies` times; None for all of them as they are.
+    """The images to train on, ascending; None for all of them.
 
     Args:
         labels: (N,) int64.
-        data: Says what to leave out and repeat.
+        data: Says what to leave out.
     """
     generator = torch.Generator().manual_seed(data.subset_seed)
     chosen = torch.arange(len(labels))
@@ -246,9 +253,7 @@ def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
             )
         drawn = torch.randperm(len(chosen), generator=generator)[: data.max_train_samples]
         chosen = chosen[drawn.sort().values]
-    if len(chosen) == len(labels) and data.copies == 1:
-        return None
-    return chosen.repeat_interleave(data.copies)
+    return None if len(chosen) == len(labels) else chosen
 
 
 def long_tail(sizes: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -309,20 +314,25 @@ def check_balanced(recipe: RecipeArguments, policy: PruningPolicy) -> None:
         )
 
 
-def other_labels(data: DataArguments, train: ImageCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load the labels in `train_labels`: of the training images, and of those held out."""
+def other_labels(data: DataArguments, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Load the labels in `train_labels`: of the training images, and of those held out.
+
+    Args:
+        data: Says where they are.
+        original: (N,) int64, the labels of the training images that they replace.
+    """
     places = replace(data, dataset=data.train_labels, dataset_config=None, eval_split=None)
     splits = places.load_splits()
     column = find_column(
         splits[0].features, "label", data.train_label_column, argument="train_label_column"
     )
     labels, held_out = (torch.tensor([] if split is None else split[column][:]) for split in splits)
-    classes, (low, high) = int(train.labels.max()) + 1, labels.aminmax()
-    if len(labels) != len(train) or labels.is_floating_point() or low < 0 or high >= classes:
+    classes, (low, high) = int(original.max()) + 1, labels.aminmax()
+    if len(labels) != len(original) or labels.is_floating_point() or low < 0 or high >= classes:
         raise ValueError(
             f"{data.train_labels!r} has {len(labels)} labels from {low} to {high} in its column "
-            f"{column!r}: expected one label in [0, {classes}) for each of {len(train)} images, in "
-            "their order."
+            f"{column!r}: expected one label in [0, {classes}) for each of {len(original)} images, "
+            "in their order."
         )
     return labels, held_out
 

@@ -181,6 +181,9 @@ def test_cifar_with_other_labels(small_cifar, tmp_path, recipe):
     assert torch.equal(holdout.images, own.train.images[part.clean])
     assert torch.equal(holdout.labels, own.train.labels[part.clean])
     assert (holdout.augment, holdout.shift, holdout.seed) == (True, 4, 0)
+    # The two draws are independent: about a quarter of the images of a part are clean, too.
+    few = cifar.DataArguments(**data, **labels, clean_share=0.25, max_train_samples=24)
+    assert 0 < int(cifar.load_images(few, 0).clean.sum()) < 16
     for value, more in ((1.0, labels), (0.1, {})):
         with pytest.raises(ValueError, match=f"clean_share={value}"):
             cifar.DataArguments(**data, **more, clean_share=value)
