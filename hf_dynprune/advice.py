@@ -358,9 +358,10 @@ class Potential:
         if self.prunes is False:
             second = "Take the short run: all data, fewer epochs."
         else:
+            what = "That holds" if self.prunes else "Compare it with the short run"
             second = (
-                f"That holds if the full run is ahead of the short run by {LEAST_LOST} points or "
-                "more; otherwise take the short run."
+                f"{what} if the full run is ahead of the short run by {LEAST_LOST} points or more; "
+                "otherwise take the short run."
             )
         return f"{first}{predicted}. {second}"
 

@@ -95,12 +95,16 @@ def _advice(what):
 def _potential(what):
     """What the studies say of the effective share; see recipes/studies/potential.py."""
     stored = json.loads((RESULTS / "potential.json").read_text())
+    line = stored["before"] if what.endswith(" before") else stored
+    what = what.removesuffix(" before")
     if what == "correlation":
-        return f"{stored['correlation']:.2f}"
+        return f"{line['correlation']:.2f}"
+    if what == "within":
+        return f"{stored['predicted']['within']} of {len(stored['predicted']['settings'])}"
     if what == "rank correlation":
         return f"{stored['predicted']['rank_correlation']:.2f}"
     if what == "studies":
-        return str(stored["fit"]["studies"])
+        return str(line["fit"]["studies"])
     if what == "left out gain":
         (point,) = (point for point in stored["points"] if not point["fitted"])
         return f"{point['gain']:.2f}"
@@ -120,10 +124,12 @@ def potential():
             f"{point['saving']:.2f}",
             f"{100 / point['saving']:.0f} %",
             str(point["seeds"]),
+            "yes" if point["predicted_first"] else "",
         ]
         for point in stored["points"]
     ]
     heads = ["study", "cost", "mean G", "saving factor", "cost of a short run", "seeds"]
+    heads += ["predicted first"]
     return markdown(heads, rows)
 
 
@@ -277,6 +283,7 @@ def reading():
 
 TABLES = {
     "overview": studies.overview,
+    "effective_share": studies.effective_shares,
     "claims": studies.claims,
     "settings": studies.settings,
     "noise": studies.noise,

@@ -1,6 +1,7 @@
 """The tables that are made of several studies, from the files of recipes/results/studies.
 
     overview()   what the rules gave
+    effective_shares()   what EffectiveShare gave
     claims()     what became of the claims of the central paper
     settings()   what each setting gave
     noise()      how the rules fared with wrong labels
@@ -9,6 +10,7 @@ fragments.py puts them into the pages. test_docs.py compares the summaries with 
 """
 
 import json
+import math
 import sys
 from statistics import mean
 
@@ -103,6 +105,26 @@ def overview():
             rows.append([*cells, str(at[SHORT]["seeds"])])
     head = ["data, model, full run", "cost", FULL, SHORT, *SHOWN.values(), "seeds"]
     return markdown(head, rows)
+
+
+def effective_shares():
+    """EffectiveShare in each study that has it, beside runs on all data.
+
+    What a short run of the same cost would reach is interpolated between short and full run, in the
+    logarithm of the cost.
+    """
+    rows = []
+    for name in TITLES:
+        for cost in costs(name):
+            at = rows_at(name, cost)
+            if own := at.get("effective-share"):
+                short, full = at[SHORT]["mean"], at[FULL]["mean"]
+                way = math.log(own["cost"] / at[SHORT]["cost"]) / -math.log(at[SHORT]["cost"])
+                same = short + way * (full - short)
+                reached = [f"{100 * value:.1f}" for value in (own["mean"], same, full)]
+                rows.append([name, f"{own['cost']:.2f}", *reached, str(own["seeds"])])
+    head = ["study", "cost", "EffectiveShare", "short run of that cost, interpolated", FULL]
+    return markdown([*head, "seeds"], rows)
 
 
 # ---- the claims of the central paper -------------------------------------------------------------

@@ -50,7 +50,7 @@ from hf_dynprune.advice import (
     finished_run,
     predict,
 )
-from hf_dynprune.potential import Saving
+from hf_dynprune.potential import Saving, predicted_saving
 from hf_dynprune.report import PHASES, EpochRecord, PruningReport
 from hf_dynprune.schedule import RunShape
 from hf_dynprune.scores import Scores
@@ -304,34 +304,43 @@ def finished(*shares, samples=100, passes=100, **given):
 
 
 @pytest.mark.parametrize(
-    ("shares", "num_epochs", "ratio", "prunes"),
+    ("shares", "num_epochs", "ratio"),
     [
-        ([0.9, 0.78], 5, 0.4, None),  # 2 of 5 epochs
-        ([0.999], 4, 0.25, False),
-        ([0.8], 1, 0.8, True),  # as long as the full run: 1 / G
-        ([0.1], 1, 0.1, True),
-        ([0.01], 1, 0.05, True),
-        ([0.8], None, 0.8, True),  # max_steps
+        ([0.9, 0.78], 5, 0.4),  # 2 of 5 epochs
+        ([0.999], 4, 0.25),
+        ([0.8], 1, 0.8),  # as long as the full run: 1 / G
+        ([0.1], 1, 0.1),
+        ([0.01], 1, 0.05),
+        ([0.8], None, 0.8),  # max_steps
     ],
 )
-def test_potential_of_a_finished_run(shares, num_epochs, ratio, prunes):
+def test_potential_of_a_finished_run(shares, num_epochs, ratio):
     steps = {} if num_epochs else {"max_steps": 10}
     shape = RunShape(100, 10, num_epochs=num_epochs, **steps)
     found = Potential.of(finished(*shares), shape, "runs/short")
     assert found.gain == pytest.approx(np.mean([1 / share for share in shares]))
     assert found.keep_ratio == pytest.approx(ratio)
-    assert found.prunes is prunes
+    assert found.saving == predicted_saving(found.gain)
     shown = str(found)
     assert f"{100 / found.saving.factor:.0f} %" in shown
     assert str(LossProportional(ratio)) in shown
     assert "runs/short" in shown
+
+
+@pytest.mark.parametrize(
+    ("saving", "prunes"),
+    [
+        (Saving(1.5, 1.2, 1.8), True),  # all of the interval saves
+        (Saving(1.2, 0.7, 1.8), None),
+        (Saving(1.0, 0.7, 1.3), False),
+    ],
+)
+def test_prune_or_not(saving, prunes):
+    found = Potential("a run", 1.2, 0.3, saving)
+    assert found.prunes is prunes
     assert json.loads(json.dumps(found.to_dict()))["prune"] is prunes
-
-
-def test_a_saving_that_is_certain_says_prune():
-    found = Potential("a run", 1.2, 0.3, Saving(1.5, 1.2, 1.8))
-    assert found.prunes is True
-    assert str(found).startswith("Prune")
+    takes_the_short_run = "Take the short run" in str(found)
+    assert takes_the_short_run is (prunes is False)
 
 
 def test_finished_runs_are_found_by_report_file_folder_and_checkpoint(tmp_path):

@@ -419,16 +419,27 @@ def test_predictions_beside_what_was_measured(tmp_path):
     assert ends[1::2] == [pytest.approx(pair) for pair in ([0.5, 1], [1, 1], [1, 2])]
 
 
-def test_predicted_studies_are_not_fitted():
+def test_predicted_studies_are_fitted_once_they_are_measured():
     names = ("cifar10_16px", "cifar10_resnet8", "cifar100_16px")
     studies = [STORED.parent / "studies" / name for name in names]
     saving = {"factor": 1.0, "interval": [0.9, 1.1]}
     predicted = [{"study": "cifar100_16px", "cost": 0.3, "saving": saving}]
     found = potential(studies, predicted)
-    assert {point["study"] for point in found["points"]} == set(names[:2])
-    assert found["fit"]["studies"] == 4
+    assert {point["study"] for point in found["points"] if point["predicted_first"]} == {names[2]}
+    assert (found["before"]["fit"]["studies"], found["fit"]["studies"]) == (4, 5)
+    assert potential(studies[:2], [])["fit"] == found["before"]["fit"]
     (setting,) = found["predicted"]["settings"]
     assert setting["measured"]["study"] == "cifar100_16px"
+
+
+def test_settings_were_predicted_by_the_line_that_was_known_before():
+    before = json.loads(STORED.read_text())["before"]
+    predicted = json.loads((STORED.parent / "predicted.json").read_text())
+    assert predicted["fit"] == pytest.approx(before["fit"], rel=1e-5)
+    for setting in predicted["settings"]:
+        expected = predicted_saving(setting["gain"], Fit(**before["fit"]))
+        saving = setting["saving"]
+        assert [saving["factor"], *saving["interval"]] == pytest.approx(expected, rel=1e-4)
 
 
 def test_stored_points_are_those_of_the_reports():
@@ -436,7 +447,7 @@ def test_stored_points_are_those_of_the_reports():
     study = "cifar10_resnet20_16px"
     (found,) = points_of(STORED.parent / "studies" / study)
     (expected,) = (point for point in stored if point["study"] == study)
-    assert found == pytest.approx(expected)
+    assert {**found, "predicted_first": False} == pytest.approx(expected)
 
 
 def test_measured_saving_by_hand():

@@ -5,8 +5,8 @@
 
 With --predict it writes what the line says of new settings, each by the report of a short run, so
 that the prediction can be committed before the study is made. Settings in the file are replaced or
-added. The studies named in recipes/results/predicted.json are not used for the line. Their savings
-are compared with the predicted ones.
+added. The savings of the studies named in recipes/results/predicted.json are compared with the
+predicted ones. Once they are measured, they count for the line as all others do.
 
 G of a study is the mean over epochs and seeds of 1 / effective share of its loss-proportional runs.
 Reports that were written before the effective share was measured hold five quantiles of the mean
@@ -120,19 +120,37 @@ def potential(studies: Sequence[Path], predicted: Sequence[Mapping[str, Any]]) -
 
     Args:
         studies: Folders.
-        predicted: Settings as [`predictions`] gives them. Their studies are not fitted.
+        predicted: Settings as [`predictions`] gives them.
+
+    Returns:
+        `points`: those of [`points_of`], with `predicted_first`;
+        `fit`, `correlation`: of the fitted points, and `before`: the same without those that were
+        predicted first, which is the line that predicted them;
+        `predicted`: of [`compared`].
     """
     new = {setting["study"] for setting in predicted}
-    points = [point for study in studies if study.name not in new for point in points_of(study)]
+    points = [
+        {**point, "predicted_first": study.name in new}
+        for study in studies
+        for point in points_of(study)
+    ]
     fitted = [point for point in points if point["fitted"]]
-    gains, savings = ([point[name] for point in fitted] for name in ("gain", "saving"))
-    quantile = float(stats.t.ppf(0.975, len(fitted) - 2))
     return {
         "written_by": "python -m recipes.studies.potential",
-        "fit": fit_line(gains, savings, quantile)._asdict(),
-        "correlation": float(np.corrcoef(np.log(gains), np.log(savings))[0, 1]),
+        **line_through(fitted),
+        "before": line_through([point for point in fitted if not point["predicted_first"]]),
         "points": points,
         "predicted": compared(studies, predicted),
+    }
+
+
+def line_through(points: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """`fit`, and `correlation` of log G and log saving."""
+    gains, savings = ([point[name] for point in points] for name in ("gain", "saving"))
+    quantile = float(stats.t.ppf(0.975, len(points) - 2))
+    return {
+        "fit": fit_line(gains, savings, quantile)._asdict(),
+        "correlation": float(np.corrcoef(np.log(gains), np.log(savings))[0, 1]),
     }
 
 
