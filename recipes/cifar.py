@@ -68,6 +68,9 @@ class DataArguments(common.DataArguments):
         "With --train_labels: this share of the training images, the same in each run, keeps the "
         "original labels. --score reference trains on these images alone.",
     )
+    clean_only: bool = common.option(
+        False, "Train on the images of --clean_share alone, and leave out the others."
+    )
     imbalance: float = common.option(
         1.0,
         "Train on a long tail: class c of C keeps r^(-c / (C - 1)) times the size of the largest "
@@ -95,6 +98,11 @@ class DataArguments(common.DataArguments):
             raise ValueError(
                 f"clean_share={self.clean_share} without train_labels: all labels are the original "
                 "ones. Give --train_labels, or leave it out."
+            )
+        if self.clean_only and not self.clean_share:
+            raise ValueError(
+                "clean_only=True without clean_share: there are no images to train on. Give "
+                "--clean_share, or leave it out."
             )
         expected = "the largest class over the smallest, 1 or more"
         check_number("imbalance", self.imbalance, expected, lambda ratio: ratio >= 1)
@@ -211,6 +219,10 @@ def load_images(data: DataArguments, seed: int) -> Images:
             labels = labels.where(~clean, original)
     relabelled = None if data.train_labels is None else labels != original
     chosen = subset_of(labels, data)
+    if data.clean_only:
+        assert clean is not None  # __post_init__ has checked it
+        chosen = torch.arange(len(labels)) if chosen is None else chosen
+        chosen = chosen[clean[chosen]]
     if chosen is not None:  # only these are decoded
         train_split, labels = train_split.select(chosen.numpy()), labels[chosen]
         relabelled = None if relabelled is None else relabelled[chosen]

@@ -181,6 +181,12 @@ def test_cifar_with_other_labels(small_cifar, tmp_path, recipe):
     assert torch.equal(holdout.images, own.train.images[part.clean])
     assert torch.equal(holdout.labels, own.train.labels[part.clean])
     assert (holdout.augment, holdout.shift, holdout.seed) == (True, 4, 0)
+    alone = cifar.DataArguments(**data, **labels, clean_share=0.25, clean_only=True)
+    alone = cifar.load_images(alone, 0)
+    assert torch.equal(alone.train.images, holdout.images)
+    assert torch.equal(alone.train.labels, holdout.labels)
+    with pytest.raises(ValueError, match="clean_only=True"):
+        cifar.DataArguments(**data, **labels, clean_only=True)
     # The two draws are independent: about a quarter of the images of a part are clean, too.
     few = cifar.DataArguments(**data, **labels, clean_share=0.25, max_train_samples=24)
     assert 0 < int(cifar.load_images(few, 0).clean.sum()) < 16

@@ -92,7 +92,8 @@ def rows_of(
     }
     if (FULL, 1.0) not in reports:
         return []
-    epochs = next(iter(reports[FULL, 1.0].values())).num_epochs
+    full = next(iter(reports[FULL, 1.0].values()))
+    whole = full.num_samples * full.num_epochs  # another run may have other samples
 
     def difference(key: Key, other: Key) -> dict[str, Any] | None:
         return paired(values[key], values[other]) if key != other and other in values else None
@@ -100,7 +101,7 @@ def rows_of(
     rows = []
     for key, by_seed in reports.items():
         (name, planned), own, runs = key, values[key], list(by_seed.values())
-        cost = statistics.mean(run.cost_against(epochs) for run in runs)
+        cost = statistics.mean(run.passes / whole for run in runs)
         row = {
             "name": name,
             "wanted": planned,
