@@ -36,6 +36,7 @@ TITLES = {
     "cifar10_finetune": "10,000 images of CIFAR-10 at 16 pixels, ResNet-8 pretrained on CIFAR-100, "
     "10 epochs",
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
+    "tiny_imagenet_20": "20 classes of Tiny-ImageNet at 32 pixels, ResNet-8, 10 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
     "banking77_minilm": "Banking77, fine-tuning MiniLM-L6, 5 epochs",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, "
@@ -49,6 +50,7 @@ TUNED = (
     "cifar10_long_tail",
     "cifar10_copies",
     "cifar10_finetune",
+    "tiny_imagenet_20",
     "banking77_bert",
     "banking77_minilm",
     "shakespeare_llama",
