@@ -24,6 +24,7 @@ STUDIES = ROOT / "recipes" / "results" / "studies"
 # In the order of the overview.
 TITLES = {
     "cifar10_resnet8": "CIFAR-10, ResNet-8, 20 epochs",
+    "cifar10_half": "CIFAR-10, ResNet-8, 20 epochs",
     "cifar10_batch": "CIFAR-10, ResNet-8, 20 epochs, the batch size tuned, too",
     "cifar10_16px": "CIFAR-10 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10_long": "CIFAR-10 at 16 pixels, ResNet-8, 100 epochs",
@@ -45,6 +46,7 @@ TITLES = {
 # Studies that tuned their own learning rates.
 TUNED = (
     "cifar10_resnet8",
+    "cifar10_half",
     "cifar10_batch",
     "cifar10_16px",
     "cifar10_long_tail",
