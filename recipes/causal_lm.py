@@ -241,7 +241,7 @@ def load_samples(
 def load_target(
     data: DataArguments, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 ) -> datasets.Dataset | None:
-    """Load the samples of --target_split, if there are any."""
+    """Load the samples of --target_split; None without it."""
     if data.target_split is None:
         return None
     target, _ = load_splits(data.dataset, data.dataset_config, train=data.target_split)
@@ -305,7 +305,7 @@ def main() -> None:
             common.check_output(args, recipe)
         with args.main_process_first(desc="tokenizing"):
             train, test, tokenizer, config = load_samples(data, recipe)
-            target = load_target(data, tokenizer, config)
+            target = load_target(data, tokenizer, config) if recipe.score else None
     collator = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)
     if recipe.score:
         return common.score(

@@ -220,22 +220,18 @@ def load_images(data: DataArguments, seed: int) -> Images:
     relabelled = None if data.train_labels is None else labels != original
     chosen = subset_of(labels, data)
     if data.clean_only:
-        assert clean is not None  # __post_init__ has checked it
-        chosen = torch.arange(len(labels)) if chosen is None else chosen
         chosen = chosen[clean[chosen]]
-    if chosen is not None:  # only these are decoded
-        train_split, labels = train_split.select(chosen.numpy()), labels[chosen]
-        relabelled = None if relabelled is None else relabelled[chosen]
-        clean = None if clean is None else clean[chosen]
+    if len(chosen) < len(labels):  # the others are not decoded
+        train_split = train_split.select(chosen.numpy())
     shift = 4 if data.image_size is None else data.image_size // 8  # 4 of 32 pixels
     kind = BalancedImages if data.balanced else ImageCache
     train = kind.from_dataset(train_split, augment=data.augment, shift=shift, seed=seed, **options)
-    train.labels = labels
     if data.copies > 1:
-        train.images, train.labels, relabelled, clean = (
-            None if each is None else each.repeat_interleave(data.copies, 0)
-            for each in (train.images, train.labels, relabelled, clean)
-        )
+        train.images = train.images.repeat_interleave(data.copies, 0)
+        chosen = chosen.repeat_interleave(data.copies)
+    train.labels, relabelled, clean = (
+        None if each is None else each[chosen] for each in (labels, relabelled, clean)
+    )
     test = ImageCache.from_dataset(test_split, **options)
     if held_out is not None and data.validation_share:
         test.labels = held_out
@@ -243,12 +239,15 @@ def load_images(data: DataArguments, seed: int) -> Images:
     return Images(train, plain, test, relabelled, clean)
 
 
-def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
-    """The images to train on, ascending; None for all of them.
+def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor:
+    """Choose the images to train on.
 
     Args:
         labels: (N,) int64.
         data: Says what to leave out.
+
+    Returns:
+        (K,) int64, their indices in ascending order.
     """
     generator = torch.Generator().manual_seed(data.subset_seed)
     chosen = torch.arange(len(labels))
@@ -265,7 +264,7 @@ def subset_of(labels: torch.Tensor, data: DataArguments) -> torch.Tensor | None:
             )
         drawn = torch.randperm(len(chosen), generator=generator)[: data.max_train_samples]
         chosen = chosen[drawn.sort().values]
-    return None if len(chosen) == len(labels) else chosen
+    return chosen
 
 
 def long_tail(sizes: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -327,11 +326,14 @@ def check_balanced(recipe: RecipeArguments, policy: PruningPolicy) -> None:
 
 
 def other_labels(data: DataArguments, original: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Load the labels in `train_labels`: of the training images, and of those held out.
+    """Load the labels in `train_labels`.
 
     Args:
         data: Says where they are.
         original: (N,) int64, the labels of the training images that they replace.
+
+    Returns:
+        (labels of the training images, labels of the images held out).
     """
     places = replace(data, dataset=data.train_labels, dataset_config=None, eval_split=None)
     splits = places.load_splits()

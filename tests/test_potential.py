@@ -376,6 +376,12 @@ def test_predictions_are_written_before_a_study(tmp_path):
         ("cifar", 0.3, 1.0),
         ("cifar", 0.5, 1.0),
     ]
+    # Predictions of several lines in one file could not be told apart.
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps({"fit": {**STUDIES._asdict(), "slope": 9.0}, "settings": []}))
+    of_another_line = [*command[:2], "--output", str(old)]
+    with pytest.raises(SystemExit):
+        main(of_another_line)
     report_of(None).save(tmp_path / "short" / "report.json")
     for wrong in (command, ["--predict", "cifar=runs", *output], command[:2]):
         with pytest.raises(SystemExit):

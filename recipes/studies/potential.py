@@ -35,7 +35,7 @@ from scipy import stats
 from hf_dynprune import PruningReport
 from hf_dynprune.files import REPORT_FILE, save_json
 from hf_dynprune.plots import save_picture
-from hf_dynprune.potential import STUDIES, effective_share, fit_line, predicted_saving
+from hf_dynprune.potential import STUDIES, Fit, effective_share, fit_line, predicted_saving
 
 from .draw import COLORS, GREY, LEGEND, TITLE
 from .plan import FULL, SHORT
@@ -234,9 +234,18 @@ def plot_predicted(settings: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def stored_predictions(file: Path) -> list[dict[str, Any]]:
-    """The settings in a file; none without it."""
-    return json.loads(file.read_text())["settings"] if file.exists() else []
+def stored_predictions(file: Path, fit: Fit | None = None) -> list[dict[str, Any]]:
+    """The settings in a file; none without it.
+
+    Raises:
+        ValueError: If another line than `fit` predicted them.
+    """
+    if not file.exists():
+        return []
+    stored = json.loads(file.read_text())
+    if fit is not None and stored["fit"] != fit._asdict():
+        raise ValueError(f"{file} was predicted by another line: choose another --output.")
+    return stored["settings"]
 
 
 def setting_of(text: str) -> tuple[tuple[str, float], Path]:
@@ -262,7 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             new = predictions(dict(map(setting_of, options.predict)))
             named = {(setting["study"], setting["cost"]) for setting in new}
-            before = stored_predictions(options.output)
+            before = stored_predictions(options.output, STUDIES)
             kept = [old for old in before if (old["study"], old["cost"]) not in named]
             save_json(options.output, {"fit": STUDIES._asdict(), "settings": [*kept, *new]})
         except (ValueError, OSError) as error:

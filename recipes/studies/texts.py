@@ -46,7 +46,7 @@ def as_text(rows: datasets.Dataset) -> datasets.Dataset:
 
 
 def pieces(text: str, length: int) -> datasets.Dataset:
-    """Cut a text into pieces of so many characters, as columns `text` and `target`."""
+    """Cut a text into pieces of `length` characters. The columns are `text` and `target`."""
     texts = [text[begin : begin + length] for begin in range(0, len(text), length)]
     return datasets.Dataset.from_dict({"text": texts, "target": [False] * len(texts)})
 
@@ -87,7 +87,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--task_config", help="Its configuration, such as main; default: the only one.")
     add("--other", default="karpathy/tiny_shakespeare", help="Dataset with the other text.")
     add("--rows", type=int, default=1_000, help="Samples of the target to train on.")
-    add("--target", type=int, default=500, help="More of them, set aside for the reference.")
+    add("--target", type=int, default=500, help="Further samples of the target, for the reference.")
     add("--other_rows", type=int, default=2_000, help="Pieces of the other text to train on.")
     add("--characters", type=int, default=500, help="Length of a piece.")
     add("--test", type=int, default=500, help="Samples of the target to evaluate on.")
