@@ -163,7 +163,9 @@ def test_a_killed_rank_ends_the_run_of_a_split_model(engine, launched, tmp_path)
         pytest.importorskip("deepspeed")
     undisturbed = launched(2, engine, "resumed")
     done = torchrun(PROGRAM, tmp_path, f"{engine}/killed", ranks=2)
-    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    # Either the other rank is killed with it, or it notices first that the connection is gone.
+    assert done.returncode in (-signal.SIGKILL, 1), done.stdout + done.stderr
+    assert not (tmp_path / "rank1.pt").exists()  # which a rank writes at the end
     assert Path(newest_complete(tmp_path / engine / "killed")).name == "checkpoint-3"
     done = torchrun(PROGRAM, tmp_path, f"{engine}/continued", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
