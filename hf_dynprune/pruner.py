@@ -134,6 +134,10 @@ class DynamicPruner:
             check_count("data_seed", data_seed, 0)
         if not isinstance(fingerprint, str):
             raise TypeError(f"fingerprint={fingerprint!r} is not a str.")
+        if magnitude is not None and not isinstance(magnitude, Magnitude):
+            raise TypeError(
+                f"magnitude={magnitude!r} is not a Magnitude: make one, such as Magnitude('loss')."
+            )
         self.rank, ranks = distributed.world()
         self.policy, self.shape = policy, replace(shape, ranks=ranks)
         self.magnitude = magnitude

@@ -17,6 +17,7 @@ from tiny import (
     bert,
     images,
     known_losses,
+    llama,
     same_weights,
     texts,
     trainer,
@@ -30,6 +31,7 @@ from hf_dynprune import (
     KAKURENBO,
     UCB,
     DynamicPruningTrainer,
+    EffectiveShare,
     EpsilonGreedy,
     FullData,
     InfoBatch,
@@ -271,6 +273,20 @@ def test_policies_that_cannot_act():
     assert "keep_ratio=0.25 " not in advice(UCB(0.25), UCB(0.5)).findings["answer"]
 
 
+def test_few_samples_are_advised_for_language_models_alone():
+    # A study of sums found it; studies of images did not.
+    full = predict(FullData(), RUN, SPENT)
+    of_task = {
+        task: Advice(RUN, SPENT, full, [], task=task).findings
+        for task in ("text-generation", "image-classification", None)
+    }
+    assert [task for task, found in of_task.items() if "few samples" in found] == [
+        "text-generation"
+    ]
+    assert "keep='random'" in of_task["text-generation"]["few samples"]
+    assert list(of_task["text-generation"])[-1] == "short run"
+
+
 def test_it_prints_and_is_json():
     found = advice(UCB(0.3), InfoBatch(), eval_strategy="epoch")
     first, _, *lines = str(found).splitlines()
@@ -350,6 +366,32 @@ def test_finished_runs_are_found_by_report_file_folder_and_checkpoint(tmp_path):
     report.save(tmp_path / "report.json")
     for place in (report, tmp_path, str(tmp_path / "report.json"), tmp_path / "checkpoint-15"):
         assert finished_run(place)[0].gain == report.gain
+    with pytest.raises(ValueError, match=r"checkpoint-5 is of epoch 1 of 3"):
+        finished_run(tmp_path / "checkpoint-5")
+
+
+def test_a_finished_run_that_set_its_own_cost(tmp_path):
+    policy = EffectiveShare(most=0.5)
+    run = trainer(tmp_path, data=images(40), pruning=policy, save_strategy="epoch")
+    run.train()
+    steps = run.state.global_step
+    assert steps < 15
+    assert finished_run(tmp_path / f"checkpoint-{steps}")[0].gain == run.pruning_report.gain
+
+
+def test_what_else_a_potential_says():
+    shape = RunShape(100, 10, num_epochs=10)
+    report = finished(0.5)  # one epoch: a tenth of the data in each of ten is a first look
+    idle = Potential.of(report, shape, "a run")
+    assert idle.keep_ratio == 0.1
+    assert not idle.acts
+    assert not idle.same_data
+    two = finished(0.5, 0.5, provenance={"dataset": {"fingerprint": "known"}})
+    acting = Potential.of(two, shape, "a run")
+    assert acting.acts
+    assert acting.same_data
+    assert len(str(idle)) > len(str(acting))
+    assert idle.to_dict()["acts"] is idle.to_dict()["same_data"] is False
 
 
 def test_a_run_of_other_data_is_refused(tmp_path):
@@ -410,8 +452,8 @@ MADE = {
         {"pruning": EpsilonGreedy(0.5), "bf16": True, "gradient_accumulation_steps": 2},
     ),
     "pruning texts": (
-        lambda: (bert(hidden_dropout_prob=0.3), {}),
-        {"pruning": UCB(0.5), "data": texts(padded=True)},
+        lambda: (llama(attention_dropout=0.3), {}),
+        {"pruning": UCB(0.5), "data": texts("causal LM", padded=True)},
     ),
 }
 
@@ -447,6 +489,7 @@ def test_it_leaves_all_as_it_was(kind, tmp_path):
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     found = advise(run, batches=4, policies=[UCB(0.5), UCB(0.5, scoring="dropped")])
 
+    assert ("few samples" in found.findings) == (kind == "pruning texts")
     assert found.measured.step > 0
     assert found.measured.checkpoint > 0
     assert found.measured.scoring > 0

@@ -37,7 +37,7 @@ def sizes(policy, scores):
         ([INF] * 4, 4),  # nothing known: the most
         ([INF, INF, 0.5, 0.5], 4),
         ([-INF, -INF, 0.5, 0.5], 2),  # samples that cannot be drawn are not counted
-        ([-INF] * 4, 1),
+        ([-INF] * 4, 4),  # no finite observation: nothing known
     ],
 )
 def test_size_by_hand(scores, expected):
@@ -95,6 +95,24 @@ def test_a_run_trains_on_less_as_samples_are_learned():
     s = 1 - (-losses.double()).exp()
     assert counts[1] == round(100 * effective_share(s))
     assert 50 <= counts[-1] < counts[1]
+
+
+@pytest.mark.parametrize(("values", "sizes"), [(math.nan, [8, 8]), (INF, [8, 8]), (0.0, [8, 1])])
+def test_a_run_without_a_usable_loss(values, sizes):
+    """Nothing known: all data. All losses 0: nothing is left to learn."""
+    pruner = DynamicPruner(EffectiveShare(), 8, batch_size=2, num_epochs=2)
+    trained = []
+    for epoch in range(2):
+        trained.append(pruner.begin_epoch(epoch).samples)
+        for index in torch.tensor(list(pruner.sampler)).split(2):
+            pruner.observe(index, {"loss": torch.full((len(index),), values)})
+    assert trained == sizes
+
+
+def test_losses_without_a_positive_one_are_refused():
+    policy = EffectiveShare()
+    with pytest.raises(ValueError, match=r"'loss' is positive, the lowest is -2.*kind="):
+        policy.score(table_of(policy, {0: [-2.0], 1: [0.0]}, n=3))
 
 
 def test_drop_last_keeps_a_batch():

@@ -735,6 +735,11 @@ def test_policy_must_be_one(policy):
         DynamicPruner(policy, RunShape(10, num_epochs=1))
 
 
+def test_magnitude_must_be_one():
+    with pytest.raises(TypeError, match="magnitude='loss'"):
+        DynamicPruner(UCB(0.5), RunShape(10, num_epochs=1), magnitude="loss")
+
+
 @pytest.mark.parametrize("shape", ["10", None, {"samples": 10}])
 def test_shape_must_be_one(shape):
     with pytest.raises(TypeError, match=re.escape(f"samples={shape!r}")):

@@ -26,12 +26,12 @@ class EffectiveShare(ScoredPolicy):
 
     There is no ratio to choose. While all samples matter alike, an epoch trains on `most` of the
     data; as samples are learned, on less. There are no weights. The draw is that of
-    [`LossProportional`]. If no s is known, K is the most; if all are 0, the least. Samples that a
-    guard bars, and those without a finite observation, are not counted in N. With `drop_last` at
-    least one batch is kept.
+    [`LossProportional`]. If no s is known, K is the most; if all are 0, the least. Otherwise
+    samples that a guard bars, and those without a finite observation, are not counted in N. With
+    `drop_last` at least one batch is kept.
 
     The share is Kish's effective sample size over M, see `hf_dynprune.potential`. The rule is
-    ours. One study has it, with a long tail; see docs/results.md.
+    ours; docs/pays.md says what it gave in each study.
 
     Cost: the effective share, which depends on the data (training losses are free); one float per
     sample; O(N) per choice.
@@ -41,7 +41,12 @@ class EffectiveShare(ScoredPolicy):
         most: Share that it keeps at most, in [least, 1].
         signal: What is observed, `"loss"` or another signal.
         kind: How s follows from it, see [`Magnitude`]: `"likelihood"` for losses that are a
-            negative log-likelihood, `"error"` for squared errors, `"signal"` for s itself.
+            negative log-likelihood, `"error"` for squared errors (regression), `"signal"` for s
+            itself.
+
+    Raises:
+        ValueError: At a choice, if observations are negative and none is positive: then they are
+            not what `kind` says.
     """
 
     least: float = 0.1
@@ -69,7 +74,14 @@ class EffectiveShare(ScoredPolicy):
 
     def score(self, table: SampleTable) -> Tensor:
         """(N,) s of each sample; 0 for a negative observation."""
-        return self.magnitude.of(table[self.signal].clamp(min=0))
+        values = table[self.signal]
+        if bool((values < 0).any()) and not bool((values > 0).any()):
+            raise ValueError(
+                f"No observation of {self.signal!r} is positive, the lowest is "
+                f"{float(values[values.isfinite()].min()):g}, so no sample would matter: expected "
+                f"what kind={self.kind!r} reads. Take another kind or signal, or RandomPruning."
+            )
+        return self.magnitude.of(values.clamp(min=0))
 
     def expected_share(self, n: int) -> tuple[float, float]:
         """Its limits: the share falls as samples are learned, and how far is not known before.
@@ -84,12 +96,11 @@ class EffectiveShare(ScoredPolicy):
 
     def _size(self, choice: Choice) -> int:
         score, n = choice.score, choice.n
-        known = score[score.isfinite()]
-        share = self.most
-        if len(known):
-            share = effective_share(known) if bool((known > 0).any()) else 0.0
-        size = round(share * int(torch.count_nonzero(usable(score))))
-        least = keep_count(self.least, n)
+        least, most = keep_count(self.least, n), keep_count(self.most, n)
         if choice.shape.drop_last:  # fewer would not be trained at all
             least = max(least, min(n, choice.shape.global_batch))
-        return max(least, min(size, keep_count(self.most, n)))
+        known = score[score.isfinite()]
+        if len(known) == 0:
+            return max(least, most)
+        share = effective_share(known) if bool((known > 0).any()) else 0.0
+        return max(least, min(round(share * int(torch.count_nonzero(usable(score)))), most))
