@@ -43,7 +43,7 @@ from .files import REPORT_FILE, STATE_FILE, load_tensors
 from .identity import OWN, dataset_fingerprint
 from .policies import UCB, FullData, InfoBatch, LossProportional, PruningPolicy, RandomPruning
 from .potential import LEAST_LOST, STUDIES, Saving, predicted_saving
-from .provenance import provenance_of, task_of
+from .provenance import provenance_of
 from .pruner import LABEL, DynamicPruner
 from .report import PHASES, PruningReport, passes
 from .schedule import RunShape, epoch_costs, planned_epochs
@@ -496,7 +496,6 @@ class Advice:
         full: The run on all data.
         predictions: The other runs.
         potential: What a finished run lets expect; None if none was given.
-        task: The Hub's task of the model, such as `"text-generation"`; None if it is not known.
         findings: Topic -> finding in words. `"potential"` comes first, then the `"answer"` about
             seconds; `"short run"` is last.
     """
@@ -506,7 +505,6 @@ class Advice:
     full: Prediction
     predictions: list[Prediction]
     potential: Potential | None = None
-    task: str | None = None
     findings: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -518,7 +516,6 @@ class Advice:
             "loader": _loader(self),
             "epoch starts": _epoch_starts(self),
             **{phase: _eaten(self, phase) for phase in _WAYS_OUT},
-            "few samples": _FEW_SAMPLES if self.task == "text-generation" else "",
             "short run": _SHORT_RUN,
         }
         found = {topic: text for topic, text in found.items() if text}
@@ -628,11 +625,6 @@ _WAYS_OUT = {
 _SHORT_RUN = (
     "Compare with the short run: all data, for the epochs in the last column. It takes the same "
     "time, and its learning rate reaches zero, too. If its result is as good, take the short run."
-)
-_FEW_SAMPLES = (
-    "A language model: also try few samples in many epochs, StaticPruning(keep_ratio=..., "
-    "keep='random'). In our study of sums it was far ahead of the short run of the same cost, on "
-    "Shakespeare it was not."
 )
 
 
@@ -826,7 +818,7 @@ def advise(
         predict(policy, settings, measured, choosing=_time_choosing(policy, settings.shape))
         for policy in (FullData(), *policies)
     )
-    return Advice(settings, measured, full, others, potential, task_of(trainer.model))
+    return Advice(settings, measured, full, others, potential)
 
 
 def _check(trainer: Any, batches: int) -> None:

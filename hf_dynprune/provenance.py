@@ -53,7 +53,7 @@ def provenance_of(trainer: Any, fingerprint: str) -> dict[str, Any]:
     found = {
         "model": source,
         "model_class": model_class(model).__name__,
-        "task": task_of(model),
+        "task": next(iter(tasks_of(model_class(model).__name__)), None),
         "dataset": {
             **hub_dataset(data),
             "fingerprint": fingerprint,
@@ -85,11 +85,6 @@ def loaded_from(model: Any) -> str | None:
     loaded = any(getattr(weight, "_is_hf_initialized", False) for weight in model.parameters())
     config = getattr(model, "config", None)
     return (getattr(config, "_name_or_path", None) or None) if loaded else None
-
-
-def task_of(model: torch.nn.Module) -> str | None:
-    """The first of the Hub's tasks of a model, such as `"text-generation"`; None without one."""
-    return next(iter(tasks_of(model_class(unwrapped(model)).__name__)), None)
 
 
 def tasks_of(class_name: str) -> list[str]:

@@ -13,6 +13,7 @@ one of
     lost to short run          the same with the other sign
     interval to short run      the difference with its 95 % interval
     keep_ratio                 with which it met the cost
+    wrong labels               % of the labels that it trained on
     kept seldom, kept often    % of the samples kept in at most a tenth, at least nine tenths
 
 and `, 0` behind it rounds to whole numbers. Other values: see `value`.
@@ -52,6 +53,8 @@ def _of_study(study, cost, method, what):
         return f"{scale * row['mean']:.{digits}f}"
     if what == "keep_ratio":
         return f"{row['keep_ratio']:.2f}"
+    if what == "wrong labels":
+        return f"{100 * studies.relabelled(study)[method]:.0f}"
     if what in ("kept seldom", "kept often"):
         found, _ = studies.kept(study, method, float(cost))
         return f"{100 * found[what == 'kept often']:.0f}"

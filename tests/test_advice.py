@@ -273,20 +273,6 @@ def test_policies_that_cannot_act():
     assert "keep_ratio=0.25 " not in advice(UCB(0.25), UCB(0.5)).findings["answer"]
 
 
-def test_few_samples_are_advised_for_language_models_alone():
-    # A study of sums found it; studies of images did not.
-    full = predict(FullData(), RUN, SPENT)
-    of_task = {
-        task: Advice(RUN, SPENT, full, [], task=task).findings
-        for task in ("text-generation", "image-classification", None)
-    }
-    assert [task for task, found in of_task.items() if "few samples" in found] == [
-        "text-generation"
-    ]
-    assert "keep='random'" in of_task["text-generation"]["few samples"]
-    assert list(of_task["text-generation"])[-1] == "short run"
-
-
 def test_it_prints_and_is_json():
     found = advice(UCB(0.3), InfoBatch(), eval_strategy="epoch")
     first, _, *lines = str(found).splitlines()
@@ -489,7 +475,6 @@ def test_it_leaves_all_as_it_was(kind, tmp_path):
     states = random.getstate(), np.random.get_state()[1].copy(), torch.get_rng_state()
     found = advise(run, batches=4, policies=[UCB(0.5), UCB(0.5, scoring="dropped")])
 
-    assert ("few samples" in found.findings) == (kind == "pruning texts")
     assert found.measured.step > 0
     assert found.measured.checkpoint > 0
     assert found.measured.scoring > 0
