@@ -4,6 +4,7 @@
     python recipes/causal_lm.py --dataset data/sums --tokenizer_vocabulary 260 \\
         --model_config '{"model_type": "llama", "hidden_size": 128, "num_hidden_layers": 4}'
 
+    python -m recipes.studies.texts sums --sign - --output data/differences
     python -m recipes.studies.texts mixture --output data/mixture
     python recipes/causal_lm.py --dataset data/mixture --target_split target --score reference \\
         --tokenizer_vocabulary 1024 --output_dir runs/reference \\
@@ -11,7 +12,8 @@
 
 sums: questions and answers. A question is two numbers of three digits, such as 123+456. The answer
 begins with the lowest place, 975, where adding begins. No question is drawn twice, so the test
-split holds none of the training split.
+split holds none of the training split. `--sign -` writes differences such as 456-123 and 333, a
+task for a model that was trained on sums.
 
 mixture: a target task among other text. The training split has samples of the target, GSM8K, and
 pieces of another text, Shakespeare. The column `target` says which is which; no recipe reads
@@ -27,14 +29,20 @@ import numpy as np
 from hf_dynprune.data import load_splits
 
 
-def sums(rows: int) -> datasets.Dataset:
-    """Draw different sums, as columns `question` and `answer`; the same ones in each call."""
+def sums(rows: int, sign: str = "+") -> datasets.Dataset:
+    """Draw different sums, as columns `question` and `answer`; the same ones in each call.
+
+    With `sign="-"` the same pairs of numbers as differences, the larger number first.
+    """
     pairs = np.random.default_rng(0).choice(900 * 900, rows, replace=False)
     first, second = 100 + pairs // 900, 100 + pairs % 900
+    if sign == "-":
+        first, second = np.maximum(first, second), np.minimum(first, second)
+    results = first - second if sign == "-" else first + second
     return datasets.Dataset.from_dict(
         {
-            "question": [f"{a}+{b}" for a, b in zip(first, second, strict=True)],
-            "answer": [str(total)[::-1] for total in first + second],
+            "question": [f"{a}{sign}{b}" for a, b in zip(first, second, strict=True)],
+            "answer": [str(result)[::-1] for result in results],
         }
     )
 
@@ -82,6 +90,7 @@ def make_parser() -> argparse.ArgumentParser:
     of_sums, of_mixture = kinds.add_parser("sums"), kinds.add_parser("mixture")
     of_sums.add_argument("--train", type=int, default=20_000, help="Sums to train on.")
     of_sums.add_argument("--test", type=int, default=2_000, help="Sums to evaluate on.")
+    of_sums.add_argument("--sign", choices="+-", default="+", help="Sums or differences.")
     add = of_mixture.add_argument
     add("--task", default="openai/gsm8k", help="Dataset of the target: Hub id or local path.")
     add("--task_config", help="Its configuration, such as main; default: the only one.")
@@ -101,7 +110,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.kind == "sums":
-            drawn = sums(options.train + options.test)
+            drawn = sums(options.train + options.test, options.sign)
             splits = drawn.train_test_split(options.test, shuffle=False)
         else:
             splits = mixture(options)
