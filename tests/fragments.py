@@ -14,6 +14,7 @@ one of
     interval to short run      the difference with its 95 % interval
     keep_ratio                 with which it met the cost
     wrong labels               % of the labels that it trained on
+    effective share            % of its samples, see docs/pays.md; a mean over the seeds
     kept seldom, kept often    % of the samples kept in at most a tenth, at least nine tenths
 
 and `, 0` behind it rounds to whole numbers. Other values: see `value`.
@@ -55,6 +56,8 @@ def _of_study(study, cost, method, what):
         return f"{row['keep_ratio']:.2f}"
     if what == "wrong labels":
         return f"{100 * studies.relabelled(study)[method]:.0f}"
+    if what == "effective share":
+        return f"{100 * studies.effective_share(study, method, float(cost)):.{digits}f}"
     if what in ("kept seldom", "kept often"):
         found, _ = studies.kept(study, method, float(cost))
         return f"{100 * found[what == 'kept often']:.0f}"

@@ -32,6 +32,10 @@ TITLES = {
     "cifar100_16px": "CIFAR-100 at 16 pixels, ResNet-8, 20 epochs",
     "cifar10_long_tail": "CIFAR-10 at 16 pixels with a long tail (100:1), ResNet-8, 40 epochs: "
     "balanced accuracy",
+    "cifar10_tail_10": "CIFAR-10 at 16 pixels with a tail of 10:1, ResNet-8, 16 epochs: balanced "
+    "accuracy",
+    "cifar100_long_tail": "CIFAR-100 at 16 pixels with a long tail (100:1), ResNet-8, 30 epochs: "
+    "balanced accuracy",
     "cifar10_copies": "10,000 images of CIFAR-10 at 16 pixels, each three times, ResNet-8, "
     "20 epochs",
     "cifar10_finetune": "10,000 images of CIFAR-10 at 16 pixels, ResNet-8 pretrained on CIFAR-100, "
@@ -52,6 +56,8 @@ TUNED = (
     "cifar10_batch",
     "cifar10_16px",
     "cifar10_long_tail",
+    "cifar10_tail_10",
+    "cifar100_long_tail",
     "cifar10_copies",
     "cifar10_finetune",
     "cifar10n_reference",
@@ -73,6 +79,11 @@ def runs(name):
     """Yield run.json and report.json of each run of a study."""
     for path in (STUDIES / name).glob("*/report.json"):
         yield json.loads((path.parent / "run.json").read_text()), json.loads(path.read_text())
+
+
+def run_of(run):
+    """(method, cost) of a run that is compared; None of a tuning run."""
+    return (run["name"], run["cost"]) if run["rate"] is None else None
 
 
 def costs(name):
@@ -165,13 +176,19 @@ def kept(name, rule, cost):
     """
     shares = {"histogram": [], "chance": []}
     for run, report in runs(name):
-        if (run["name"], run["cost"], run["rate"]) == (rule, cost, None):
+        if run_of(run) == (rule, cost):
             tenth = report["selection"]["choices"] // 10
             for kind, rows in shares.items():
                 times = [count / report["num_samples"] for count in report["selection"][kind]]
                 ends = sum(times[: tenth + 1]), sum(times[-tenth - 1 :])
                 rows.append((*ends, sum(times[1:-1])))
     return tuple([mean(column) for column in zip(*rows, strict=True)] for rows in shares.values())
+
+
+def effective_share(name, method, cost):
+    """The mean over the seeds of the effective share 1 / G of a method's runs."""
+    same = [report for run, report in runs(name) if run_of(run) == (method, cost)]
+    return mean(1 / report["gain"] for report in same)
 
 
 # Each of these judges a claim by a study at one cost. It returns what was measured, in words, and
