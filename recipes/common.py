@@ -22,6 +22,7 @@ from transformers.trainer_utils import SaveStrategy
 
 import hf_dynprune
 from hf_dynprune import DynamicPruningTrainer, data
+from hf_dynprune.advice import finished_run
 from hf_dynprune.checks import did_you_mean
 from hf_dynprune.files import REPORT_FILE, SCORES_FILE, TABLE_FILE
 from hf_dynprune.report import shown_metric
@@ -360,6 +361,9 @@ def train(
     """
     args = trainer.args
     if advise:
+        if after is not None:
+            with user_mistakes():
+                finished_run(after)
         advice = hf_dynprune.advise(trainer, after=after)
         if trainer.is_world_process_zero():
             print(advice)

@@ -48,8 +48,8 @@ TITLES = {
     "banking77_minilm": "Banking77, fine-tuning MiniLM-L6, 5 epochs",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, "
     "less is better",
-    "gsm8k_target": "GSM8K among other text, Llama of two layers from scratch, 5 epochs: perplexity "
-    "on GSM8K, less is better",
+    "gsm8k_target": "GSM8K among other text, Llama of two layers from scratch, 5 epochs: "
+    "perplexity on GSM8K, less is better",
 }
 # Studies that tuned their own learning rates.
 TUNED = (

@@ -132,3 +132,7 @@ def test_a_recipe_advises(images, tmp_path):
     assert "1.25" in done.stdout.splitlines()[0]  # G
     assert "FullData()" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+    done = python(root / "recipes/cifar.py", *data, *run, "--after", tmp_path / "no_run")
+    assert done.returncode == 2
+    assert "no_run" in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
