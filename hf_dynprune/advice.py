@@ -43,7 +43,7 @@ from .files import REPORT_FILE, STATE_FILE, load_tensors
 from .identity import OWN, dataset_fingerprint
 from .policies import UCB, FullData, InfoBatch, LossProportional, PruningPolicy, RandomPruning
 from .potential import LEAST_LOST, STUDIES, Saving, predicted_saving
-from .provenance import loaded_from, provenance_of, task_of
+from .provenance import provenance_of
 from .pruner import LABEL, DynamicPruner
 from .report import PHASES, PruningReport, passes
 from .schedule import RunShape, epoch_costs, planned_epochs
@@ -58,9 +58,6 @@ _WARM_UP = 3
 _SCORING: tuple[Literal["dropped", "all"], ...] = ("dropped", "all")
 # Below this factor a predicted saving is not worth a trial.
 _WORTH = 1.05
-# Few samples, many epochs: the share that our study repeated, the least number of samples that is
-# advised, and the share above which they would not be few.
-_FEW, _LEAST_FEW, _MANY = 1 / 16, 1000, 0.25
 
 
 # ---- what a run is, and what it takes ------------------------------------------------------------
@@ -499,7 +496,6 @@ class Advice:
         full: The run on all data.
         predictions: The other runs.
         potential: What a finished run lets expect; None if none was given.
-        fine_tunes_text: Whether the run fine-tunes a pretrained model that generates text.
         findings: Topic -> finding in words. `"potential"` comes first, then the `"answer"` about
             seconds; `"short run"` is last.
     """
@@ -509,7 +505,6 @@ class Advice:
     full: Prediction
     predictions: list[Prediction]
     potential: Potential | None = None
-    fine_tunes_text: bool = False
     findings: dict[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -521,7 +516,6 @@ class Advice:
             "loader": _loader(self),
             "epoch starts": _epoch_starts(self),
             **{phase: _eaten(self, phase) for phase in _WAYS_OUT},
-            "few samples": _few_samples(self),
             "short run": _SHORT_RUN,
         }
         found = {topic: text for topic, text in found.items() if text}
@@ -750,20 +744,6 @@ def _eaten(advice: Advice, phase: str) -> str:
     )
 
 
-def _few_samples(advice: Advice) -> str:
-    shape = advice.settings.shape
-    share = max(_FEW, _LEAST_FEW / shape.samples)
-    if not advice.fine_tunes_text or shape.num_epochs is None or share > _MANY:
-        return ""
-    return (
-        "Few samples, many epochs: in our study of fine-tuning a small language model on a new "
-        "task, a random sixteenth of the samples, the same in all epochs, was far ahead of a short "
-        "run of the same cost. At half the cost of this run that is, for example, "
-        f"StaticPruning(keep='random', keep_ratio={share:.4g}) with "
-        f"num_train_epochs={shape.num_epochs / 2 / share:.4g}. Compare it with the short run."
-    )
-
-
 # ---- the dry run ---------------------------------------------------------------------------------
 
 
@@ -838,9 +818,7 @@ def advise(
         predict(policy, settings, measured, choosing=_time_choosing(policy, settings.shape))
         for policy in (FullData(), *policies)
     )
-    model = trainer.model
-    fine_tunes_text = task_of(model) == "text-generation" and loaded_from(model) is not None
-    return Advice(settings, measured, full, others, potential, fine_tunes_text)
+    return Advice(settings, measured, full, others, potential)
 
 
 def _check(trainer: Any, batches: int) -> None:

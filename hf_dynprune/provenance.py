@@ -53,7 +53,7 @@ def provenance_of(trainer: Any, fingerprint: str) -> dict[str, Any]:
     found = {
         "model": source,
         "model_class": model_class(model).__name__,
-        "task": task_of(model),
+        "task": next(iter(tasks_of(model_class(model).__name__)), None),
         "dataset": {
             **hub_dataset(data),
             "fingerprint": fingerprint,
@@ -98,11 +98,6 @@ def tasks_of(class_name: str) -> list[str]:
         if class_name in names:
             found.append(task)
     return found
-
-
-def task_of(model: Any) -> str | None:
-    """The first of the Hub's tasks of a model; None if it has none."""
-    return next(iter(tasks_of(model_class(model).__name__)), None)
 
 
 # ---- dataset -------------------------------------------------------------------------------------

@@ -273,35 +273,6 @@ def test_policies_that_cannot_act():
     assert "keep_ratio=0.25 " not in advice(UCB(0.25), UCB(0.5)).findings["answer"]
 
 
-@pytest.mark.parametrize(
-    ("samples", "num_epochs", "share", "epochs"),
-    [(20_000, 8, "0.0625", "64"), (8_000, 3, "0.125", "12"), (3_000, 3, None, None)],
-)
-def test_few_samples_in_many_epochs(samples, num_epochs, share, epochs):
-    """What is advised costs half of the run; a small dataset has no few samples to spare."""
-    plain = advice(samples=samples, num_epochs=num_epochs)
-    assert "few samples" not in plain.findings
-    found = replace(plain, fine_tunes_text=True).findings.get("few samples", "")
-    if share is None:
-        assert not found
-        return
-    assert f"keep_ratio={share})" in found
-    assert f"num_train_epochs={epochs}." in found
-    assert float(share) * float(epochs) == num_epochs / 2
-    budget = advice(samples=samples, num_epochs=None, max_steps=40)
-    assert "few samples" not in replace(budget, fine_tunes_text=True).findings
-
-
-@pytest.mark.parametrize("loaded", [True, False])
-def test_whether_a_run_fine_tunes_a_language_model(loaded, tmp_path):
-    model = llama()
-    if loaded:
-        model.save_pretrained(tmp_path / "model")
-        model = type(model).from_pretrained(tmp_path / "model")
-    run = trainer(tmp_path, cls=Trainer, model=model, data=texts("causal LM", padded=True))
-    assert advise(run, policies=[], batches=4).fine_tunes_text is loaded
-
-
 def test_it_prints_and_is_json():
     found = advice(UCB(0.3), InfoBatch(), eval_strategy="epoch")
     first, _, *lines = str(found).splitlines()
