@@ -171,7 +171,7 @@ def _rows(rule, ahead):
     found = [
         row["to_short_run"]["mean"] > 0
         for name in studies.TITLES
-        if not studies.summary(name)["lower_is_better"]
+        if studies.summary(name)["metric"].endswith("accuracy")
         for row in studies.summary(name)["rows"]
         if row["name"] == rule
     ]

@@ -43,9 +43,13 @@ TITLES = {
     "cifar10n_worse": "CIFAR-10N at 16 pixels (40 % of the labels wrong), ResNet-8, 20 epochs",
     "cifar10n_reference": "CIFAR-10N at 16 pixels (a tenth of the labels made right), ResNet-8, "
     "20 epochs",
+    "cifar10n_memorised": "5,000 images of CIFAR-10N at 16 pixels (40 % of the labels wrong), "
+    "ResNet-8, 60 epochs without augmentation",
     "tiny_imagenet_20": "20 classes of Tiny-ImageNet at 32 pixels, ResNet-8, 10 epochs",
     "banking77_bert": "Banking77, BERT of two layers from scratch, 10 epochs",
     "banking77_minilm": "Banking77, fine-tuning MiniLM-L6, 5 epochs",
+    "differences_epochs": "Subtraction, fine-tuning a Llama of three layers that adds, 8 epochs: "
+    "share of right answers",
     "shakespeare_llama": "Shakespeare, Llama of four layers from scratch, 5 epochs: perplexity, "
     "less is better",
     "gsm8k_target": "GSM8K among other text, Llama of two layers from scratch, 5 epochs: "
@@ -63,9 +67,11 @@ TUNED = (
     "cifar10_copies",
     "cifar10_finetune",
     "cifar10n_reference",
+    "cifar10n_memorised",
     "tiny_imagenet_20",
     "banking77_bert",
     "banking77_minilm",
+    "differences_epochs",
     "shakespeare_llama",
     "gsm8k_target",
 )

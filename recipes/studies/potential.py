@@ -51,6 +51,8 @@ LEFT_OUT = (
     "cifar10_batch",
     "cifar10n_reference",
     "gsm8k_target",
+    "differences_epochs",
+    "cifar10n_memorised",
 )
 # Below it there is little to win back. It holds for accuracies, which are shares.
 LEAST_LOST = 0.02
