@@ -285,7 +285,8 @@ def _fail(message: str) -> NoReturn:
 def check_output(args: Any, run: RunArguments) -> None:
     """Raise FileExistsError if the output folder contains a run that would be overwritten.
 
-    It may be resumed, or overwritten with --overwrite. With --advise nothing is written.
+    It may be resumed, or overwritten with --overwrite. With --advise nothing is written; the run of
+    --after must exist, which is known here before a model is made.
 
     Args:
         args: Has `output_dir`, and `resume_from_checkpoint` if the recipe can resume.
@@ -295,6 +296,8 @@ def check_output(args: Any, run: RunArguments) -> None:
         raise ValueError("--advise True needs a Trainer, and this recipe has none: leave it out.")
     if run.after is not None and not run.advise:
         raise ValueError(f"--after {run.after} is for the advice: add --advise True.")
+    if run.after is not None:
+        finished_run(run.after)
     folder, can_resume = Path(args.output_dir), hasattr(args, "resume_from_checkpoint")
     # The Trainer takes True for the newest checkpoint; the command line gives a string.
     if can_resume and args.resume_from_checkpoint in ("True", "true"):
@@ -361,9 +364,6 @@ def train(
     """
     args = trainer.args
     if advise:
-        if after is not None:
-            with user_mistakes():
-                finished_run(after)
         advice = hf_dynprune.advise(trainer, after=after)
         if trainer.is_world_process_zero():
             print(advice)

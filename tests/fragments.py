@@ -55,7 +55,7 @@ def _of_study(study, cost, method, what):
     if what == "keep_ratio":
         return f"{row['keep_ratio']:.2f}"
     if what == "wrong labels":
-        return f"{100 * studies.relabelled(study)[method]:.0f}"
+        return f"{100 * studies.relabelled(study, method, float(cost)):.0f}"
     if what == "effective share":
         return f"{100 * studies.effective_share(study, method, float(cost)):.{digits}f}"
     if what in ("kept seldom", "kept often"):

@@ -90,9 +90,12 @@ def runs(name):
         yield json.loads((path.parent / "run.json").read_text()), json.loads(path.read_text())
 
 
-def run_of(run):
-    """(method, cost) of a run that is compared; None of a tuning run."""
-    return (run["name"], run["cost"]) if run["rate"] is None else None
+def reports(name, method, cost):
+    """The reports of a method's runs that are compared: one for each seed, none of the tuning."""
+    wanted = (method, cost, None)
+    return [
+        report for run, report in runs(name) if (run["name"], run["cost"], run["rate"]) == wanted
+    ]
 
 
 def costs(name):
@@ -184,20 +187,18 @@ def kept(name, rule, cost):
     tenths, and neither always nor never. They are means over the seeds.
     """
     shares = {"histogram": [], "chance": []}
-    for run, report in runs(name):
-        if run_of(run) == (rule, cost):
-            tenth = report["selection"]["choices"] // 10
-            for kind, rows in shares.items():
-                times = [count / report["num_samples"] for count in report["selection"][kind]]
-                ends = sum(times[: tenth + 1]), sum(times[-tenth - 1 :])
-                rows.append((*ends, sum(times[1:-1])))
+    for report in reports(name, rule, cost):
+        tenth = report["selection"]["choices"] // 10
+        for kind, rows in shares.items():
+            times = [count / report["num_samples"] for count in report["selection"][kind]]
+            ends = sum(times[: tenth + 1]), sum(times[-tenth - 1 :])
+            rows.append((*ends, sum(times[1:-1])))
     return tuple([mean(column) for column in zip(*rows, strict=True)] for rows in shares.values())
 
 
 def effective_share(name, method, cost):
     """The mean over the seeds of the effective share 1 / G of a method's runs."""
-    same = [report for run, report in runs(name) if run_of(run) == (method, cost)]
-    return mean(1 / report["gain"] for report in same)
+    return mean(1 / report["gain"] for report in reports(name, method, cost))
 
 
 # Each of these judges a claim by a study at one cost. It returns what was measured, in words, and
@@ -341,12 +342,10 @@ def settings():
     return markdown(["what is varied", "rule", "accuracy (%) at each value"], rows, others="---")
 
 
-def relabelled(name):
-    """The share of wrong labels among all samples that each method's choices kept, by name."""
-    found = {}
-    for run, report in runs(name):
-        found.setdefault(run["name"], []).append(report["metrics"]["train_relabelled_share"])
-    return {name: mean(shares) for name, shares in found.items()}
+def relabelled(name, method, cost):
+    """The share of wrong labels among all samples that a method's choices kept."""
+    found = reports(name, method, cost)
+    return mean(report["metrics"]["train_relabelled_share"] for report in found)
 
 
 def noise():
@@ -354,10 +353,11 @@ def noise():
 
     The accuracy is by the right labels.
     """
-    trained, rows = relabelled(NOISE), []
+    rows = []
     for name, row in rows_at(NOISE, 0.3).items():
         difference = points(row["to_short_run"]) if row["to_short_run"] else ""
-        numbers = (f"{100 * row['mean']:.2f}", difference, f"{100 * trained[name]:.1f}")
+        wrong = relabelled(NOISE, name, row["wanted"])
+        numbers = (f"{100 * row['mean']:.2f}", difference, f"{100 * wrong:.1f}")
         rows.append([name, *numbers, str(row["seeds"])])
     share = "wrong labels among what it trained on (%)"
     return markdown(["method", "accuracy (%)", "to the short run", share, "seeds"], rows)
