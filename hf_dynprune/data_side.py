@@ -745,16 +745,16 @@ _DEEPSPEED, _ACCELERATE, _TRANSFORMERS = (
 _VERIFIED = {
     _DEEPSPEED: (
         "ZeRO 1, 2 and 3 in float32 on two CPU processes, with resuming",
-        "GPUs, half precision, offloading, adapters",
+        "several GPUs, half precision, offloading, adapters",
     ),
     _ACCELERATE: (
         "FSDP2 in float32 on two and three CPU processes, with resuming from full and sharded "
         "checkpoints",
-        "FSDP1, GPUs, half precision, offloading, adapters",
+        "FSDP1, several GPUs, half precision, offloading, adapters",
     ),
     _TRANSFORMERS: (
         "training in float32 on two and three CPU processes",
-        "GPUs, half precision, offloading, expert parallelism, adapters",
+        "several GPUs, half precision, offloading, expert parallelism, adapters",
     ),
 }
 

@@ -191,11 +191,18 @@ def _prompts(share, method, what):
     return rl_results.difference_in_words(row["to_uniform"])
 
 
+def _bill(model, policy):
+    """The seconds of a whole run on a GPU, to those of the stock Trainer's full run."""
+    return f"{gpu.read()['bill']['figures'][model][policy]['ratio']:.2f}"
+
+
 def value(words):
     """The text between the markers of a value."""
     match [part.strip() for part in " ".join(words.split()).split(";")]:
         case ["advice", what]:
             return _advice(what)
+        case ["gpu seconds", model, policy]:
+            return _bill(model, policy)
         case ["potential", what]:
             return _potential(what)
         case ["prompts", share, method, what]:

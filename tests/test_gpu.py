@@ -47,6 +47,10 @@ def test_each_check_runs_and_writes_its_result(called):
         assert (entry["state"], entry["gpus"]) == ("not run" if missing(name) else "passed", 0)
         assert all(module in entry["result"] for module in missing(name))
     assert record["ddp"]["figures"]["ranks"] == 2
+    for row in record["bill"]["figures"]["bert"].values():
+        assert 0.25 < row["cost"] < 0.4, "the runs trained 30 % of the data"
+    paths = [row["path"] for row in record["images"]["figures"]["rows"]]
+    assert paths[:2] == ["bare loop", "stock Trainer"]
     assert set(record["waits"]["figures"]) == {"bert, copies do not wait"}
     assert gpu.render(record) == gpu.render({}), "a CPU's results are not those of a GPU"
 

@@ -5,9 +5,8 @@
     python recipes/benchmarks/gpu.py --check images     # one check, also if it passed before
     python recipes/benchmarks/gpu.py --device cpu --output runs/gpu.json    # tiny, to try it
 
-It has not been run on a GPU yet: its authors had none. The checks run on a CPU in the tests, at
-tiny sizes. The table of the docs says `not run` as long as recipes/results/gpu.json has no result
-of a GPU. gpu_checks.py has the checks.
+The checks run on a CPU in the tests, at tiny sizes. The table of the docs says `not run` for a
+check of which recipes/results/gpu.json has no result of a GPU. gpu_checks.py has the checks.
 
 Each check runs in a fresh process and writes its result at once. A call skips what passed on this
 GPU, begins with what was not tried yet, and then tries again what failed. A check that fails, dies
@@ -57,6 +56,7 @@ CHECKS = {
         "with the model's own (batches 1, 2, 4, 8, ... do)"
     ),
     "steps": Check("optimizer step that scores every trained sample"),
+    "bill": Check("whole runs that train 30 % of the data in an epoch, with all they do"),
     "ddp": Check(
         "DDP with NCCL on all GPUs; with one GPU, two ranks share it by gloo", all_gpus=True
     ),

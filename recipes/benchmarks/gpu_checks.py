@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -33,8 +34,8 @@ from transformers import (
     set_seed,
 )
 
-from hf_dynprune import UCB, DynamicPruningTrainer, FullData
-from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache
+from hf_dynprune import UCB, DynamicPruningTrainer, FullData, RandomPruning
+from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = torch.cuda.is_available()
@@ -130,6 +131,9 @@ def settings_of(engine: str) -> dict[str, Any]:
 def train_rank(engine: str, folder: Path) -> None:
     """What each process of `on_ranks` does."""
     shared = int(os.environ["WORLD_SIZE"]) > torch.cuda.device_count()  # NCCL refuses to share
+    if shared:
+        # accelerate gives DDP the local rank as the number of the GPU. Here all ranks have GPU 0.
+        os.environ["LOCAL_RANK"] = "0"
     run = train(folder, ddp_backend="gloo" if shared else "nccl", **settings_of(engine))
     rank = torch.distributed.get_rank()
     split = any(hasattr(weight, "full_tensor") for weight in run.model.parameters())
@@ -174,7 +178,8 @@ def engines(names: tuple[str, ...], least: int, folder: Path) -> Result:
     words = "; ".join(
         f"{name} ({figures[name]['backend']}): {worst(figures[name])}" for name in names
     )
-    return f"{figures['ranks']} ranks choose as one. {words}", figures
+    count = figures["ranks"]
+    return f"{count} {'ranks choose as one' if count > 1 else 'rank'}. {words}", figures
 
 
 # ---- steps ---------------------------------------------------------------------------------------
@@ -206,6 +211,48 @@ def steps(folder: Path) -> Result:
         for model, row in figures.items()
     )
     return f"a step's seconds, to the stock Trainer's: {'; '.join(words)}", figures
+
+
+def bill(folder: Path) -> Result:
+    """Seconds of whole runs on less data, to those of the stock Trainer on all data."""
+    overhead.prepare()
+    figures: Figures = {}
+    policies = {"random": RandomPruning(0.3), "UCB": UCB(0.3)}
+    for model in ("resnet8_cifar", "causal_lm") if LARGE else ("bert",):
+        steps, epochs = (200, 3) if LARGE else (6, 2)
+        costs: dict[str, float] = {}
+
+        def seconds(
+            name: str, model: str = model, steps: int = steps, epochs: int = epochs, costs=costs
+        ) -> float:
+            policy = policies.get(name)
+            kind = "pruned" if policy else "stock"
+            run = overhead.make_run(
+                kind, model, steps, str(folder), policy, num_train_epochs=epochs
+            )
+            begun = time.perf_counter()
+            run.train()
+            if LARGE:
+                torch.cuda.synchronize()
+            if policy:
+                costs[name] = run.pruning_report.cost_ratio
+            return time.perf_counter() - begun
+
+        if LARGE:
+            seconds("stock")  # of the first run, kernels are loaded
+        ways = {name: partial(seconds, name) for name in ("stock", *policies)}
+        found = measure.in_turns(ways, 5 if LARGE else 2)
+        figures[model] = {
+            name: {"cost": costs[name], **measure.ratio(found[name], found["stock"])}
+            for name in policies
+        }
+    words = (
+        f"{model}, {name}: cost {row['cost']:.2f}, seconds {row['ratio']:.2f} "
+        f"(95 %: {row['ratio_95'][0]:.2f} to {row['ratio_95'][1]:.2f})"
+        for model, rows in figures.items()
+        for name, row in rows.items()
+    )
+    return f"of the stock Trainer's full run; {'; '.join(words)}", figures
 
 
 class Window(TrainerCallback):
@@ -301,8 +348,29 @@ class HeldImages(ImageCache):
         return {"pixel_values": (pixels.float() - mean) / std, "labels": self.held_labels[index]}
 
 
+def stock_run(
+    held: ImageCache,
+    options: argparse.Namespace,
+    folder: str,
+    pass_on: Callable[[], None],
+    **more: Any,
+) -> float:
+    """Images a second of the stock Trainer on the same images."""
+    args = throughput.make_arguments(options, folder, **more)
+    data = throughput.cifar.Images(held, held, held)
+    model, optimizer = throughput.make_model(data, args, options)
+    run = Trainer(
+        model,
+        args,
+        train_dataset=held,
+        data_collator=batch_collator,
+        optimizers=(optimizer, None),
+    )
+    return throughput.timed(run, throughput.Clock(len(held), options.batch_size, pass_on))
+
+
 def images(folder: Path) -> Result:
-    """A ResNet of CIFAR in a bare loop and by the recipe, with images that lie on the device."""
+    """A ResNet of CIFAR in a bare loop and by Trainers, with images that lie on the device."""
     options = argparse.Namespace(
         samples=50_000 if LARGE else 320,
         batch_size=512 if LARGE else 64,
@@ -318,6 +386,7 @@ def images(folder: Path) -> Result:
     run = partial(throughput.recipe_run, data)
     ways = {
         "bare loop": partial(throughput.bare_loop, data, args),
+        "stock Trainer": partial(stock_run, held, **more),
         "all data": partial(run, FullData, **more),
         "UCB that keeps everything": partial(run, partial(UCB, keep_ratio=1.0), **more),
     }
@@ -400,6 +469,7 @@ RUNS: dict[str, Callable[[Path], Result]] = {  # by the names of gpu.CHECKS
     "tests": marked_tests,
     "waits": waits,
     "steps": steps,
+    "bill": bill,
     "ddp": partial(engines, ("ddp",), 2),
     "fsdp2": partial(engines, ("fsdp2",), 1),
     "zero": partial(engines, ZERO, 1),

@@ -50,7 +50,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_dynprune import UCB, DynamicPruningTrainer
+from hf_dynprune import UCB, DynamicPruningTrainer, PruningPolicy
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator, create_timm_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -128,14 +128,21 @@ class Steps(TrainerCallback):
         self.begun = time.perf_counter()
 
 
-def make_run(kind: str, name: str, steps: int, folder: str, **more: Any) -> Trainer:
+def make_run(
+    kind: str,
+    name: str,
+    steps: int,
+    folder: str,
+    pruning: PruningPolicy | None = None,
+    **more: Any,
+) -> Trainer:
+    """The trainer of one kind. Without `pruning`, what is no stock Trainer keeps all data."""
     make, batch, _, settings = MODELS[name]
     set_seed(0)
     model, data = make(batch * steps)
     own = {"data_collator": settings["data_collator"]} if "data_collator" in settings else {}
     arguments = TrainingArguments(
         folder,
-        num_train_epochs=1,
         per_device_train_batch_size=batch,
         save_strategy="no",
         logging_steps=500,
@@ -143,13 +150,13 @@ def make_run(kind: str, name: str, steps: int, folder: str, **more: Any) -> Trai
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
         **{name: value for name, value in settings.items() if name not in own},
-        **more,
+        **{"num_train_epochs": 1, **more},
     )
     own |= {"model": model, "args": arguments, "train_dataset": data}
     run = (
         Trainer(**own)
         if kind == "stock"
-        else DynamicPruningTrainer(**own, pruning=UCB(keep_ratio=1.0))
+        else DynamicPruningTrainer(**own, pruning=pruning or UCB(keep_ratio=1.0))
     )
     run.remove_callback(PrinterCallback)
     return run
