@@ -297,6 +297,7 @@ def reading():
 TABLES = {
     "overview": studies.overview,
     "effective_share": studies.effective_shares,
+    "imbalance": studies.imbalance,
     "claims": studies.claims,
     "settings": studies.settings,
     "noise": studies.noise,

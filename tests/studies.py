@@ -159,6 +159,27 @@ def effective_shares():
     return markdown([*head, "seeds"], rows)
 
 
+def imbalance():
+    """ClassBudget beside its opponents in each study that has it: means in per cent.
+
+    The last column is the difference of ClassBudget to the short run.
+    """
+    rows = []
+    for name in TITLES:
+        for cost in costs(name):
+            at = rows_at(name, cost)
+            if "class-budget" not in at:
+                continue
+            even = next(row for key, row in at.items() if key.startswith("full (balanced True"))
+            floor = next(row for key, row in at.items() if "min_per_class" in key)
+            cells = [at[FULL], at[SHORT], at["random"], floor, at["class-budget"], even]
+            means = [f"{100 * row['mean']:.1f}" for row in cells]
+            own = at["class-budget"]
+            rows.append([f"{name}, {cost:g}", *means, points(own["to_short_run"])])
+    head = ["study, cost", FULL, SHORT, "random", "loss-proportional with a floor"]
+    return markdown([*head, "ClassBudget", "even classes", "ClassBudget to the short run"], rows)
+
+
 # ---- the claims of the central paper -------------------------------------------------------------
 
 CLAIMED = {"cifar10_resnet8": "32 pixels", "cifar10_16px": "16 pixels"}  # three seeds and more
