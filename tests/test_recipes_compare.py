@@ -280,6 +280,14 @@ def test_a_run_is_started_once(tmp_path):
     assert log.read_text() == "started "
 
 
+def test_the_runs_of_a_seed_come_before_those_of_the_next(study):
+    tune = ["--learning_rates", "1", "2"]
+    assert study("study", ["random"], *tune, "--jobs", "1")[0] == 0
+    files = sorted(Path("study").glob("*/run.json"), key=lambda path: path.stat().st_mtime_ns)
+    runs = [json.loads(path.read_text()) for path in files]
+    assert [run["seed"] for run in runs if run["rate"] is None] == [0, 0, 0, 1, 1, 1]
+
+
 def test_runs_share_the_cores(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert "OMP_NUM_THREADS" not in Study(tmp_path).environment

@@ -262,9 +262,12 @@ class Sitting:
             (text, seed): self.start(scores_run(text, seed, **options), SCORES_FILE)
             for text, seed in self._missing_scores()
         }
-        full = self._first([plan.at_best_setting(full_run(seed), tuned) for seed in plan.seeds])
-        for seed, cost in product(plan.seeds, plan.costs):
-            for method in plan.methods(cost):
+        fulls = [plan.at_best_setting(full_run(seed), tuned) for seed in plan.seeds]
+        full = self._first(fulls[: self.study.jobs])  # no job is idle while the first one runs
+        # Seed by seed: a study that is stopped early has complete seeds, which can be compared.
+        for seed, of_seed in zip(plan.seeds, fulls, strict=True):
+            self.start(of_seed)
+            for cost, method in ((c, m) for c in plan.costs for m in plan.methods(c)):
                 self.start(plan.at_best_setting(method.run(cost, seed, full), tuned))
         for (text, seed), future in scores.items():
             self.wait([future])
