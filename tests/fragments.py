@@ -9,7 +9,7 @@ A number stands between `<!-- value STUDY; COST; METHOD; WHAT -->` and `<!-- /va
 one of
 
     mean                       what the method reached
-    to short run               its difference to the short run (or: to random, to full run)
+    to short run               its difference to the short run, or to any other method
     lost to short run          the same with the other sign
     interval to short run      the difference with its 95 % interval
     keep_ratio                 with which it met the cost
@@ -33,7 +33,7 @@ from hf_dynprune.potential import predicted_saving
 from hf_dynprune.report import PruningReport
 from recipes.benchmarks import gpu
 from recipes.studies import rl_results
-from recipes.studies.summarise import Metric, markdown
+from recipes.studies.summarise import Metric, markdown, paired
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = ROOT / "recipes" / "results"
@@ -62,7 +62,8 @@ def _of_study(study, cost, method, what):
         found, _ = studies.kept(study, method, float(cost))
         return f"{100 * found[what == 'kept often']:.0f}"
     kind, _, other = what.rpartition("to ")
-    difference = row[f"to_{other.replace(' ', '_')}"]
+    others = studies.rows_at(study, float(cost))[other]
+    difference = paired(row["values"], others["values"])
     if kind == "interval ":
         low, high = (f"{scale * end:+.{digits}f}" for end in difference["interval"])
         return f"{scale * difference['mean']:+.{digits}f} ({low} to {high})"

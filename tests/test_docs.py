@@ -225,6 +225,7 @@ CONTEXTS = {
     "docs/loss.md": losses,
     "docs/loop.md": a_loop,
     "docs/pays.md": a_loop,
+    "docs/choose.md": many_images,
     "docs/text.md": language,
     "docs/preference.md": preferred,
     "docs/rl.md": reinforced,

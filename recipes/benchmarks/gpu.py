@@ -56,7 +56,7 @@ CHECKS = {
         "with the model's own (batches 1, 2, 4, 8, ... do)"
     ),
     "steps": Check("optimizer step that scores every trained sample"),
-    "bill": Check("whole runs that train 30 % of the data in an epoch, with all they do"),
+    "bill": Check("whole runs of three epochs that train 30 % of the data, without evaluation"),
     "ddp": Check(
         "DDP with NCCL on all GPUs; with one GPU, two ranks share it by gloo", all_gpus=True
     ),
