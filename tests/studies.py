@@ -58,6 +58,8 @@ TITLES = {
     "less is better",
     "gsm8k_target": "GSM8K among other text, Llama of two layers from scratch, 5 epochs: "
     "perplexity on GSM8K, less is better",
+    "gsm8k_batch": "GSM8K among other text, Llama of two layers from scratch, 5 epochs, the batch "
+    "size tuned, too: perplexity on GSM8K, less is better",
 }
 # Studies that tuned their own learning rates.
 TUNED = (
@@ -80,6 +82,7 @@ TUNED = (
     "differences_epochs",
     "shakespeare_llama",
     "gsm8k_target",
+    "gsm8k_batch",
 )
 SETTINGS, NOISE = "cifar10_settings", "cifar10n_worse"
 RULES = {"epsilon-greedy": "ε-greedy", "ucb": "UCB"}  # of the central paper

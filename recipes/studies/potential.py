@@ -51,6 +51,7 @@ LEFT_OUT = (
     "cifar10_batch",
     "cifar10n_reference",
     "gsm8k_target",
+    "gsm8k_batch",
     "differences_epochs",
     "cifar10n_memorised",
 )
