@@ -188,9 +188,9 @@ def imbalance():
             at = rows_at(name, cost)
             even = next(row for key, row in at.items() if key.startswith("full (balanced True"))
             floor = next(row for key, row in at.items() if "min_per_class" in key)
-            cells = [at[FULL], at[SHORT], at["random"], floor, at["class-budget"], even]
-            means = [f"{100 * row['mean']:.1f}" for row in cells]
             own = at["class-budget"]
+            cells = [at[FULL], at[SHORT], at["random"], floor, own, even]
+            means = [f"{100 * row['mean']:.1f}" for row in cells]
             rows.append([words, f"{cost:g}", *means, points(own["to_short_run"])])
     head = ["data, tail", "cost", FULL, SHORT, "random", "loss-proportional with a floor"]
     return markdown([*head, "ClassBudget", "even classes", "ClassBudget to the short run"], rows)

@@ -572,7 +572,7 @@ def test_a_study_is_at_equal_cost_and_its_learning_rates_were_tuned(name):
         if run["rate"] is None:
             options = dict(word[2:].split("=", 1) for word in run["command"] if "=" in word)
             rate, batch = (options.get(o) for o in ("learning_rate", "per_device_train_batch_size"))
-            if "per_device_train_batch_size" in run["name"]:
+            if f"per_device_train_batch_size {batch}" in run["name"]:
                 batch = None  # it is the method's own, and was not tuned
             setting = Setting(float(rate), None if batch is None else int(batch))
             used.setdefault((run["name"], run["cost"]), set()).add(setting)

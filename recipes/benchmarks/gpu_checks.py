@@ -34,7 +34,7 @@ from transformers import (
     set_seed,
 )
 
-from hf_dynprune import UCB, DynamicPruningTrainer, FullData, RandomPruning
+from hf_dynprune import UCB, DynamicPruningTrainer, FullData, PruningPolicy, RandomPruning
 from hf_dynprune.vision import CIFAR_MEAN, CIFAR_STD, ImageCache, batch_collator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,38 +213,33 @@ def steps(folder: Path) -> Result:
     return f"a step's seconds, to the stock Trainer's: {'; '.join(words)}", figures
 
 
+def whole_run(model: str, pruning: PruningPolicy | None, folder: Path) -> tuple[float, float]:
+    """The seconds of a run and its cost; without `pruning` it is the stock Trainer's full run."""
+    steps, epochs = (200, 3) if LARGE else (6, 2)
+    kind = "pruned" if pruning else "stock"
+    run = overhead.make_run(kind, model, steps, str(folder), pruning, num_train_epochs=epochs)
+    begun = time.perf_counter()
+    run.train()
+    if LARGE:
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun, run.pruning_report.cost_ratio if pruning else 1.0
+
+
 def bill(folder: Path) -> Result:
     """Seconds of whole runs on less data, to those of the stock Trainer on all data."""
     overhead.prepare()
     figures: Figures = {}
-    policies = {"random": RandomPruning(0.3), "UCB": UCB(0.3)}
+    policies = {"stock": None, "random": RandomPruning(0.3), "UCB": UCB(0.3)}
     for model in ("resnet8_cifar", "causal_lm") if LARGE else ("bert",):
-        steps, epochs = (200, 3) if LARGE else (6, 2)
-        costs: dict[str, float] = {}
-
-        def seconds(
-            name: str, model: str = model, steps: int = steps, epochs: int = epochs, costs=costs
-        ) -> float:
-            policy = policies.get(name)
-            kind = "pruned" if policy else "stock"
-            run = overhead.make_run(
-                kind, model, steps, str(folder), policy, num_train_epochs=epochs
-            )
-            begun = time.perf_counter()
-            run.train()
-            if LARGE:
-                torch.cuda.synchronize()
-            if policy:
-                costs[name] = run.pruning_report.cost_ratio
-            return time.perf_counter() - begun
-
         if LARGE:
-            seconds("stock")  # of the first run, kernels are loaded
-        ways = {name: partial(seconds, name) for name in ("stock", *policies)}
+            whole_run(model, None, folder)  # of the first run, kernels are loaded
+        ways = {name: partial(whole_run, model, each, folder) for name, each in policies.items()}
         found = measure.in_turns(ways, 5 if LARGE else 2)
+        seconds = {name: [run[0] for run in runs] for name, runs in found.items()}
         figures[model] = {
-            name: {"cost": costs[name], **measure.ratio(found[name], found["stock"])}
+            name: {"cost": found[name][0][1], **measure.ratio(seconds[name], seconds["stock"])}
             for name in policies
+            if name != "stock"
         }
     words = (
         f"{model}, {name}: cost {row['cost']:.2f}, seconds {row['ratio']:.2f} "
@@ -348,27 +343,6 @@ class HeldImages(ImageCache):
         return {"pixel_values": (pixels.float() - mean) / std, "labels": self.held_labels[index]}
 
 
-def stock_run(
-    held: ImageCache,
-    options: argparse.Namespace,
-    folder: str,
-    pass_on: Callable[[], None],
-    **more: Any,
-) -> float:
-    """Images a second of the stock Trainer on the same images."""
-    args = throughput.make_arguments(options, folder, **more)
-    data = throughput.cifar.Images(held, held, held)
-    model, optimizer = throughput.make_model(data, args, options)
-    run = Trainer(
-        model,
-        args,
-        train_dataset=held,
-        data_collator=batch_collator,
-        optimizers=(optimizer, None),
-    )
-    return throughput.timed(run, throughput.Clock(len(held), options.batch_size, pass_on))
-
-
 def images(folder: Path) -> Result:
     """A ResNet of CIFAR in a bare loop and by Trainers, with images that lie on the device."""
     options = argparse.Namespace(
@@ -386,7 +360,9 @@ def images(folder: Path) -> Result:
     run = partial(throughput.recipe_run, data)
     ways = {
         "bare loop": partial(throughput.bare_loop, data, args),
-        "stock Trainer": partial(stock_run, held, **more),
+        "stock Trainer": partial(
+            throughput.stock_run, held, data, data_collator=batch_collator, **more
+        ),
         "all data": partial(run, FullData, **more),
         "UCB that keeps everything": partial(run, partial(UCB, keep_ratio=1.0), **more),
     }

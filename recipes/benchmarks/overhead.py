@@ -136,7 +136,7 @@ def make_run(
     pruning: PruningPolicy | None = None,
     **more: Any,
 ) -> Trainer:
-    """The trainer of one kind. Without `pruning`, what is no stock Trainer keeps all data."""
+    """Make the stock Trainer or ours. Ours keeps and scores all data, unless `pruning` is given."""
     make, batch, _, settings = MODELS[name]
     set_seed(0)
     model, data = make(batch * steps)

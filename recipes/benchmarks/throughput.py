@@ -200,6 +200,22 @@ def recipe_run(
     return timed(trainer, Clock(len(images.train), options.batch_size, pass_on))
 
 
+def stock_run(
+    data: datasets.Dataset | ImageCache,
+    images: cifar.Images,
+    options: argparse.Namespace,
+    folder: str,
+    pass_on: Callable[[], None],
+    data_collator: Callable | None = None,
+    **more,
+) -> float:
+    """Train the recipe's model for `images` on `data` with the stock Trainer."""
+    args = make_arguments(options, folder, **more)
+    model, optimizer = make_model(images, args, options)
+    trainer = Trainer(model, args, data_collator, train_dataset=data, optimizers=(optimizer, None))
+    return timed(trainer, Clock(len(data), options.batch_size, pass_on))
+
+
 def stock_path(
     data: datasets.Dataset,
     images: cifar.Images,
@@ -224,12 +240,8 @@ def stock_path(
             "labels": rows[label],
         }
 
-    args = make_arguments(options, folder, dataloader_num_workers=workers)
-    model, optimizer = make_model(images, args, options)
-    trainer = Trainer(
-        model, args, train_dataset=data.with_transform(transformed), optimizers=(optimizer, None)
-    )
-    return timed(trainer, Clock(len(data), options.batch_size, pass_on))
+    more = {"dataloader_num_workers": workers}
+    return stock_run(data.with_transform(transformed), images, options, folder, pass_on, **more)
 
 
 def compare(

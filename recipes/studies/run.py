@@ -267,8 +267,9 @@ class Sitting:
         # Seed by seed: a study that is stopped early has complete seeds, which can be compared.
         for seed, of_seed in zip(plan.seeds, fulls, strict=True):
             self.start(of_seed)
-            for cost, method in ((c, m) for c in plan.costs for m in plan.methods(c)):
-                self.start(plan.at_best_setting(method.run(cost, seed, full), tuned))
+            for cost in plan.costs:
+                for method in plan.methods(cost):
+                    self.start(plan.at_best_setting(method.run(cost, seed, full), tuned))
         for (text, seed), future in scores.items():
             self.wait([future])
             for cost in plan.costs:
